@@ -1,0 +1,83 @@
+"""``trainctl``: what a person types.
+
+Exit status: 0 the job succeeded, 1 it failed, 2 the request was wrong, 130 it was interrupted. Commands import
+what they need when they are called, so that ``trainctl --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from outlast.errors import OutlastError, RequestError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def trainctl() -> None:
+    """Runs training jobs that outlast their machines."""
+
+
+@app.command("run")
+def run_job(
+    job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The TrainingJob to run.")],
+    directory: Annotated[
+        Path | None,
+        typer.Option("--dir", metavar="DIR", help="Where everything of the run goes [a new one in ./runs]."),
+    ] = None,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fault",
+            metavar="KIND@STEP:TARGET",
+            help="Break something on purpose, such as node-loss@40:2; repeatable. Kinds with a rank: rank-crash, "
+            "rank-error, hang, straggler (@40:2*3). With a seat: node-loss, node-pause, corrupt (@40:2/header, /data, "
+            "/parity, /trailer), keeper-crash, agent-crash. With none: controller-crash, head-loss. @STEP.copy, "
+            "@STEP.encode, @STEP.restart: while the next of these is under way.",
+        ),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="PATH=VALUE", help="Override a field, such as spec.workers.spares=2; repeatable."
+        ),
+    ] = None,
+    replace_after: Annotated[
+        str, typer.Option(metavar="SECONDS|never", help="Replace a lost node by an empty one after so long.")
+    ] = "5",
+    json: Annotated[bool, typer.Option("--json", help="Write the progress as JSON lines.")] = False,
+) -> None:
+    """Run a training job on this machine, to its end.
+
+    One local Ray, one agent for each of the job's nodes and spares; ranks start in the current folder. Ctrl-C stops the
+    job, a second one kills it.
+    """
+    from trainctl.run import RunRequest, run_here
+
+    request = RunRequest(job, directory, tuple(fault or ()), tuple(override or ()), replace_after, json)
+    raise typer.Exit(run_here(request))
+
+
+def run() -> None:
+    """The console script."""
+    try:
+        app()
+    except RequestError as error:
+        _complain(error)
+        sys.exit(2)
+    except OutlastError as error:
+        _complain(error)
+        sys.exit(1)
+
+
+def _complain(error: OutlastError) -> None:
+    print(f"trainctl: {error}", file=sys.stderr)

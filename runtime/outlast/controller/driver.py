@@ -1,0 +1,328 @@
+"""Executes the machine: what arrives becomes events, what it decides becomes calls, log lines and files.
+
+One task consumes one inbox, so that events are handled in the order in which they came, and nothing in it waits: a call
+to an agent is queued on its ``AgentLink``. Ticks go through the same inbox behind what arrived before them; a driver
+that was itself held up (a stopped process, a starved machine) first lets its nodes be heard before it ticks again, so
+that nobody counts as lost for the driver's own lateness.
+
+Call order: ``Driver(...)``, then ``run()`` as a task; the others from the same loop. An exception that leaves ``run``
+is a bug: the process must end, Ray starts another, and that learns everything anew from the agents.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, get_args
+
+from outlast.clock import Clock
+from outlast.config import ControllerConfig, NodeConfig
+from outlast.controller import messages as m
+from outlast.controller.link import AgentLink, Agents
+from outlast.controller.registry import NodeRegistry, write_private_json
+from outlast.errors import RequestError, TransferError
+from outlast.snapshot.identity import Attempt
+from outlast.telemetry.events import EventLog, LogEvent
+from outlast.telemetry.metrics_log import MetricsLog, StepMetrics
+
+LATE_S = 0.5
+"""A tick later than this means that the driver was held up."""
+GRACE_S = 2.0
+"""The longest time that nodes are given to be heard after the driver was held up."""
+REMOVE_S = 10.0
+"""Seconds that ending an agent may take."""
+
+_EVENTS = get_args(m.Event)
+
+
+class Decider(Protocol):
+    """What the driver needs of the machine."""
+
+    def handle(self, event: m.Event, now: float) -> list[m.Instruction]: ...
+
+    def status(self, now: float) -> Mapping[str, Any]: ...
+
+
+@dataclass
+class Lag:
+    """How late ticks were, in seconds: the newest, and the worst since the start."""
+
+    last_s: float = 0.0
+    worst_s: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.last_s = max(0.0, seconds)
+        self.worst_s = max(self.worst_s, self.last_s)
+
+
+@dataclass(frozen=True)
+class Logs:
+    """Where the story and the numbers go."""
+
+    events: EventLog
+    metrics: MetricsLog
+
+    @classmethod
+    def open(cls, config: ControllerConfig, clock: Clock) -> Logs:
+        return cls(EventLog(config.events_file, config.name, clock), MetricsLog(config.metrics_file))
+
+    def close(self) -> None:
+        self.events.close()
+        self.metrics.close()
+
+
+class Driver:
+    """One job's controller without its surroundings; ``identity`` tells it from the one before."""
+
+    def __init__(
+        self, config: ControllerConfig, identity: str, machine: Decider, agents: Agents, logs: Logs, clock: Clock
+    ) -> None:
+        self.config = config
+        self.identity = identity
+        self._machine = machine
+        self._agents = agents
+        self._logs = logs
+        self._clock = clock
+        self._registry = NodeRegistry(config.nodes_file)
+        self._links: dict[str, AgentLink] = {}
+        self._line_tasks: dict[str, asyncio.Task[None]] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._inbox: asyncio.Queue[m.Event] = asyncio.Queue()
+        self._lag = Lag()
+        self._attempt: Attempt | None = None
+        self._total: int | None = None
+        self._info: dict[str, dict[str, Any]] = {}
+        self._final = _read_final(config.final_file)
+        self._news = asyncio.Event()
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Drive the machine until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            for config in [] if self.finished else self._registry.all():
+                self._connect(config)
+            self.log("controller-started", f"controller {self.identity} drives {len(self._links)} known nodes")
+            group.create_task(self._tick())
+            group.create_task(self._consume())
+
+    async def _consume(self) -> None:
+        while True:
+            event = await self._inbox.get()
+            if not self.finished:
+                self._decide(event)
+
+    async def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + self.config.tick_s
+            await asyncio.sleep(self.config.tick_s)
+            self._lag.add(loop.time() - due)
+            if self._lag.last_s > LATE_S:
+                grace = min(self._lag.last_s, GRACE_S)
+                self.log("controller-late", f"held up for {self._lag.last_s:.1f} s: nodes are heard before judged")
+                await asyncio.sleep(grace)
+            self._inbox.put_nowait(m.Tick())
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job is over."""
+        return self._final is not None
+
+    # --- what arrives -----------------------------------------------------------------------------------------------
+
+    def receive(self, node: str, events: str) -> dict[str, Any]:
+        """Take a JSON list of an agent's messages; the answer tells it which controller it talks to."""
+        answer: dict[str, Any] = {"controller": self.identity, "known": node in self._registry}
+        if not answer["known"]:
+            return answer
+        try:
+            for item in json.loads(events):
+                self._take(node, item)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            answer["refused"] = f"{type(error).__name__}: {error}"
+            self.log("bad-message", f"{node} sent what cannot be read: {answer['refused']}", {"node": node})
+        return answer
+
+    def _take(self, node: str, item: Mapping[str, Any]) -> None:
+        if item.get("node") != node:
+            raise ValueError(f"{item.get('type')} of {item.get('node')!r} came from {node}")
+        if item["type"] == "Metrics":
+            self._take_metrics(item)
+        elif item["type"] == "Info":
+            self._info[node] = {**self._info.get(node, {}), **item["fields"]}
+        else:
+            event = m.from_json(item)
+            if not isinstance(event, _EVENTS):
+                raise ValueError(f"{item['type']} is no event")
+            self._inbox.put_nowait(event)
+
+    def _take_metrics(self, item: Mapping[str, Any]) -> None:
+        attempt = Attempt.parse(item["attempt"])
+        if self._attempt is not None and attempt != self._attempt:
+            return
+        if item.get("total") is not None:
+            self._total = int(item["total"])
+        self._logs.metrics.append(
+            StepMetrics(int(item["step"]), attempt.number, int(item["rank"]), dict(item["metrics"]))
+        )
+
+    # --- what people and the cluster ask for ------------------------------------------------------------------------
+
+    def add_node(self, config: NodeConfig) -> bool:
+        """Register a node and have its agent join; False when it was known. Raises RequestError."""
+        if self.finished:
+            raise RequestError(f"the job is over: {config.node} is not needed")
+        new = self._registry.add(config)
+        self._connect(config)
+        return new
+
+    async def remove_node(self, node: str) -> bool:
+        """Forget a node and end its agent for good; False when it is unknown. Raises TransferError."""
+        known = self._registry.remove(node)
+        self._hang_up(node)
+        if known:
+            self._inbox.put_nowait(m.NodeGone(node, "removed"))
+            async with asyncio.timeout(REMOVE_S):
+                await self._agents.remove(node)
+        return known
+
+    def request_stop(self, reason: str) -> bool:
+        """Ask the machine to end the job; False when it is over already."""
+        if not self.finished:
+            self._inbox.put_nowait(m.StopRequested(reason))
+        return not self.finished
+
+    async def remove_agents(self) -> None:
+        """End all agents for good, as far as they answer in time."""
+        for config in self._registry.all():
+            self._hang_up(config.node)
+            try:
+                async with asyncio.timeout(REMOVE_S):
+                    await self._agents.remove(config.node)
+            except (TransferError, TimeoutError) as error:
+                self.log("agent-left", f"{config.node}: {error}", {"node": config.node})
+
+    def status(self) -> dict[str, Any]:
+        """The machine's status with what only the driver knows."""
+        status = dict(self._final if self._final is not None else self._machine.status(self._clock.monotonic()))
+        last = self._logs.metrics.last
+        status["controller"] = self.identity
+        status["seq"] = self._logs.events.seq
+        status["metrics"] = last.to_json() if last else None
+        status["total"] = status.get("total") or self._total
+        status["lag_s"] = {"last": round(self._lag.last_s, 3), "worst": round(self._lag.worst_s, 3)}
+        status["nodes"] = _with_info(status.get("nodes", {}), self._info)
+        return status
+
+    async def events_after(self, seq: int, wait_s: float, limit: int) -> list[LogEvent]:
+        """Events newer than ``seq``; when there are none, wait up to ``wait_s`` seconds for one."""
+        deadline = asyncio.get_running_loop().time() + wait_s
+        while True:
+            news, found = self._news, self._logs.events.after(seq, limit)
+            if found or wait_s <= 0:
+                return found
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await news.wait()
+            except TimeoutError:
+                return []
+
+    def log(self, kind: str, text: str, fields: Mapping[str, Any] | None = None) -> LogEvent:
+        """Add a line to the event log and wake who waits for it."""
+        event = self._logs.events.append(kind, text, self._attempt.number if self._attempt else 0, fields)
+        self._news.set()
+        self._news = asyncio.Event()
+        return event
+
+    # --- what the machine decides -----------------------------------------------------------------------------------
+
+    def _decide(self, event: m.Event) -> None:
+        if isinstance(event, m.Joined) and event.attempt is not None and self._attempt is None:
+            self._attempt = event.attempt
+        for instruction in self._machine.handle(event, self._clock.monotonic()):
+            self._execute(instruction)
+
+    def _execute(self, instruction: m.Instruction) -> None:
+        match instruction:
+            case m.Emit():
+                self.log(instruction.kind, instruction.text, instruction.fields)
+            case m.Finish():
+                self._finish(instruction)
+            case m.GiveUp():
+                self._give_up(instruction)
+            case m.Load() | m.Permit() | m.Abort() | m.Commit():
+                for node in instruction.nodes:
+                    self._send(node, _for_node(instruction, node))
+            case _:
+                if isinstance(instruction, (m.Stop, m.Start)):
+                    self._attempt = instruction.attempt
+                self._send(instruction.node, instruction)
+
+    def _send(self, node: str, instruction: m.Instruction) -> None:
+        link = self._links.get(node)
+        if link is not None:
+            link.put(m.to_json(instruction))
+
+    def _give_up(self, instruction: m.GiveUp) -> None:
+        link = self._links.get(instruction.node)
+        if link is not None:
+            link.drop_pending()
+
+    def _finish(self, instruction: m.Finish) -> None:
+        self._decide(m.Finalized())
+        final = dict(self._machine.status(self._clock.monotonic()))
+        final |= {"outcome": instruction.outcome, "reason": instruction.reason}
+        write_private_json(self.config.final_file, final)
+        self._final = final
+        self.log("finished", instruction.reason, {"outcome": instruction.outcome})
+
+    # --- lines to agents --------------------------------------------------------------------------------------------
+
+    def _connect(self, config: NodeConfig) -> None:
+        node = config.node
+        task = self._line_tasks.get(node)
+        if task is not None and not task.done():
+            self._links[node].join()
+            return
+        if self._group is None:
+            return
+        link = AgentLink(config, self._agents, lambda kind, text: self._report(node, kind, text))
+        self._links[node] = link
+        self._line_tasks[node] = self._group.create_task(link.run())
+
+    def _hang_up(self, node: str) -> None:
+        self._links.pop(node, None)
+        task = self._line_tasks.pop(node, None)
+        if task is not None:
+            task.cancel()
+
+    def _report(self, node: str, kind: str, text: str) -> None:
+        self.log(kind, f"{node}: {text}", {"node": node})
+        if kind == "agent-gone":
+            self._inbox.put_nowait(m.NodeGone(node, text))
+
+
+def _for_node(instruction: m.Load | m.Permit | m.Abort | m.Commit, node: str) -> m.Instruction:
+    """The part of an instruction for many nodes that concerns ``node``."""
+    if isinstance(instruction, m.Permit):
+        fresh = {node: instruction.fresh[node]} if node in instruction.fresh else {}
+        return replace(instruction, nodes=(node,), fresh=fresh)
+    return replace(instruction, nodes=(node,))
+
+
+def _with_info(nodes: Mapping[str, Mapping[str, Any]], info: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the machine says of each node, and what its agent said of itself."""
+    return {node: {**info.get(node, {}), **fields} for node, fields in nodes.items()}
+
+
+def _read_final(path: Path) -> dict[str, Any] | None:
+    """How the job ended, when a controller before this one saw its end."""
+    if not path.exists():
+        return None
+    final: dict[str, Any] = json.loads(path.read_text())
+    return final

@@ -1,0 +1,143 @@
+"""What the machine asks for: of agents (and, through them, of ranks and keepers), and of the driver itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from outlast.controller.events import Address
+from outlast.snapshot.identity import Attempt, Generation
+from outlast.snapshot.restore import RestorePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """To an agent: fence the keeper at ``attempt``, kill every rank of another one, confirm their exits, verify the
+    files, answer ``Stopped`` with the same attempt. May come again; the answer to the newest counts.
+    """
+
+    node: str
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """To an agent: rebuild what ``restore`` says this node lacks, then run its ranks.
+
+    ``peers``: seat -> keeper address of the new attempt; ``keepers``: node -> keeper address of every node that the
+    plan may read from (a spare may hold images too); ``restore`` None: begin at step 0.
+    """
+
+    node: str
+    attempt: Attempt
+    seat: int
+    world_nodes: int
+    procs: int
+    master_host: str
+    master_port: int
+    restore: RestorePlan | None
+    peers: dict[int, Address]
+    keepers: dict[str, Address]
+    restart_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """To the agents in ``nodes``: every node has said ``RestoreReady``, so that images can be read wherever the plan
+    put them; let the ranks load.
+    """
+
+    nodes: tuple[str, ...]
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """To the agents in ``nodes``: every rank takes the snapshot ``generation`` at the boundary before step
+    ``generation.step``, into ``slot``. ``replan``: agree on the cuts and answer ``Planned``, copy nothing.
+    ``fresh``: node -> local ranks that must make a new file for the slot.
+    """
+
+    nodes: tuple[str, ...]
+    generation: Generation
+    slot: int
+    replan: bool
+    fresh: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """To the agents in ``nodes``, for ranks and keepers: this generation will not be."""
+
+    nodes: tuple[str, ...]
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """To one keeper, member ``index`` of a redundancy group: make the parity of ``generation``.
+
+    ``seats``: the members in order; ``lengths``: per local rank, the members' image lengths; ``peers``: the members'
+    keepers; ``targets``: members that lack parity (None: all).
+    """
+
+    node: str
+    generation: Generation
+    slot: int
+    seats: tuple[int, ...]
+    parity: int
+    index: int
+    lengths: tuple[tuple[int, ...], ...]
+    peers: tuple[Address, ...]
+    targets: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """To the keepers of ``nodes``: this generation is committed; answer ``CommitAcked``."""
+
+    nodes: tuple[str, ...]
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """To the driver: this node counts as lost. Drop it (and see to a replacement); it may come back as ``Joined``."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """To an agent that still talks although it was given up: kill your ranks and register anew."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class DumpStacks:
+    """To an agent: write the stacks of all its ranks to their logs and answer ``Stacks``."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """To the driver: end everything, then say ``Finalized``."""
+
+    outcome: Literal["succeeded", "failed", "stopped"]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """To the driver: a line of the event log."""
+
+    kind: str
+    text: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+Instruction = Stop | Start | Load | Permit | Abort | Encode | Commit | GiveUp | Register | DumpStacks | Finish | Emit

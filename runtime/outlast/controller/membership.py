@@ -1,0 +1,129 @@
+"""Who is here: the job's nodes, which of them are alive, and who has which seat. No decisions.
+
+A node that was given up stays on the list, so that what it still says is known for a zombie's; it is alive again once it
+registers anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from outlast.controller.detector import Watch
+from outlast.controller.events import Address, Joined, Stopped
+from outlast.controller.policy import Candidate
+from outlast.controller.settings import MachineConfig
+from outlast.snapshot.identity import Attempt, Generation
+from outlast.snapshot.restore import HeldImage, Inventory
+
+
+@dataclass(slots=True)
+class Node:
+    """One node as it is known. ``gone``: why it was given up; ``stopped``: the attempt for which it has answered
+    ``Stop``, with ``inventory``; ``dirty``: (local rank, slot) of files that a rank may still write.
+    """
+
+    name: str
+    domain: str
+    host: str
+    keeper: Address
+    free_port: int
+    registration: str
+    seat: int | None = None
+    keeper_up: bool = True
+    gone: str | None = None
+    stopped: Attempt | None = None
+    inventory: Inventory | None = None
+    held: tuple[HeldImage, ...] = ()
+    dirty: set[tuple[int, int]] = field(default_factory=set)
+    told_at: float | None = None
+
+    @property
+    def state(self) -> str:
+        """For people: active, spare, joining or lost."""
+        if self.gone is not None:
+            return "lost"
+        if self.seat is not None:
+            return "active"
+        return "spare" if self.stopped is not None else "joining"
+
+
+class Membership:
+    """All nodes. ``alive``: those not given up, in the order of joining; ``seats``: the living attempt's."""
+
+    def __init__(self, config: MachineConfig) -> None:
+        self.nodes: dict[str, Node] = {}
+        self.alive: dict[str, Node] = {}
+        self.seats: dict[int, str] = {}
+        self.best_seen_attempt = 0
+        self.watch = Watch(config.detector)
+
+    def join(self, event: Joined, awake: float) -> Node:
+        """Take a node in, or again under a new registration."""
+        old = self.nodes.get(event.node)
+        node = Node(
+            event.node, event.domain, event.host, event.keeper, event.free_port, event.registration, held=event.held
+        )
+        if old is not None:
+            node.seat = None if old.gone is not None else old.seat
+            node.dirty = old.dirty
+        self.nodes[event.node] = self.alive[event.node] = node
+        self.best_seen_attempt = max(
+            self.best_seen_attempt, event.best_seen_attempt, event.attempt.number if event.attempt else 0
+        )
+        self.watch.add(event.node, awake)
+        return node
+
+    def lose(self, node: Node, reason: str) -> None:
+        """Give a node up. Its seat stays with it in ``seats`` until the next attempt is seated."""
+        node.gone = reason
+        node.seat = None
+        node.stopped = None
+        node.inventory = None
+        self.alive.pop(node.name, None)
+        self.watch.remove(node.name)
+
+    def stopped(self, node: Node, event: Stopped) -> None:
+        """A node has confirmed that its ranks are dead."""
+        node.stopped = event.attempt
+        node.inventory = event.inventory
+        node.dirty |= set(event.dirty)
+        if event.free_port:
+            node.free_port = event.free_port
+
+    def seat_all(self, seats: Mapping[int, str]) -> None:
+        """Give the nodes their seats, and take those of all others."""
+        for node in self.alive.values():
+            node.seat = None
+        for seat, name in seats.items():
+            self.nodes[name].seat = seat
+        self.seats = dict(seats)
+
+    def seated(self) -> list[Node]:
+        """The nodes with a seat, in the order of seats."""
+        return [self.nodes[name] for _, name in sorted(self.seats.items())]
+
+    def seated_names(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(name for _, name in sorted(self.seats.items()))
+
+    def inventories(self) -> list[Inventory]:
+        """What the living nodes hold, verified."""
+        return [node.inventory for node in self.alive.values() if node.inventory is not None]
+
+    def candidates(self) -> list[Candidate]:
+        """The living nodes with what they hold."""
+        return [Candidate(node.name, node.domain, newest_by_seat(_images(node))) for node in self.alive.values()]
+
+
+def newest_by_seat(images: Iterable[HeldImage]) -> dict[int, Generation]:
+    """The newest generation of a rank image of each seat."""
+    newest: dict[int, Generation] = {}
+    for image in images:
+        if image.kind == "shard" and (image.seat not in newest or newest[image.seat] < image.generation):
+            newest[image.seat] = image.generation
+    return newest
+
+
+def _images(node: Node) -> tuple[HeldImage, ...]:
+    return node.held if node.inventory is None else node.inventory.images

@@ -1,0 +1,53 @@
+"""What the machine is told once: the job's wishes, and how long it waits for what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from outlast.controller.detector import DetectorConfig
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds that the machine waits for an answer before it does without it.
+
+    ``settle_s``: for further nodes after enough have joined, when they may bring snapshots; ``stop_s``: for a node to
+    confirm that its ranks are dead and to verify its files; ``collateral_s``: for the cause, after an error that only
+    says that somebody else is gone; ``stacks_s``: for the stacks of hung ranks; ``silent_s``: for a rank to say
+    anything, before the script counts as one that does not use outlast; ``copy_s`` and ``encode_s``: for a snapshot's
+    two parts; ``commit_s``: before a commit is said again; ``finish_s``: for the driver to end everything.
+    """
+
+    settle_s: float = 3.0
+    stop_s: float = 60.0
+    collateral_s: float = 0.3
+    stacks_s: float = 6.0
+    silent_s: float = 60.0
+    copy_s: float = 120.0
+    encode_s: float = 120.0
+    commit_s: float = 5.0
+    finish_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """One job. ``every_steps``, ``hang_timeout_s``, ``group_size`` and ``parity`` are None where they are chosen."""
+
+    replicas: int
+    spares: int = 0
+    procs: int = 1
+    every_steps: int | None = None
+    group_size: int | None = None
+    parity: int | None = None
+    max_restarts: int = 20
+    window_s: float = 3600.0
+    hang_timeout_s: float | None = None
+    start_timeout_s: float = 900.0
+    active_deadline_s: float | None = None
+    patience: Patience = field(default_factory=Patience)
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+
+    @property
+    def world(self) -> int:
+        """Ranks of the job."""
+        return self.replicas * self.procs

@@ -1,0 +1,75 @@
+"""What the controller's last status says about nodes, and when a node is due for replacement (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+LOST = frozenset({"lost", "gone", "given-up"})
+RUNNING = "Running"
+
+
+@dataclass(frozen=True)
+class Board:
+    """The controller's newest /status; an empty one before the first."""
+
+    status: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def outcome(self) -> str | None:
+        """succeeded, failed or stopped once the job is over."""
+        outcome = self.status.get("outcome")
+        return str(outcome) if outcome else None
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.status.get("step") or 0)
+
+    @property
+    def attempt(self) -> int:
+        """The number of the attempt under way; 0 before the first."""
+        attempt = self.status.get("attempt") or 0
+        return int(attempt if not isinstance(attempt, Mapping) else attempt["number"])
+
+    @property
+    def running(self) -> bool:
+        return self.status.get("phase") == RUNNING
+
+    @property
+    def nodes(self) -> Mapping[str, Mapping[str, Any]]:
+        nodes = self.status.get("nodes") or {}
+        return nodes if isinstance(nodes, Mapping) else {str(node["node"]): node for node in nodes}
+
+    def seats(self) -> dict[int, str]:
+        """Seat -> the node that has it now."""
+        return {
+            int(node["seat"]): name
+            for name, node in self.nodes.items()
+            if node.get("seat") is not None and node.get("state") not in LOST
+        }
+
+    def lost(self) -> set[str]:
+        """The nodes that the controller has given up."""
+        return {name for name, node in self.nodes.items() if node.get("state") in LOST}
+
+
+class Replacements:
+    """Says which nodes have been lost for long enough. ``after_s`` None: never replace."""
+
+    def __init__(self, after_s: float | None) -> None:
+        self._after_s = after_s
+        self._since: dict[str, float] = {}
+        self._replaced: set[str] = set()
+
+    def due(self, lost: Iterable[str], now: float) -> list[str]:
+        """The nodes of ``lost`` to replace now, each named once for each time that it is lost."""
+        lost = set(lost)
+        self._since = {node: self._since.get(node, now) for node in lost}
+        self._replaced &= lost
+        if self._after_s is None:
+            return []
+        found = [node for node in sorted(lost - self._replaced) if now - self._since[node] >= self._after_s]
+        self._replaced |= set(found)
+        return found

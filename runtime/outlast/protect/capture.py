@@ -1,0 +1,180 @@
+"""One snapshot of one rank: planned at most once per set of storages, staged at the boundary, copied behind training.
+
+The boundary stages what anything may change (eager leaves, JSON state); the copier then fills the image in the
+background while forward and backward run; whoever is about to change parameters waits on ``Window.wait`` first (lazy
+copy after DataStates-LLM). ``Capture`` itself touches neither the network nor the job's control.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from outlast.errors import CapacityError
+from outlast.protect.leaves import Collected, Collector, Leaf
+from outlast.protect.plan import STATE, Cut, Part, make_parts, state_capacity, state_entry
+from outlast.protect.replicas import bytes_of
+from outlast.protect.tree import Json, flatten
+from outlast.snapshot.copier import Copier, CopyTicket, Piece
+from outlast.snapshot.identity import Generation
+from outlast.snapshot.image import ImageFile, Layout, plan_layout
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where this rank's images live and what their headers say."""
+
+    memory_dir: pathlib.Path
+    rank: int
+    world: int
+    seat: int
+    local_rank: int
+
+    def image_path(self, slot: int) -> pathlib.Path:
+        return self.memory_dir / f"slot-{self.local_rank}-{slot}.img"
+
+    def meta(self) -> dict[str, str]:
+        return {
+            "kind": "shard",
+            "rank": str(self.rank),
+            "world": str(self.world),
+            "seat": str(self.seat),
+            "local_rank": str(self.local_rank),
+        }
+
+
+@dataclass(frozen=True)
+class Moment:
+    """All state at one boundary: live leaves and the JSON around them."""
+
+    collected: Collected
+    state: bytes
+
+    @property
+    def leaves(self) -> Mapping[str, Leaf]:
+        return self.collected.leaves
+
+
+@dataclass(frozen=True)
+class SnapshotPlan:
+    """Which part of which leaf goes where; valid while the signature stays the same."""
+
+    signature: tuple[Any, ...]
+    parts: tuple[Part, ...]
+    layout: Layout
+    cut: Cut
+
+
+class Capture:
+    """Takes snapshots of one rank's protected objects."""
+
+    def __init__(self, collector: Collector, seat: Seat, copier: Copier | None = None) -> None:
+        self.collector, self.seat = collector, seat
+        self.copier = copier or Copier()
+        self.plan: SnapshotPlan | None = None
+        self._images: dict[int, ImageFile] = {}
+        self._stages: dict[str, torch.Tensor] = {}
+
+    def observe(self, extra: Mapping[str, Any]) -> Moment:
+        """Look at all protected objects now; ``extra`` (the session's own state) is stored beside them."""
+        collected = self.collector.collect()
+        tensors: list[tuple[str, torch.Tensor]] = []
+        tree: Json = {"objects": collected.state, "session": flatten(dict(extra), "__session__", tensors)}
+        for name, tensor in tensors:
+            collected.leaves[name] = Leaf(name, tensor, False, tuple(tensor.shape), (0,) * tensor.dim(), False)
+        return Moment(collected, json.dumps(tree, separators=(",", ":")).encode())
+
+    def needs_plan(self, moment: Moment) -> bool:
+        """Whether ranks must agree (again) on how replicated state is cut."""
+        return self.plan is None or self.plan.signature != moment.collected.signature()
+
+    def make_plan(self, moment: Moment, cut: Cut) -> SnapshotPlan:
+        """Lay out the image for the leaves of this moment and the cut that the ranks agreed on."""
+        parts = tuple(make_parts(moment.leaves, cut, self.seat.rank))
+        entries = [state_entry(state_capacity(len(moment.state))), *(part.entry() for part in parts)]
+        layout = plan_layout(entries, self.seat.meta())
+        self.plan = SnapshotPlan(moment.collected.signature(), parts, layout, cut)
+        return self.plan
+
+    def start(self, moment: Moment, generation: Generation, slot: int, *, fresh: bool) -> CopyTicket:
+        """Stage eager state now and copy the rest in the background. Raises CapacityError when tmpfs is full."""
+        plan = self._current_plan(moment)
+        image = self._image(slot, plan.layout, fresh=fresh)
+        eager: dict[str, Any] = {STATE: self._state_blob(moment.state, plan.layout.entry(STATE).nbytes)}
+        lazy = []
+        for part in plan.parts:
+            leaf = moment.leaves[part.leaf.name]
+            if not leaf.lazy:
+                eager[leaf.name] = self._stage(leaf)
+            elif part.stop > part.start:
+                lazy.append(Piece(leaf.name, leaf.tensor, part.start, part.stop))
+        return self.copier.start(image, generation, eager, lazy)
+
+    def _current_plan(self, moment: Moment) -> SnapshotPlan:
+        """The plan, laid out anew when eager state changed its shape or outgrew its room (the cut stays)."""
+        plan = self.plan
+        assert plan is not None
+        known = {part.leaf.name: (part.leaf.nbytes, part.leaf.shape) for part in plan.parts}
+        same = known == {name: (leaf.nbytes, leaf.shape) for name, leaf in moment.leaves.items()}
+        if same and len(moment.state) + 8 <= plan.layout.entry(STATE).nbytes:
+            return plan
+        return self.make_plan(moment, plan.cut)
+
+    def _image(self, slot: int, layout: Layout, *, fresh: bool) -> ImageFile:
+        image = self._images.get(slot)
+        if image is not None and image.layout == layout and not fresh:
+            return image
+        if image is not None:
+            self._images.pop(slot).close()
+        image = self._images[slot] = ImageFile.create(self.seat.image_path(slot), layout, fresh=fresh)
+        return image
+
+    def _stage(self, leaf: Leaf) -> memoryview:
+        stage = self._stages.get(leaf.name)
+        if stage is None or stage.shape != leaf.tensor.shape or stage.dtype != leaf.tensor.dtype:
+            stage = torch.empty(leaf.tensor.shape, dtype=leaf.tensor.dtype, device="cpu")
+            self._stages[leaf.name] = stage
+        stage.copy_(leaf.tensor)
+        return memoryview(bytes_of(stage))
+
+    @staticmethod
+    def _state_blob(state: bytes, capacity: int) -> memoryview:
+        blob = np.zeros(capacity, np.uint8)
+        blob[:8] = np.frombuffer(len(state).to_bytes(8, "little"), np.uint8)
+        blob[8 : 8 + len(state)] = np.frombuffer(state, np.uint8)
+        return memoryview(blob)
+
+    def close(self) -> None:
+        for image in self._images.values():
+            image.close()
+        self._images.clear()
+
+
+def check_capacity(memory_dir: pathlib.Path, image_bytes: int, held_bytes: int, limits: Mapping[str, Any], ranks: int) -> None:
+    """Refuse to go on when a node's memory cannot hold ``slots`` images and their parity.
+
+    image_bytes: of one rank; held_bytes: what this node's files occupy already; limits: {"slots", "parity", "group",
+    "max_memory" or None}; ranks: on this node. Raises CapacityError that says how much is missing.
+    """
+    slots, parity, group = int(limits.get("slots", 2)), int(limits.get("parity", 0)), int(limits.get("group", 1))
+    overhead = parity / (group - parity) if group > parity else 0.0
+    needed = int(slots * ranks * image_bytes * (1 + overhead))
+    stat = os.statvfs(memory_dir)
+    available = stat.f_bavail * stat.f_frsize + held_bytes
+    where = f"{memory_dir} (tmpfs)"
+    maximum = limits.get("max_memory")
+    if maximum is not None and int(maximum) < available:
+        available, where = int(maximum), "spec.snapshot.maxMemory"
+    if needed > available:
+        raise CapacityError(
+            f"snapshots need {needed / 2**20:.0f} MiB a node ({slots} slots x {ranks} ranks x {image_bytes / 2**20:.1f} MiB "
+            f"x {1 + overhead:.2f} with parity), but {where} holds {available / 2**20:.0f} MiB: "
+            f"{(needed - available) / 2**20:.0f} MiB are missing. Give more memory, fewer ranks a node or less parity"
+        )

@@ -1,0 +1,192 @@
+"""The live tensors of the objects that a script protects, each under a stable name.
+
+A leaf is one rank's local tensor: a parameter or buffer, one tensor of an optimizer's state, or a tensor inside the
+``state_dict()`` of anything else. Leaves that only ``Optimizer.step`` changes (parameters in protected optimizers, and
+these optimizers' states) are *lazy*: they may be copied until the optimizer's next step. All others are *eager* and
+copied at the boundary. Names do not depend on wrappers, ranks or the world size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from outlast.errors import StateError
+from outlast.protect.tree import Json, flatten
+
+_WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything that can say its state and take it back."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One rank's local part of one tensor.
+
+    ``tensor`` is the live local tensor; ``shape`` and ``offset`` place it in the global tensor of ``global_shape``
+    (all in elements). ``distributed`` says that the live object is a DTensor, ``device`` on which kind of device it lives.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    lazy: bool
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    distributed: bool
+    device: str = "cpu"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
+
+    @property
+    def key(self) -> str:
+        """Equal on the ranks whose local tensors are meant to be equal."""
+        return f"{self.name}@{','.join(map(str, self.offset))}:{','.join(map(str, self.shape))}:{self.tensor.dtype}"
+
+
+@dataclass
+class Collected:
+    """All leaves of the protected objects at one moment, and the JSON state around them."""
+
+    leaves: dict[str, Leaf] = field(default_factory=dict)
+    state: dict[str, Json] = field(default_factory=dict)
+
+    def signature(self) -> tuple[tuple[str, int, int], ...]:
+        """Changes when a tensor appears, goes, or moves to another storage."""
+        return tuple((leaf.name, leaf.tensor.data_ptr(), leaf.nbytes) for leaf in self.leaves.values() if leaf.lazy)
+
+
+def clean(name: str) -> str:
+    """A module-path without the prefixes that DDP, torch.compile and activation checkpointing add."""
+    return _WRAPPERS.sub("", name)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The rank's own part of a DTensor, without a copy; other tensors as they are."""
+    local = getattr(tensor, "_local_tensor", None)
+    return local if isinstance(local, torch.Tensor) else tensor.detach()
+
+
+def make_leaf(name: str, tensor: torch.Tensor, *, lazy: bool) -> Leaf:
+    """A leaf of a live tensor. Raises StateError for tensor kinds without plain bytes."""
+    local = local_of(tensor)
+    distributed = local is not tensor and hasattr(tensor, "_local_tensor")
+    if local.layout is not torch.strided or local.is_quantized or local.is_meta:
+        raise StateError(f"tensor {name!r} ({local.layout}, {local.device}) has no plain bytes; a snapshot cannot hold it")
+    offset: tuple[int, ...] = (0,) * local.dim()
+    if distributed:
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+    lazy = lazy and local.is_contiguous()
+    return Leaf(name, local, lazy, tuple(tensor.shape), tuple(offset), distributed, local.device.type)
+
+
+def reshard(modules: Mapping[str, nn.Module]) -> None:
+    """Put every FSDP2 module back to its sharded parameters (after an evaluation they may be whole)."""
+    for module in modules.values():
+        for part in module.modules():
+            if hasattr(part, "reshard") and hasattr(part, "unshard"):
+                part.reshard()
+
+
+class Collector:
+    """Finds the leaves of protected objects; one per ``Run.protect``.
+
+    Objects may be nn.Modules, torch optimizers, anything Stateful, dicts, lists and tensors.
+    """
+
+    def __init__(self, objects: Mapping[str, Any]) -> None:
+        self.objects = dict(objects)
+        self.modules = {key: value for key, value in objects.items() if isinstance(value, nn.Module)}
+        self.optimizers = {key: value for key, value in objects.items() if isinstance(value, torch.optim.Optimizer)}
+        self.others = {k: v for k, v in objects.items() if k not in self.modules and k not in self.optimizers}
+        for key, value in self.others.items():
+            if not isinstance(value, (Stateful, dict, list, torch.Tensor)):
+                raise StateError(
+                    f"protect({key}=...) got a {type(value).__qualname__}: it needs state_dict() and load_state_dict(), "
+                    f"or to be a dict, list or tensor"
+                )
+        reshard(self.modules)
+        self.parameters: dict[int, tuple[str, torch.Tensor]] = {}
+        self.buffers: dict[str, torch.Tensor] = {}
+        self._index_modules()
+
+    def _index_modules(self) -> None:
+        for key, module in self.modules.items():
+            for name, parameter in module.named_parameters():
+                self.parameters.setdefault(id(parameter), (f"{key}/{clean(name)}", parameter))
+
+    def parameter_name(self, parameter: torch.Tensor, optimizer: str, index: int) -> str:
+        known = self.parameters.get(id(parameter))
+        return known[0] if known else f"{optimizer}/parameter/{index}"
+
+    def parameters_of(self, key: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, parameter) in the order of an optimizer's groups."""
+        index = 0
+        for group in self.optimizers[key].param_groups:
+            for parameter in group["params"]:
+                yield self.parameter_name(parameter, key, index), parameter
+                index += 1
+
+    def collect(self) -> Collected:
+        """Walk all objects now. Cheap enough for every boundary: no tensor is read."""
+        found = Collected()
+        stepped = {id(p) for key in self.optimizers for _, p in self.parameters_of(key)}
+        for name, parameter in self.parameters.values():
+            found.leaves[name] = make_leaf(name, parameter, lazy=id(parameter) in stepped)
+        for key, module in self.modules.items():
+            self._collect_module(key, module, found)
+        for key in self.optimizers:
+            self._collect_optimizer(key, found)
+        for key, value in self.others.items():
+            content = value.state_dict() if isinstance(value, Stateful) else value
+            found.state[key] = self._tree(content, key, found, lazy=False)
+        return found
+
+    def _collect_module(self, key: str, module: nn.Module, found: Collected) -> None:
+        for name, buffer in module.named_buffers():
+            full = f"{key}/{clean(name)}"
+            found.leaves[full] = make_leaf(full, buffer, lazy=False)
+        extra = {
+            clean(name): part.get_extra_state()
+            for name, part in module.named_modules()
+            if type(part).get_extra_state is not nn.Module.get_extra_state
+        }
+        if extra:
+            found.state[key] = self._tree(extra, f"{key}/extra", found, lazy=False)
+
+    def _collect_optimizer(self, key: str, found: Collected) -> None:
+        optimizer = self.optimizers[key]
+        states: dict[str, Json] = {}
+        for name, parameter in self.parameters_of(key):
+            if id(parameter) not in self.parameters and name not in found.leaves:
+                found.leaves[name] = make_leaf(name, parameter, lazy=True)
+            if parameter in optimizer.state:
+                states[name] = self._tree(optimizer.state[parameter], f"{key}/state/{name}", found, lazy=True)
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        found.state[key] = {"states": states, "groups": self._tree(groups, f"{key}/groups", found, lazy=False)}
+
+    def _tree(self, value: object, path: str, found: Collected, *, lazy: bool) -> Json:
+        tensors: list[tuple[str, torch.Tensor]] = []
+        tree = flatten(value, path, tensors)
+        for name, tensor in tensors:
+            found.leaves[name] = make_leaf(name, tensor, lazy=lazy)
+        return tree

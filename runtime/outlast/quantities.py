@@ -1,0 +1,176 @@
+"""Amounts as people write them: bytes (``8Gi``, ``200Mi``) and durations (``10m``, ``1h30m``).
+
+Parsers and their inverses, then the field types of ``outlast.api`` made of them. A parsed value is a plain ``int`` of
+bytes or ``float`` of seconds, and is written back in the spelling that people use. Every ``ValueError`` names the
+value, says what is allowed and, where it can be guessed, what was meant.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from decimal import Decimal
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, PlainSerializer, PlainValidator, WithJsonSchema
+
+Auto = Literal["auto"]
+
+_BINARY: dict[str, int] = {unit: 1024 ** (power + 1) for power, unit in enumerate(("Ki", "Mi", "Gi", "Ti", "Pi", "Ei"))}
+_DECIMAL: dict[str, int] = {unit: 1000 ** (power + 1) for power, unit in enumerate(("k", "M", "G", "T", "P", "E"))}
+_BYTE_UNITS = {"": 1, **_DECIMAL, **_BINARY}
+_SECOND_UNITS = {
+    "ms": Fraction(1, 1000),
+    "s": Fraction(1),
+    "m": Fraction(60),
+    "h": Fraction(3600),
+    "d": Fraction(86400),
+}
+
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)([kMGTPE]|[KMGTPE]i)?")
+_LOOSE_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtpe])(i?)(?:b|bytes?)?", re.IGNORECASE)
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_DURATION = re.compile(rf"(?:{_DURATION_PART.pattern})+")
+_LOOSE_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|)[a-z]*", re.IGNORECASE)
+
+_MIN_MEMORY = 1024**2
+
+
+def parse_bytes(value: str | int) -> int:
+    """Bytes out of ``8Gi`` (powers of 1024), ``8G`` (powers of 1000) or a whole number. Raises ValueError.
+
+    Source: Kubernetes, resource.Quantity; a part of a byte is rounded up as there, milli-bytes are refused.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _BYTES.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{_shown(value)} is no amount of bytes: write 8Gi, 512Mi or 8G{_meant(_guess_bytes(value))}")
+    return math.ceil(Fraction(match[1]) * _BYTE_UNITS[match[2] or ""])
+
+
+def format_bytes(count: int) -> str:
+    """The shortest exact spelling in binary units: ``8589934592`` is ``8Gi``; what is no multiple stays a number."""
+    for unit, size in reversed(_BINARY.items()):
+        if count and count % size == 0:
+            return f"{count // size}{unit}"
+    return str(count)
+
+
+def parse_duration(value: str | float) -> float:
+    """Seconds out of ``90s``, ``10m``, ``1h30m``, ``250ms``, ``2d``, or a number, which counts seconds.
+
+    Raises ValueError.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    if not isinstance(value, str) or not _DURATION.fullmatch(value):
+        raise ValueError(f"{_shown(value)} is no duration: write 90s, 10m or 1h30m{_meant(_guess_duration(value))}")
+    return float(sum(Fraction(number) * _SECOND_UNITS[unit] for number, unit in _DURATION_PART.findall(value)))
+
+
+def format_duration(seconds: float) -> str:
+    """The spelling that ``parse_duration`` reads back exactly: ``5400.0`` is ``1h30m``, ``0.25`` is ``0.25s``."""
+    if seconds != int(seconds):
+        return f"{Decimal(repr(seconds)):f}s"
+    hours, rest = divmod(int(seconds), 3600)
+    parts = ((hours, "h"), (rest // 60, "m"), (rest % 60, "s"))
+    return "".join(f"{number}{unit}" for number, unit in parts if number) or "0s"
+
+
+def _shown(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _meant(guess: str | None) -> str:
+    return f"; did you mean {guess}?" if guess else ""
+
+
+def _guess_bytes(value: object) -> str | None:
+    match = _LOOSE_BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        return None
+    unit = match[2].upper() + "i" if match[3] else match[2].upper().replace("K", "k")
+    return match[1] + unit
+
+
+def _guess_duration(value: object) -> str | None:
+    match = _LOOSE_DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    return match[1] + (match[2].lower() or "s") if match else None
+
+
+def _steps_or_auto(value: Any) -> int | Auto:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise ValueError(f"{_shown(value)} is no number of steps: write auto or a whole number of at least 1")
+
+
+def _duration_or_auto(value: Any) -> float | Auto:
+    if value == "auto":
+        return "auto"
+    try:
+        return _positive(parse_duration(value))
+    except ValueError as error:
+        raise ValueError(f"{error}; or write auto") from error
+
+
+def _write_duration_or_auto(value: float | Auto) -> str:
+    return "auto" if value == "auto" else format_duration(value)
+
+
+def _positive(seconds: float) -> float:
+    if seconds <= 0:
+        raise ValueError(f"{seconds:g} s is too short: must be more than 0s")
+    return seconds
+
+
+def _enough_memory(count: int) -> int:
+    if count < _MIN_MEMORY:
+        raise ValueError(f"{count} bytes is too little: must be at least {format_bytes(_MIN_MEMORY)}")
+    return count
+
+
+def _schema(pattern: str) -> WithJsonSchema:
+    """What Kubernetes calls int-or-string: a number or text of this form."""
+    return WithJsonSchema(
+        {
+            "anyOf": [{"type": "integer"}, {"type": "string"}],
+            "pattern": f"^({pattern})$",
+            "x-kubernetes-int-or-string": True,
+        }
+    )
+
+
+_DURATION_PATTERN = r"([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+"
+_BYTES_PATTERN = r"[0-9]+(\.[0-9]+)?([kMGTPE]|[KMGTPE]i)?"
+
+Seconds = Annotated[
+    float, PlainValidator(parse_duration), PlainSerializer(format_duration, return_type=str), _schema(_DURATION_PATTERN)
+]
+"""A duration of 0 or more, in seconds."""
+
+PositiveSeconds = Annotated[Seconds, AfterValidator(_positive)]
+"""A duration of more than 0, in seconds."""
+
+SecondsOrAuto = Annotated[
+    float | Auto,
+    PlainValidator(_duration_or_auto),
+    PlainSerializer(_write_duration_or_auto, return_type=str),
+    _schema(f"auto|{_DURATION_PATTERN}"),
+]
+"""A duration of more than 0, in seconds, or ``"auto"``: chosen by measurement."""
+
+StepsOrAuto = Annotated[int | Auto, PlainValidator(_steps_or_auto), _schema("auto")]
+"""A number of steps, at least 1, or ``"auto"``: chosen by measurement."""
+
+MemoryBytes = Annotated[
+    int,
+    PlainValidator(parse_bytes),
+    AfterValidator(_enough_memory),
+    PlainSerializer(format_bytes, return_type=str),
+    _schema(_BYTES_PATTERN),
+]
+"""An amount of memory of at least 1Mi, in bytes."""

@@ -1,0 +1,8 @@
+"""A rank's side of the job: its link to the agent, its snapshots, its batches.
+
+``link``        messages to and from the node's agent
+``snapshots``   permits obeyed at boundaries, windows kept until the optimizer's next step, results reported
+``batches``     micro-batches of global steps out of any loader, with the position consumed
+``environment`` what decides bits besides code and data
+``gate``        where an injected fault stops a rank
+"""

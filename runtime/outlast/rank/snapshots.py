@@ -1,0 +1,182 @@
+"""Snapshots of one rank in time: permits are obeyed at boundaries, and every result is reported.
+
+A permit names one coming step. At its boundary the rank either copies, or (when the controller asks for it) only votes
+on which replicas are equal; at any other boundary it says why it could not. From the boundary until ``Window.closed``
+parameters and optimizer states must not change: the optimizer pre-step hook waits for it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from outlast.errors import OutlastError, SnapshotError
+from outlast.protect.capture import Capture, Moment
+from outlast.protect.plan import rotating_sample
+from outlast.protect.replicas import ReplicaVote, digest
+from outlast.rank.link import AgentLink
+from outlast.snapshot.identity import Generation
+
+WINDOW_DEADLINE_S = 600.0
+
+
+@dataclass
+class Window:
+    """The time in which lazy leaves are being read. ``stalled_s`` is how long training was blocked by it."""
+
+    generation: Generation
+    closed: threading.Event = field(default_factory=threading.Event)
+    given_up: threading.Event = field(default_factory=threading.Event)
+    opened: float = 0.0
+    stalled_s: float = 0.0
+    waiting_since: float | None = None
+
+    def wait(self) -> None:
+        """Block until lazy leaves may change. Raises SnapshotError when the copy does not end."""
+        if self.closed.is_set():
+            return
+        self.waiting_since = time.perf_counter()
+        if not self.closed.wait(WINDOW_DEADLINE_S):
+            raise SnapshotError(f"the copy of generation {self.generation} has not ended in {WINDOW_DEADLINE_S:.0f} s")
+        self.stalled_s += time.perf_counter() - self.waiting_since
+        self.waiting_since = None
+
+    def stall_so_far(self) -> float:
+        waiting = self.waiting_since
+        return self.stalled_s + (time.perf_counter() - waiting if waiting is not None else 0.0)
+
+
+class RankSnapshots:
+    """Obeys permits for one rank. ``extra`` returns the session's own state at the boundary."""
+
+    def __init__(self, link: AgentLink, capture: Capture, extra: Callable[[], Mapping[str, Any]], *, check: bool) -> None:
+        self.link, self.capture, self.extra, self.check = link, capture, extra, check
+        self.window: Window | None = None
+        self._vote: ReplicaVote | None = None
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._turn = 0
+        threading.Thread(target=self._run, name="outlast-snapshots", daemon=True).start()
+        link.on_abort.append(self._abort)
+        self._hook = register_optimizer_step_pre_hook(lambda *_: self.barrier())
+
+    def barrier(self) -> None:
+        """Called before anything changes lazy leaves: each optimizer step, and the next boundary."""
+        if self.window is not None:
+            self.window.wait()
+
+    def boundary(self, step: int) -> None:
+        """Obey what is permitted for ``step``; report permits that came too late."""
+        if not self.link.permits and self.window is None:
+            return
+        self.barrier()
+        for permit in self.link.take_permits(step):
+            generation = Generation.parse(permit["generation"])
+            if permit["step"] < step or permit["generation"] in self.link.aborted:
+                self.link.send("missed", generation=str(generation), reason="late")
+            else:
+                self._obey(permit, generation)
+
+    def _obey(self, permit: Mapping[str, Any], generation: Generation) -> None:
+        began = time.perf_counter()
+        moment = self.capture.observe(self.extra())
+        replan = bool(permit.get("replan"))
+        if self.capture.needs_plan(moment) and not replan:
+            self.link.send("missed", generation=str(generation), reason="replan")
+            return
+        window = self.window = Window(generation, opened=began)
+        if replan:
+            self._work.put(lambda: self._agree(window, moment))
+        else:
+            self._copy(window, moment, permit)
+        window.stalled_s += time.perf_counter() - began
+
+    # -- voting on replicas
+
+    def _agree(self, window: Window, moment: Moment) -> None:
+        try:
+            digests = {leaf.key: digest(leaf.tensor) for leaf in moment.leaves.values() if leaf.lazy}
+        finally:
+            window.closed.set()
+        world = self.capture.seat.world
+        if world == 1:
+            cut: Mapping[str, tuple[int, ...]] = {}
+        else:
+            vote = self._voter()
+            cut = vote.agree(str(window.generation), digests, window.given_up)
+        self.capture.make_plan(moment, cut)
+        self.link.send("planned", generation=str(window.generation))
+
+    def _voter(self) -> ReplicaVote:
+        if self._vote is None:
+            self._vote = ReplicaVote.connect(self.capture.seat.rank, self.capture.seat.world)
+        return self._vote
+
+    # -- copying
+
+    def _copy(self, window: Window, moment: Moment, permit: Mapping[str, Any]) -> None:
+        before = self._digests(moment) if self.check else {}
+        ticket = self.capture.start(moment, window.generation, int(permit["slot"]), fresh=bool(permit.get("fresh")))
+        plan = self.capture.plan
+        assert plan is not None
+        sample = rotating_sample(plan.cut, self._turn)
+        self._turn += 1
+
+        def finish() -> None:
+            try:
+                ticket.wait(WINDOW_DEADLINE_S)
+                by_key = {leaf.key: leaf for leaf in moment.leaves.values() if leaf.lazy}
+                sampled = {key: digest(by_key[key].tensor) or "" for key, _ in sample if key in by_key}
+                changed = [name for name, value in self._digests(moment).items() if before.get(name) != value] if self.check else []
+            finally:
+                window.closed.set()
+            self.link.send(
+                "copied", generation=str(window.generation), slot=int(permit["slot"]), bytes=ticket.copied_bytes,
+                length=plan.layout.total_bytes, stall_s=window.stall_so_far(), copy_s=ticket.seconds,
+            )  # fmt: skip
+            if changed:
+                self._note("state-changed", f"changed during the copy by something else than an optimizer: {', '.join(changed)}")
+            for key, replicas in sample:
+                if key in sampled:
+                    self._compare(window, key, sampled[key], replicas)
+
+        self._work.put(finish)
+
+    def _compare(self, window: Window, key: str, mine: str, replicas: tuple[int, ...]) -> None:
+        others = self._voter().differing(f"sample/{window.generation}", key, mine, replicas, window.given_up)
+        if others:
+            name = key.split("@")[0]
+            self._note("silent-corruption", f"replicas of {name} differ: ranks {others} against rank {replicas[0]}")
+
+    @staticmethod
+    def _digests(moment: Moment) -> dict[str, str | None]:
+        return {leaf.name: digest(leaf.tensor) for leaf in moment.leaves.values() if leaf.lazy}
+
+    # -- the background thread
+
+    def _run(self) -> None:
+        while True:
+            work = self._work.get()
+            try:
+                work()
+            except (OutlastError, TimeoutError, OSError, RuntimeError, ValueError) as error:
+                window = self.window
+                if window is not None:
+                    self.link.send("missed", generation=str(window.generation), reason=f"{type(error).__name__}: {error}")
+
+    def _abort(self, generation: str) -> None:
+        window = self.window
+        if window is not None and str(window.generation) == generation:
+            window.given_up.set()
+
+    def _note(self, kind: str, text: str) -> None:
+        self.link.send("note", kind=kind, text=text)
+
+    def close(self) -> None:
+        self.barrier()
+        self._hook.remove()

@@ -1,0 +1,351 @@
+"""What a training script calls: ``init``, ``Run.protect``, ``Run.steps``, ``Run.report``, ``Run.busy``.
+
+::
+
+    import outlast
+    run = outlast.init()
+    sampler = outlast.ElasticSampler(len(dataset), global_batch=64, seed=7)
+    loader = DataLoader(dataset, batch_sampler=sampler)
+    run.protect(model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler)
+    for batch in run.steps(loader, total=2000):
+        loss = train_step(batch)
+        run.report(loss=loss)
+
+Under ``trainctl run`` or in a training Pod the rank is protected; under plain torchrun or alone it trains the same way
+without protection, and says so in one line.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from outlast.errors import CapacityError, RequestError
+from outlast.protect import ddp, rng
+from outlast.protect.capture import Capture, Seat, check_capacity
+from outlast.protect.leaves import Collector
+from outlast.protect.plan import estimate_bytes
+from outlast.protect.reload import reload
+from outlast.protect.weights import write_weights
+from outlast.quantities import parse_duration
+from outlast.rank.batches import Batches, position_is_protected
+from outlast.rank.environment import differences, environment
+from outlast.rank.gate import FaultGate
+from outlast.rank.link import AgentLink, NoLink, error_fields, write_error_file
+from outlast.rank.snapshots import RankSnapshots
+from outlast.rank.sources import open_shards
+
+RESTORE_DEADLINE_S = 600.0
+
+
+class Run:
+    """One rank's part of a job. Made by ``init``.
+
+    Attributes:
+        rank, world_size, local_rank: as torchrun's environment gives them.
+        device: where this rank computes.
+        attempt: the number of this start of all ranks; 0 without a controller.
+        step: the step being done, from 0.
+        last: whether the optimizer steps after the current micro-batch.
+        weight: factor for the current micro-batch's mean loss, so that the step's gradient is the mean over the global
+            batch after averaging over ranks and summing over micro-batches.
+    """
+
+    def __init__(self, link: AgentLink | NoLink, backend: str) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        self.attempt = int(os.environ.get("OUTLAST_ATTEMPT", "0"))
+        self.step, self.last, self.weight = 0, True, 1.0
+        self._link, self._environment = link, environment(backend)
+        self._collector: Collector | None = None
+        self._snapshots: RankSnapshots | None = None
+        self._restored: dict[str, Any] | None = None
+        self._metrics: dict[str, Any] = {}
+        self._ddp = _DdpOrders()
+        self._pace = _Pace()
+        self._gate = FaultGate.from_environment(
+            {"rank": self.rank, "node": os.environ.get("OUTLAST_NODE", ""), "attempt": self.attempt, "pid": os.getpid()}
+        )
+
+    # -- protect
+
+    def protect(self, *, check: bool = False, **objects: Any) -> int:
+        """Make ``objects`` part of every snapshot, and restore them if there is anything to restore.
+
+        objects: nn.Modules (wrapped ones too), optimizers, anything with state_dict/load_state_dict, dicts, lists and
+        tensors. Call it once, after wrapping, on every rank. ``check`` reads every lazily copied tensor twice and
+        reports those that something else than an optimizer changed meanwhile (slow).
+
+        Returns the number of steps that are done already. Raises StateError when an object cannot be held or does not
+        fit what is to be restored, CapacityError when the node's memory cannot hold the snapshots.
+        """
+        if self._collector is not None:
+            raise RequestError("run.protect was called twice: name all objects in one call")
+        collector = self._collector = Collector(objects)
+        for value in objects.values():
+            if callable(getattr(value, "set_world", None)):
+                value.set_world(self.rank, self.world_size)
+        if isinstance(self._link, AgentLink):
+            self._protect_with_agent(self._link, collector, check=check)
+        return self.step
+
+    def _protect_with_agent(self, link: AgentLink, collector: Collector, *, check: bool) -> None:
+        began = time.perf_counter()
+        message = link.wait_restore(RESTORE_DEADLINE_S)
+        self._limits = dict(message.get("protection") or {})
+        source = "none"
+        if message.get("plan"):
+            with open_shards(message, self.rank) as shards:
+                self._restored = reload(collector, shards)
+            source = message["plan"]["sources"][str(self.rank)] if "sources" in message["plan"] else "memory-local"
+            self.step = int(self._restored["step"])
+            self._compare_environment(self._restored["environment"])
+        seat = Seat(
+            pathlib.Path(os.environ["OUTLAST_MEMORY_DIR"]), self.rank, self.world_size,
+            int(os.environ["GROUP_RANK"]), self.local_rank,
+        )  # fmt: skip
+        self._check_memory(link, collector, seat)
+        capture = Capture(collector, seat)
+        self._snapshots = RankSnapshots(link, capture, self._session_state, check=check)
+        link.send("ready", restored_step=self.step, restore_s=time.perf_counter() - began, source=source)
+
+    def _check_memory(self, link: AgentLink, collector: Collector, seat: Seat) -> None:
+        leaves = list(collector.collect().leaves.values())
+        known = any("/state/" in leaf.name for leaf in leaves) or not collector.optimizers
+        replicas = self.world_size if not any(leaf.distributed for leaf in leaves) else 1
+        size = estimate_bytes(leaves, known, replicas)
+        held = sum(file.stat().st_blocks * 512 for file in seat.memory_dir.iterdir() if file.is_file())
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        try:
+            check_capacity(seat.memory_dir, size, held, self._limits, ranks)
+        except CapacityError as error:
+            link.send("capacity", missing=0, text=str(error))
+            raise
+
+    def _compare_environment(self, before: Mapping[str, Any]) -> None:
+        changed = differences(dict(before), self._environment)
+        if changed:
+            self._link.send("note", kind="environment-changed", text=f"results may differ in bits: {changed}")
+
+    # -- steps
+
+    def steps(self, loader: Any, total: int, *, micro_batches: int = 1) -> Iterator[Any]:
+        """Yield the micro-batches of the steps that are not done yet, up to ``total`` steps in all.
+
+        Epochs roll over by themselves. Asking for the next batch after a step's last one is the boundary at which
+        snapshots are taken. After the last step the weights are gathered and written (a collective).
+        """
+        batches = Batches(loader, micro_batches)
+        if batches.sampler is not None:
+            batches.sampler.set_world(self.rank, self.world_size)
+        if self._snapshots and not position_is_protected(batches, self._collector.objects if self._collector else {}):
+            text = "the data position is not protected: pass the sampler or a stateful loader to run.protect"
+            self._link.send("note", kind="position-unprotected", text=text)
+        if self.step < total:
+            self._open(batches)
+            with self._pace.watching():
+                yield from self._steps(batches, total)
+        self._complete()
+
+    def _open(self, batches: Batches) -> None:
+        batches.open()
+        self._ddp.find(self._collector)
+        if self._restored is not None:
+            self._ddp.restore(self._restored["ddp"])
+            rng.restore(self._restored["rng"])
+            self._restored = None
+
+    def _steps(self, batches: Batches, total: int) -> Iterator[Any]:
+        while self.step < total:
+            self._boundary()
+            for batch, self.last, self.weight in self._pace.fetching(batches.step()):
+                yield batch
+            batches.finished()
+            self.step += 1
+            self._after_step(total)
+
+    def _boundary(self) -> None:
+        self._ddp.settle()
+        if self._gate is not None:
+            self._gate.pass_step(self.step)
+        if self._snapshots is not None:
+            self._snapshots.boundary(self.step)
+        self._pace.begin()
+
+    def _after_step(self, total: int) -> None:
+        seconds, own = self._pace.end()
+        metrics, self._metrics = {k: _number(v) for k, v in self._metrics.items()}, {}
+        self._link.send("step", step=self.step, seconds=seconds, own_seconds=own, metrics=metrics, total=total)
+
+    def _session_state(self) -> dict[str, Any]:
+        return {"step": self.step, "rng": rng.capture(), "ddp": self._ddp.orders(), "environment": self._environment}
+
+    # -- the rest of the contract
+
+    def report(self, **metrics: Any) -> None:
+        """Numbers of the current step (floats or one-element tensors), shown and logged with it."""
+        self._metrics.update(metrics)
+
+    @contextlib.contextmanager
+    def busy(self, label: str, limit: str | float | None = None) -> Iterator[None]:
+        """Announce a long pause ("10m", seconds, or None for no limit), so that it is not taken for a hang."""
+        limit_s = parse_duration(limit) if isinstance(limit, str) else limit
+        self._link.send("busy", label=label, limit_s=limit_s)
+        try:
+            yield
+        finally:
+            self._link.send("idle")
+
+    def _complete(self) -> None:
+        if self._snapshots is not None:
+            self._snapshots.barrier()
+        if self._collector is None:
+            return
+        modules = self._collector.modules
+        folder = os.environ.get("OUTLAST_RUN_DIR") if isinstance(self._link, AgentLink) else None
+        with self.busy("writing the weights"):
+            digest = write_weights(modules, pathlib.Path(folder) / "final" if folder else None, self.rank)
+            dist.barrier()
+        self._link.send("done", digest=digest, steps=self.step, environment=self._environment)
+
+
+class _DdpOrders:
+    """Bucket orders of the DDP objects alive, settled at boundaries so that a snapshot sees the next step's order."""
+
+    def __init__(self) -> None:
+        self._found: list[Any] = []
+        self._orders: list[list[list[int]]] | None = None
+        self._settled = False
+
+    def find(self, collector: Collector | None) -> None:
+        self._found = ddp.instances(p for _, p in collector.parameters.values()) if collector else []
+        self._settled, self._orders = not self._found, None
+
+    def settle(self) -> None:
+        """Rebuild buckets now if DDP is about to at its next forward (collective, like that; once per object)."""
+        if self._settled:
+            return
+        rebuilt = [ddp.rebuild_buckets(found) for found in self._found]
+        if any(rebuilt):
+            self._orders = None
+        self._settled = all(ddp.is_settled(found) for found in self._found)
+
+    def orders(self) -> list[list[list[int]]]:
+        if self._orders is None:
+            self._orders = [ddp.bucket_order(found) for found in self._found]
+        return self._orders
+
+    def restore(self, orders: list[list[list[int]]]) -> None:
+        for found, order in zip(self._found, orders, strict=False):
+            ddp.set_bucket_order(found, order)
+
+
+class _Pace:
+    """Times a step, and the part of it that waits for no other rank: fetching data, and from the optimizer on."""
+
+    def __init__(self) -> None:
+        self._began = self._fetched = 0.0
+        self._stepping: float | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        hook = register_optimizer_step_pre_hook(self._on_optimizer)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _on_optimizer(self, *_: Any) -> None:
+        if self._stepping is None:
+            self._stepping = time.perf_counter()
+
+    def begin(self) -> None:
+        self._began, self._fetched, self._stepping = time.perf_counter(), 0.0, None
+
+    def fetching(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            before = time.perf_counter()
+            try:
+                item = next(batches)
+            except StopIteration:
+                return
+            self._fetched += time.perf_counter() - before
+            yield item
+
+    def end(self) -> tuple[float, float]:
+        """(seconds of the step, seconds of its own part)."""
+        now = time.perf_counter()
+        return now - self._began, self._fetched + (now - self._stepping if self._stepping is not None else 0.0)
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
+def init(backend: str | None = None, timeout: str | float = "30m") -> Run:
+    """Join the job: afterwards ``torch.distributed`` is up.
+
+    backend: as ``init_process_group`` takes it; default gloo, with nccl beside it where there are GPUs. timeout: of its
+    collectives. Without any launcher the world is one process. Raises TransferError when the agent cannot be reached.
+    """
+    chosen = backend or ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    limit = timedelta(seconds=parse_duration(timeout) if isinstance(timeout, str) else timeout)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    path = os.environ.get("OUTLAST_AGENT")
+    link: AgentLink | NoLink = AgentLink(path) if path else NoLink()
+    if isinstance(link, AgentLink):
+        link.send("hello", rank=int(os.environ["RANK"]), pid=os.getpid())
+        _report_errors(link)
+    if not dist.is_initialized():
+        _join(chosen, limit)
+    if not path:
+        _say_unprotected()
+    return Run(link, chosen)
+
+
+def _join(backend: str, limit: timedelta) -> None:
+    if "RANK" in os.environ:
+        if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(backend, timeout=limit)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # the process ends anyway; peers may be gone already
+            dist.destroy_process_group()
+
+
+def _say_unprotected() -> None:
+    if dist.get_rank() == 0:
+        print("outlast: not started by a controller, so this run is not protected (use `trainctl run`)", file=sys.stderr)
+
+
+def _report_errors(link: AgentLink) -> None:
+    """Send an uncaught exception to the agent, and write torchelastic's error file, before Python prints it."""
+    original = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if not isinstance(error, KeyboardInterrupt):
+            link.send("error", **error_fields(error.with_traceback(traceback)))
+            write_error_file(error)
+        original(kind, error, traceback)
+
+    sys.excepthook = hook

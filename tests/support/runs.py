@@ -1,0 +1,129 @@
+"""Whole runs of ``trainctl run`` for tests: start one, read what it left, and prove that nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "tests" / "support" / "scripts"
+
+
+def job(script: str = "train.py", *arguments: str, **spec: Any) -> dict[str, Any]:
+    """A TrainingJob for a script in tests/support/scripts: 4 nodes and a spare, a snapshot every 5 steps."""
+    content: dict[str, Any] = {
+        "entrypoint": ["python", str(SCRIPTS / script), *arguments],
+        "workers": {"replicas": 4, "spares": 1},
+        "snapshot": {"everySteps": 5},
+        "recovery": {"hangTimeout": "5s"},
+    }
+    for key, value in spec.items():
+        content[key] = {**content[key], **value} if isinstance(value, dict) and key in content else value
+    return {"apiVersion": "outlast.dev/v1alpha1", "kind": "TrainingJob", "metadata": {"name": "test"}, "spec": content}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind."""
+
+    folder: pathlib.Path
+    status: int
+    output: str
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        lines = (self.folder / "events.jsonl").read_text().splitlines()
+        found = [json.loads(line) for line in lines]
+        return [event for event in found if kind is None or event["kind"] == kind]
+
+    def losses(self) -> dict[int, list[float]]:
+        """Step -> the losses reported for it, one for each time it was done."""
+        found: dict[int, list[float]] = {}
+        for line in (self.folder / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            if "loss" in row:
+                found.setdefault(row["step"], []).append(row["loss"])
+        return found
+
+    def faults(self) -> list[dict[str, Any]]:
+        path = self.folder / "faults.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def digest(self) -> str:
+        return str(self.report["weights_digest"])
+
+    @property
+    def recoveries(self) -> list[dict[str, Any]]:
+        return list(self.report["recoveries"])
+
+
+def trainctl_run(
+    spec: Mapping[str, Any], folder: pathlib.Path, faults: Sequence[str] = (), options: Sequence[str] = (), timeout: float = 240
+) -> Outcome:
+    """``trainctl run`` in a process of its own; afterwards nothing of it may be left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "given.yaml"
+    file.write_text(yaml.safe_dump(dict(spec), sort_keys=False))
+    run = folder / "run"
+    command = [sys.executable, "-m", "trainctl.main", "run", str(file), "--dir", str(run), *options]
+    for fault in faults:
+        command += ["--fault", fault]
+    before = leftovers()
+    with (folder / "output.txt").open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait(30)
+            raise AssertionError(f"trainctl run did not end in {timeout} s:\n{tail(folder / 'output.txt')}") from None
+    assert leftovers() == before, "the run left something behind"
+    report = run / "report.json"
+    return Outcome(run, status, (folder / "output.txt").read_text(), json.loads(report.read_text()) if report.exists() else {})
+
+
+def tail(path: pathlib.Path, lines: int = 40) -> str:
+    return "\n".join(path.read_text().splitlines()[-lines:])
+
+
+def leftovers() -> dict[str, list[str]]:
+    """Processes, shared-memory files and listening sockets of outlast or Ray that are there now."""
+    return {
+        "processes": sorted(_processes()),
+        "memory": sorted(entry.name for entry in pathlib.Path("/dev/shm").iterdir()),
+        "temporary": sorted(p.name for p in pathlib.Path(os.environ.get("TMPDIR", "/tmp")).glob("outlast-*")),
+        "sockets": sorted(_listening()),
+    }
+
+
+def _processes() -> list[str]:
+    found = []
+    for entry in pathlib.Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if any(mark in command for mark in ("outlast.", "trainctl", "ray::", "raylet", "gcs_server", "/ray/")):
+            found.append(f"{entry.name} {command[:120]}")
+    return found
+
+
+def _listening() -> list[str]:
+    ports = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in pathlib.Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                ports.append(fields[1])
+    return ports

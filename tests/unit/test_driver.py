@@ -1,0 +1,244 @@
+"""The driver: events reach the machine in order, instructions reach agents in order, and nothing waits for anybody."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outlast.clock import SystemClock
+from outlast.controller import link
+from outlast.controller import messages as m
+from outlast.controller.driver import Driver, Logs
+from outlast.controller.link import AgentDied
+from outlast.errors import RequestError
+from outlast.snapshot.identity import Attempt, Generation
+from outlast.telemetry.metrics_log import read_metrics
+from support.controller_world import (
+    ATTEMPT,
+    FakeAgents,
+    ScriptedMachine,
+    controller_config,
+    heartbeat,
+    node_config,
+    until,
+    world,
+)
+
+
+def test_events_reach_the_machine_in_order_and_ticks_go_on(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            note = m.Note("node-0", 0, "note", "hello")
+            assert w.send(heartbeat(), note) == {"controller": "c0ffee", "known": True}
+            await until(lambda: len(w.machine.of(m.Tick)) >= 3)
+            assert [event for event in w.machine.seen if not isinstance(event, m.Tick)] == [heartbeat(), note]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        "no json",
+        "{}",
+        "[3]",
+        '[{"type": "Bogus", "node": "node-0"}]',
+        '[{"type": "Heartbeat", "node": "node-0"}]',
+        '[{"type": "DumpStacks", "node": "node-0", "reason": "I am no event"}]',
+        '[{"type": "Note", "node": "node-1", "rank": 0, "kind": "x", "text": "of another"}]',
+        '[{"type": "Metrics", "node": "node-0", "attempt": "x", "rank": 0, "step": 1, "metrics": {}}]',
+    ],
+)
+def test_nonsense_is_refused_with_a_reason(tmp_path: Path, events: str) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            if events != "{}":
+                assert "refused" in w.driver.receive("node-0", events)
+                assert "bad-message" in w.kinds()
+            assert not w.driver.receive("node-9", events)["known"]
+            await until(lambda: w.machine.of(m.Tick))
+            assert {type(event) for event in w.machine.seen} == {m.Tick}
+
+    asyncio.run(scenario())
+
+
+def test_instructions_arrive_in_order_each_at_its_node(tmp_path: Path) -> None:
+    generation = Generation.of(ATTEMPT, 5)
+    permit = m.Permit(("node-0", "node-1"), generation, 1, False, {"node-1": (0,)})
+    decided: list[m.Instruction] = [m.Stop("node-0", ATTEMPT), permit, m.Commit(("node-1",), generation)]
+
+    async def scenario() -> None:
+        async with world(tmp_path, nodes=2, answers={m.Note: decided}) as w:
+            w.send(m.Note("node-0", None, "go", ""))
+            made = w.agents.made
+            await until(lambda: len(made) == 2 and all(len(agent.calls) >= 2 for agent in made.values()))
+            assert made["node-0"].calls == ["join", ["Stop", "Permit"]]
+            assert made["node-1"].calls == ["join", ["Permit", "Commit"]]
+
+    asyncio.run(scenario())
+
+
+def test_a_silent_agent_holds_up_nobody_and_is_not_called_gone(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(link, "CALL_S", 0.05)
+    decided: list[m.Instruction] = [m.Stop("node-0", ATTEMPT), m.Stop("node-1", ATTEMPT)]
+
+    async def scenario() -> None:
+        async with world(tmp_path, nodes=2, answers={m.Note: decided}) as w:
+            await until(lambda: len(w.agents.made) == 2)
+            w.agents.made["node-0"].trouble = lambda: asyncio.sleep(60)
+            w.send(m.Note("node-1", None, "go", ""), node="node-1")
+            await until(lambda: ["Stop"] in w.agents.made["node-1"].calls)
+            await until(lambda: "agent-silent" in w.kinds())
+            w.agents.made["node-0"].trouble = None
+            w.send(m.Note("node-1", None, "go", ""), node="node-1")
+            await until(lambda: "agent-answers" in w.kinds())
+            assert not w.machine.of(m.NodeGone)
+
+    asyncio.run(scenario())
+
+
+def test_an_agent_that_ended_for_good_is_gone_and_can_be_made_again(tmp_path: Path) -> None:
+    async def die() -> None:
+        raise AgentDied("it left")
+
+    async def scenario() -> None:
+        async with world(tmp_path, answers={m.Note: [m.Register("node-0")]}) as w:
+            await until(lambda: "node-0" in w.agents.made and w.agents.made["node-0"].calls)
+            w.agents.made["node-0"].trouble = die
+            w.send(m.Note("node-0", None, "go", ""))
+            await until(lambda: w.machine.of(m.NodeGone))
+            assert w.machine.of(m.NodeGone) == [m.NodeGone("node-0", "it left")]
+            w.agents.made.clear()
+            assert not w.driver.add_node(node_config(tmp_path, "node-0"))
+            await until(lambda: "node-0" in w.agents.made and w.agents.made["node-0"].calls == ["join"])
+
+    asyncio.run(scenario())
+
+
+def test_making_an_agent_is_tried_again(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(link, "RETRY_S", (0.01, 0.02))
+
+    async def scenario() -> None:
+        async with world(tmp_path, failures=3) as w:
+            await until(lambda: "node-0" in w.agents.made and w.agents.made["node-0"].calls == ["join"])
+            assert w.kinds().count("agent-silent") == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_new_controller_finds_the_nodes_and_the_story_of_the_old(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, nodes=2) as w:
+            seq = w.driver.log("something", "happened").seq
+        async with world(tmp_path, nodes=0) as w:
+            await until(lambda: len(w.agents.made) == 2)
+            await until(lambda: all(agent.calls == ["join"] for agent in w.agents.made.values()))
+            assert w.driver.status()["seq"] > seq
+            with pytest.raises(RequestError, match="another configuration"):
+                w.driver.add_node(node_config(tmp_path / "else", "node-1"))
+            assert await w.driver.remove_node("node-1")
+            assert not await w.driver.remove_node("node-1")
+            assert w.agents.removed == ["node-1"]
+        async with world(tmp_path, nodes=0) as w:
+            await until(lambda: w.agents.made)
+            assert list(w.agents.made) == ["node-0"]
+
+    asyncio.run(scenario())
+    assert (tmp_path / "control" / "nodes.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_metrics_have_one_line_per_step_of_the_attempt_in_force(tmp_path: Path) -> None:
+    def line(step: int, attempt: Attempt = ATTEMPT) -> dict[str, Any]:
+        values = {"loss": 0.1 * step}
+        common = {"type": "Metrics", "node": "node-0", "rank": 0, "total": 20}
+        return {**common, "attempt": str(attempt), "step": step, "metrics": values}
+
+    async def scenario() -> None:
+        async with world(tmp_path, answers={m.Note: [m.Stop("node-0", ATTEMPT)]}) as w:
+            w.send(m.Note("node-0", None, "go", ""))
+            await until(lambda: w.machine.of(m.Note))
+            zombie = Attempt(1, "f" * 16)
+            w.driver.receive("node-0", json.dumps([line(1), line(2), line(2), line(3, zombie)]))
+            status = w.driver.status()
+            assert status["metrics"] == {"step": 2, "attempt": 1, "rank": 0, "loss": 0.2}
+            assert status["total"] == 20
+
+    asyncio.run(scenario())
+    assert [line.step for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_info_of_agents_is_in_the_status(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            info = {"type": "Info", "node": "node-0", "fields": {"agent_pid": 7}}
+            w.driver.receive("node-0", json.dumps([info]))
+            assert w.driver.status()["nodes"] == {"node-0": {"state": "working", "agent_pid": 7}}
+
+    asyncio.run(scenario())
+
+
+def test_the_end_is_final_also_for_the_next_controller(tmp_path: Path) -> None:
+    ending: list[m.Instruction] = [m.Emit("done", "all done", {"n": 1}), m.Finish("succeeded", "all steps done")]
+
+    async def scenario() -> None:
+        async with world(tmp_path, answers={m.StopRequested: ending}) as w:
+            assert w.driver.request_stop("enough")
+            await until(lambda: w.driver.finished)
+            assert w.machine.of(m.Finalized)
+            assert w.kinds()[-2:] == ["done", "finished"]
+            assert not w.driver.request_stop("again")
+        async with world(tmp_path, nodes=0) as w:
+            assert w.driver.finished
+            assert (w.driver.status()["outcome"], w.driver.status()["reason"]) == ("succeeded", "all steps done")
+            await asyncio.sleep(0.05)
+            assert w.machine.seen == []
+            assert w.agents.made == {}
+
+    asyncio.run(scenario())
+
+
+def test_waiting_for_events(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, nodes=0) as w:
+            seq = w.driver.status()["seq"]
+            assert await w.driver.events_after(seq, 0.0, 10) == []
+            assert await w.driver.events_after(seq, 0.02, 10) == []
+            waiting = asyncio.create_task(w.driver.events_after(seq, 5.0, 10))
+            await asyncio.sleep(0.01)
+            w.driver.log("news", "here")
+            assert [event.kind for event in await waiting] == ["news"]
+
+    asyncio.run(scenario())
+
+
+def test_a_driver_that_was_held_up_hears_its_nodes_before_it_ticks(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            await until(lambda: w.machine.of(m.Tick))
+            blocking = asyncio.get_running_loop().time() + 0.6
+            while asyncio.get_running_loop().time() < blocking:
+                pass
+            ticks = len(w.machine.of(m.Tick))
+            await asyncio.sleep(0.1)
+            w.send(heartbeat())
+            await until(lambda: w.machine.of(m.Heartbeat))
+            assert len(w.machine.of(m.Tick)) <= ticks + 1
+            assert w.driver.status()["lag_s"]["worst"] >= 0.5
+            assert "controller-late" in w.kinds()
+
+    asyncio.run(scenario())
+
+
+def test_a_bug_in_the_machine_ends_the_run(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config, clock = controller_config(tmp_path), SystemClock()
+        machine = ScriptedMachine()
+        machine.handle = lambda event, now: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+        driver = Driver(config, "c0ffee", machine, FakeAgents(), Logs.open(config, clock), clock)
+        with pytest.raises(ExceptionGroup):
+            await driver.run()
+
+    asyncio.run(scenario())

@@ -1,0 +1,180 @@
+"""Leaves, plans, trees and reload, in one process with real torch objects."""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from outlast.errors import StateError
+from outlast.protect import rng
+from outlast.protect.capture import Capture, Seat
+from outlast.protect.leaves import Collector, clean
+from outlast.protect.plan import cut_of, group_equal, part_range, rotating_sample
+from outlast.protect.reload import LocalShard, Shards, reload
+from outlast.protect.replicas import digest
+from outlast.protect.tree import flatten, unflatten
+from outlast.snapshot.identity import Generation
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.scale = nn.Parameter(torch.randn(5, dtype=torch.bfloat16))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        hidden = self.frozen(self.norm(self.embed(x))) * self.scale.float().sum()
+        return self.head(hidden)
+
+
+def make() -> dict[str, object]:
+    torch.manual_seed(3)
+    model = Tied()
+    first = torch.optim.AdamW([p for p in [model.embed.weight, model.scale]], lr=1e-2)
+    second = torch.optim.SGD(model.norm.parameters(), lr=1e-2, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(first, 100)
+    return {"model": model, "first": first, "second": second, "scheduler": scheduler, "notes": {"seen": [1, 2.5], "t": torch.ones(3)}}
+
+
+def train(objects: dict[str, object], steps: int) -> None:
+    for _ in range(steps):
+        x = torch.randint(0, 11, (8,))
+        objects["model"](x).logsumexp(-1).mean().backward()
+        for key in ("first", "second"):
+            objects[key].step()
+            objects[key].zero_grad()
+        objects["scheduler"].step()
+        objects["notes"]["seen"].append(random.random() + float(np.random.rand()))
+
+
+def bits(objects: dict[str, object]) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for leaf in Collector(objects).collect().leaves.values():
+        found[leaf.name] = leaf.tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() + str(leaf.tensor.dtype).encode()
+    return found
+
+
+def snapshot(objects: dict[str, object], folder: pathlib.Path) -> Generation:
+    capture = Capture(Collector(objects), Seat(folder, 0, 1, 0, 0))
+    generation = Generation(1, 5, "ab" * 8)
+    moment = capture.observe({"step": 5, "rng": rng.capture()})
+    assert capture.needs_plan(moment)
+    capture.make_plan(moment, {})
+    assert not capture.needs_plan(moment)
+    capture.start(moment, generation, 0, fresh=False).wait(60)
+    capture.close()
+    return generation
+
+
+def test_everything_comes_back_bit_for_bit_and_training_goes_on_alike(tmp_path: pathlib.Path) -> None:
+    objects = make()
+    train(objects, 4)
+    snapshot(objects, tmp_path)
+    train(objects, 3)
+
+    again = make()
+    torch.rand(7)
+    random.random()
+    shard = LocalShard(tmp_path / "slot-0-0.img")
+    state = reload(Collector(again), Shards(shard, lambda rank: pytest.fail(f"asked for rank {rank}"), 0))
+    rng.restore(state["rng"])
+    assert state["step"] == 5
+    train(again, 3)
+    assert bits(again) == bits(objects)
+    assert again["notes"]["seen"] == objects["notes"]["seen"]
+    assert again["model"].head.weight is again["model"].embed.weight
+
+
+def test_a_changed_script_is_refused_by_name(tmp_path: pathlib.Path) -> None:
+    objects = make()
+    train(objects, 1)
+    snapshot(objects, tmp_path)
+    again = make()
+    again["model"].extra = nn.Linear(2, 2)
+    shards = Shards(LocalShard(tmp_path / "slot-0-0.img"), lambda rank: pytest.fail("no"), 0)
+    with pytest.raises(StateError, match=r"model/extra\.weight is in the script but not in the snapshot"):
+        reload(Collector(again), shards)
+    other = make()
+    other["model"].norm = nn.BatchNorm1d(7)
+    with pytest.raises(StateError, match=r"model/norm\.weight.*\(7,\).*\(6,\)"):
+        reload(Collector(other), shards)
+
+
+def test_what_has_no_json_form_is_refused_by_path() -> None:
+    with pytest.raises(StateError, match=r"notes/inner.*builtins\.object"):
+        flatten({"inner": object()}, "notes", [])
+    with pytest.raises(StateError, match=r"protect\(thing=\.\.\.\) got a object"):
+        Collector({"thing": object()})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": [1, None, True, "x", 1e-300, float("inf")]},
+        {1: "int key", ("t", 2): [b"\x00\xff", {3, 1}]},
+        {"$odd": {"nested": (1, (2,))}},
+        {"z": 1 + 2j, "d": torch.bfloat16, "s": np.float32(0.1)},
+    ],
+)
+def test_trees_survive_json(value: object) -> None:
+    import json
+
+    tensors: list[tuple[str, torch.Tensor]] = []
+    tree = json.loads(json.dumps(flatten(value, "p", tensors)))
+    assert unflatten(tree, dict(tensors).__getitem__) == value
+
+
+def test_parts_cover_a_leaf_exactly() -> None:
+    for nbytes in (0, 4, 63, 64, 65, 1000, 4096, 100_001):
+        for count in (1, 2, 3, 7, 100):
+            ranges = [part_range(nbytes, i, count) for i in range(count)]
+            assert [b for a, b in ranges][-1] == nbytes
+            assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+            assert ranges[0][0] == 0
+
+
+def test_only_equal_and_telling_tensors_are_replicas() -> None:
+    digests = {0: {"a": "x", "b": "y"}, 1: {"a": "x", "b": "z"}, 2: {"a": "q", "b": "y"}, 3: {"a": "q"}}
+    groups = group_equal(digests)
+    assert groups == {"a": [(0, 1), (2, 3)], "b": [(0, 2)]}
+    assert cut_of(3, groups) == {"a": (2, 3)}
+    assert cut_of(0, groups) == {"a": (0, 1), "b": (0, 2)}
+    assert rotating_sample(cut_of(0, groups), 5) == [("a", (0, 1)), ("b", (0, 2))]
+    assert digest(torch.zeros(10_000)) is None
+    assert digest(torch.full((3,), 2.0)) is None
+    assert digest(torch.empty(0)) is None
+    assert digest(torch.arange(4.0)) == digest(torch.arange(4.0)) is not None
+
+
+def test_names_are_free_of_wrappers() -> None:
+    assert clean("module._orig_mod.layers.0._checkpoint_wrapped_module.weight") == "layers.0.weight"
+    assert clean("my_module.weight") == "my_module.weight"
+
+
+def test_state_that_outgrows_its_room_gets_a_new_layout(tmp_path: pathlib.Path) -> None:
+    notes: dict[str, object] = {"log": ""}
+    model = nn.Linear(3, 3)
+    capture = Capture(Collector({"model": model, "notes": notes}), Seat(tmp_path, 0, 1, 0, 0))
+    for step, size in enumerate((10, 50_000, 300_000, 5)):
+        notes["log"] = "x" * size
+        moment = capture.observe({"step": step})
+        if capture.plan is None:
+            capture.make_plan(moment, {})
+        capture.start(moment, Generation(1, step, "cd" * 8), step % 2, fresh=False).wait(60)
+        fresh: dict[str, object] = {"log": None}
+        reload(Collector({"model": copy.deepcopy(model), "notes": fresh}),
+               Shards(LocalShard(tmp_path / f"slot-0-{step % 2}.img"), lambda r: pytest.fail("no"), 0))  # fmt: skip
+        assert fresh == notes
+    capture.close()
