@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +35,8 @@ class Summary:
         ]
 
 
-def summarize(status: Mapping[str, Any], now: float | None = None) -> Summary:
-    """The summary of ``status``; ``now`` is the wall time to count a snapshot's age from."""
+def summarize(status: Mapping[str, Any]) -> Summary:
+    """The summary of ``status``."""
     step = status.get("step")
     total = status.get("total")
     return Summary(
@@ -47,7 +46,7 @@ def summarize(status: Mapping[str, Any], now: float | None = None) -> Summary:
         loss=_number((status.get("metrics") or {}).get("loss"), "{:.4f}"),
         nodes=_nodes(status.get("nodes") or {}),
         attempt=str(status.get("attempt", NOTHING)),
-        snapshot=_snapshot(status, time.time() if now is None else now),
+        snapshot=_snapshot((status.get("snapshot") or {}).get("committed")),
         goodput=_goodput(status.get("goodput")),
     )
 
@@ -70,13 +69,11 @@ def _nodes(nodes: Mapping[str, Mapping[str, Any]]) -> str:
     return ", ".join(f"{count} {state}" for state, count in counts.items()) or NOTHING
 
 
-def _snapshot(status: Mapping[str, Any], now: float) -> str:
-    committed = (status.get("snapshot") or status.get("snapshots") or {}).get("committed")
+def _snapshot(committed: object) -> str:
+    """The newest committed one: "step 16, 3 s ago"."""
     if not isinstance(committed, Mapping):
         return NOTHING
-    text = f"step {committed.get('step', NOTHING)}"
-    taken = committed.get("time")
-    return f"{text}, {max(0.0, now - taken):.0f} s ago" if isinstance(taken, int | float) else text
+    return f"step {committed.get('step', NOTHING)}, {_number(committed.get('age_s'), '{:.0f}')} s ago"
 
 
 def _goodput(value: object) -> str:

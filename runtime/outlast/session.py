@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from outlast.errors import CapacityError, RequestError
@@ -171,7 +172,8 @@ class Run:
     def _steps(self, batches: Batches, total: int) -> Iterator[Any]:
         while self.step < total:
             self._boundary()
-            for batch, self.last, self.weight in self._pace.fetching(batches.step()):
+            for batch, last, weight in self._pace.fetching(batches.step()):
+                self.last, self.weight = last, weight
                 yield batch
             batches.finished()
             self.step += 1
@@ -323,7 +325,7 @@ def _join(backend: str, limit: timedelta) -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(backend, timeout=limit)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=limit)
     atexit.register(_leave)
 
 
@@ -335,7 +337,9 @@ def _leave() -> None:
 
 def _say_unprotected() -> None:
     if dist.get_rank() == 0:
-        print("outlast: not started by a controller, so this run is not protected (use `trainctl run`)", file=sys.stderr)
+        print(
+            "outlast: not started by a controller, so this run is not protected (use `trainctl run`)", file=sys.stderr
+        )
 
 
 def _report_errors(link: AgentLink) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import pytest
-
 from outlast.config import ControllerConfig, NodeConfig
 from support.controller_world import node_config
 from support.ray_head import Head, ray_head, session_pids
@@ -128,6 +127,13 @@ def test_killed_it_comes_back_with_its_nodes_and_its_story(head: Head, folder: P
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
     assert kinds(folder).count("controller-started") == 2
     assert all(sum(item.get("type") == "born" for item in journal(folder, node)) == 1 for node in NODES)
+
+
+def test_a_node_without_a_forkserver_has_no_agent(head: Head, folder: Path, config: ControllerConfig) -> None:
+    body = json.loads(node_of(folder, "node-9").model_dump_json())
+    assert ask(config, "POST", "/nodes", body) == {"node": "node-9", "new": True}
+    until(lambda: "agent-gone" in kinds(folder), 60)
+    assert ask(config, "DELETE", "/nodes/node-9") == {"node": "node-9"}
 
 
 def test_stopped_twice_it_leaves_with_its_agents(head: Head, folder: Path, config: ControllerConfig) -> None:

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outlast.controller.forkchild import Spawn, program
 from outlast.controller.forkclient import Exit, ForkClient, launch
-from outlast.controller.forkserver import ServerSetup
+from outlast.controller.forkprotocol import ServerSetup, Spawn, program
 from outlast.controller.isolation import Isolate, may_isolate
 from outlast.controller.pidfiles import node_pids, signal_node
 from outlast.errors import RequestError
@@ -122,17 +121,18 @@ def test_a_script_sees_what_python_would_give_it(bench: Bench) -> None:
     (bench.folder / "sibling.py").write_text("VALUE = 7\n")
     text = """
 import json, os, sys, sibling
-print(json.dumps([__name__, sys.argv[1:], sibling.VALUE, os.getcwd(), dict(os.environ), __file__, os.getpgrp() == os.getpid(),
-                  os.getsid(0) == os.getpid(), "numpy" in sys.modules, sys.modules["__main__"].__dict__ is globals(),
-                  sorted(os.listdir("/proc/self/fd"))]))
+session = [os.getpgrp() == os.getpid(), os.getsid(0) == os.getpid()]
+modules = ["numpy" in sys.modules, sys.modules["__main__"].__dict__ is globals()]
+told = [__name__, sys.argv[1:], sibling.VALUE, os.getcwd(), dict(os.environ), __file__, session, modules]
+print(json.dumps([*told, sorted(os.listdir("/proc/self/fd"))]))
 """
     spawn = bench.script(text, "a", "--b", env={"KEY": "value"})
     exit_, out = bench.run(spawn)
     assert (exit_.id, exit_.code, exit_.signal) == (spawn.id, 0, None)
-    name, argv, value, cwd, env, file, leads, session, preloaded, main, fds = json.loads(out)
+    name, argv, value, cwd, env, file, session, modules, fds = json.loads(out)
     assert (name, argv, value, cwd, file) == ("__main__", ["a", "--b"], 7, str(bench.folder), spawn.argv[0])
     assert env == {"PATH": os.environ["PATH"], "KEY": "value"}
-    assert leads and session and preloaded and main
+    assert all([*session, *modules])
     assert len(fds) <= 5, f"the server's files are open in a child: {fds}"
 
 
@@ -153,10 +153,12 @@ def test_a_script_ends_as_under_python(bench: Bench, text: str, code: int, print
 
 def test_an_exception_is_printed_without_the_launcher_and_written_for_torchelastic(bench: Bench) -> None:
     errors = bench.folder / "error.json"
-    spawn = bench.script("def f():\n    raise ValueError('bad batch')\nf()\n", env={"TORCHELASTIC_ERROR_FILE": str(errors)})
+    spawn = bench.script(
+        "def f():\n    raise ValueError('bad batch')\nf()\n", env={"TORCHELASTIC_ERROR_FILE": str(errors)}
+    )
     exit_, out = bench.run(spawn)
     assert exit_.code == 1
-    assert out.startswith("Traceback (most recent call last):\n  File \"" + spawn.argv[0])
+    assert out.startswith('Traceback (most recent call last):\n  File "' + spawn.argv[0])
     assert out.endswith("ValueError: bad batch\n")
     told = json.loads(errors.read_text())["message"]
     assert told["message"] == "ValueError: bad batch"
@@ -202,7 +204,7 @@ def test_an_exit_is_told_at_once_and_takes_the_group_with_it(bench: Bench) -> No
 def test_kill_reaches_the_whole_group_even_when_stopped(bench: Bench) -> None:
     spawn = bench.script("import os, time\nos.fork()\nprint(os.getpid())\ntime.sleep(100)\n")
     bench.client.spawn(spawn)
-    pids = eventually(lambda: (found := bench.out().split()) if len(bench.out().split()) == 2 else None)
+    pids = eventually(lambda: len(bench.out().split()) == 2 and bench.out().split())
     bench.client.kill(spawn.id, signal.SIGSTOP)
     bench.client.kill(spawn.id, signal.SIGKILL)
     assert bench.exits.get(timeout=5).signal == signal.SIGKILL
@@ -271,7 +273,7 @@ def test_a_further_server_dies_as_a_node(bench: Bench) -> None:
     client.spawn(bench.script(text, role="rank-0"))
     client.spawn(bench.script("import time\ntime.sleep(100)\n", role="keeper", lifetime="server"))
     grandchild = int(eventually(bench.out))
-    pids = eventually(lambda: (found := node_pids(folder)) if len(node_pids(folder)) == 3 else None)
+    pids = eventually(lambda: len(node_pids(folder)) == 3 and node_pids(folder))
     assert set(pids) == {"forkserver", "keeper", "rank-0"}
     assert signal_node(folder, signal.SIGKILL) == pids
     eventually(lambda: not any(alive(pid) for pid in (*pids.values(), grandchild)))
@@ -300,7 +302,9 @@ ForkClient(sys.argv[1])
 print(process.pid)
 """
     with tempfile.TemporaryDirectory(prefix="ol-") as name:
-        done = subprocess.run([sys.executable, "-c", code, f"{name}/s.sock"], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            [sys.executable, "-c", code, f"{name}/s.sock"], capture_output=True, text=True, timeout=30
+        )
         eventually(lambda: not alive(int(done.stdout)), 3)
         assert not Path(f"{name}/s.sock").exists()
 

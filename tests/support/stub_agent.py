@@ -11,11 +11,13 @@ import os
 import secrets
 import sys
 from pathlib import Path
+from typing import Any
 
 import ray
-
 from outlast.config import CONTROLLER_ACTOR, agent_actor
 from outlast.controller import messages as m
+from outlast.snapshot.identity import Attempt
+from outlast.snapshot.restore import Inventory
 
 
 class StubAgent:
@@ -41,12 +43,19 @@ class StubAgent:
             registration=secrets.token_hex(4),
         )
         info = {"type": "Info", "node": self._node, "fields": {"agent_pid": os.getpid()}}
-        controller = ray.get_actor(CONTROLLER_ACTOR)
-        self._note(json.loads(await controller.notify.remote(self._node, json.dumps([m.to_json(joined), info]))))
+        self._note(await self._tell(m.to_json(joined), info))
 
     async def perform(self, instructions: str) -> None:
         for instruction in json.loads(instructions):
             self._note(instruction)
+            if instruction["type"] == "Stop":
+                stopped = m.Stopped(self._node, Attempt.parse(instruction["attempt"]), Inventory(self._node, ()))
+                await self._tell(m.to_json(stopped))
+
+    async def _tell(self, *events: dict[str, Any]) -> dict[str, Any]:
+        controller = ray.get_actor(CONTROLLER_ACTOR)
+        answer: dict[str, Any] = json.loads(await controller.notify.remote(self._node, json.dumps(events)))
+        return answer
 
     def _note(self, value: dict[str, object]) -> None:
         with self._journal.open("a") as file:

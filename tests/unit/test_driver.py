@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from outlast.controller.driver import Driver, Logs
 from outlast.controller.link import AgentDied
 from outlast.errors import RequestError
 from outlast.snapshot.identity import Attempt, Generation
+from outlast.snapshot.restore import Inventory
 from outlast.telemetry.metrics_log import read_metrics
 from support.controller_world import (
     ATTEMPT,
@@ -218,16 +220,36 @@ def test_a_driver_that_was_held_up_hears_its_nodes_before_it_ticks(tmp_path: Pat
     async def scenario() -> None:
         async with world(tmp_path) as w:
             await until(lambda: w.machine.of(m.Tick))
-            blocking = asyncio.get_running_loop().time() + 0.6
-            while asyncio.get_running_loop().time() < blocking:
-                pass
-            ticks = len(w.machine.of(m.Tick))
-            await asyncio.sleep(0.1)
+            w.machine.seen.clear()
             w.send(heartbeat())
-            await until(lambda: w.machine.of(m.Heartbeat))
-            assert len(w.machine.of(m.Tick)) <= ticks + 1
+            time.sleep(0.6)
+            await until(lambda: w.machine.of(m.Tick))
+            assert w.machine.seen[0] == heartbeat()
             assert w.driver.status()["lag_s"]["worst"] >= 0.5
             assert "controller-late" in w.kinds()
+
+    asyncio.run(scenario())
+
+
+def test_at_the_end_nodes_confirm_that_no_rank_is_left(tmp_path: Path) -> None:
+    ending: list[m.Instruction] = [m.Stop("node-0", ATTEMPT), m.Finish("failed", "no nodes")]
+
+    async def scenario() -> None:
+        async with world(tmp_path, nodes=2, answers={m.StopRequested: ending}) as w:
+            w.send(heartbeat())
+            w.send(heartbeat("node-1"), node="node-1")
+            await until(lambda: len(w.agents.made) == 2)
+            w.driver.request_stop("enough")
+            await until(lambda: ["Stop"] in w.agents.made["node-1"].calls)
+            never = Attempt(ATTEMPT.number + 1, "c0ffee")
+            inventory = Inventory("node-0", ())
+            w.send(m.Stopped("node-0", ATTEMPT, inventory), m.Stopped("node-0", never, inventory))
+            await asyncio.sleep(0.05)
+            assert not w.driver.finished
+            w.send(m.Stopped("node-1", never, inventory), node="node-1")
+            await until(lambda: w.driver.finished)
+            assert w.machine.of(m.Stopped) == [m.Stopped("node-0", ATTEMPT, inventory)]
+            assert w.driver.status()["outcome"] == "failed"
 
     asyncio.run(scenario())
 

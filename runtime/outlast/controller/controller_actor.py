@@ -20,6 +20,7 @@ from outlast.clock import SystemClock
 from outlast.config import ControllerConfig
 from outlast.controller.driver import Driver, Logs
 from outlast.controller.http import Api, make_app, serving
+from outlast.controller.job_settings import settings_of
 from outlast.controller.machine import Machine
 from outlast.controller.ray_agents import RayAgents
 from outlast.controller.registry import parse_node
@@ -40,7 +41,7 @@ class ControllerActor:
         clock = SystemClock()
         self._logs = Logs.open(self._config, clock)
         self._identity = secrets.token_hex(8)
-        machine = _make_machine(self._config, clock)
+        machine = Machine(settings_of(self._config.job), clock.monotonic(), lambda: secrets.token_hex(8))
         agents = RayAgents(self._config.namespace)
         self._driver = Driver(self._config, self._identity, machine, agents, self._logs, clock)
         self._leaving: asyncio.Task[None] | None = None

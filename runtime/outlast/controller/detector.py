@@ -115,9 +115,10 @@ class Watch:
         if beats is not None:
             beats.beat(now)
 
-    def last(self, name: str) -> float:
-        """The awake time of the last heartbeat of a watched node. Raises KeyError."""
-        return self._beats[name].last
+    def silence(self, name: str, now: float) -> float | None:
+        """Seconds since the last heartbeat of a watched node; None when it is not watched."""
+        beats = self._beats.get(name)
+        return None if beats is None else max(0.0, now - beats.last)
 
     def overdue(self, now: float) -> list[tuple[str, float]]:
         """Nodes past their deadline, with the seconds since their last heartbeat; they are watched no longer."""

@@ -1,9 +1,8 @@
 """Executes the machine: what arrives becomes events, what it decides becomes calls, log lines and files.
 
 One task consumes one inbox, so that events are handled in the order in which they came, and nothing in it waits: a call
-to an agent is queued on its ``AgentLink``. Ticks go through the same inbox behind what arrived before them; a driver
-that was itself held up (a stopped process, a starved machine) first lets its nodes be heard before it ticks again, so
-that nobody counts as lost for the driver's own lateness.
+to an agent is queued on its ``AgentLink``. Ticks go through the same inbox, behind what arrived before them, so that
+after a pause of the driver's own its nodes are heard before they are judged.
 
 Call order: ``Driver(...)``, then ``run()`` as a task; the others from the same loop. An exception that leaves ``run``
 is a bug: the process must end, Ray starts another, and that learns everything anew from the agents.
@@ -29,9 +28,11 @@ from outlast.telemetry.events import EventLog, LogEvent
 from outlast.telemetry.metrics_log import MetricsLog, StepMetrics
 
 LATE_S = 0.5
-"""A tick later than this means that the driver was held up."""
-GRACE_S = 2.0
-"""The longest time that nodes are given to be heard after the driver was held up."""
+"""A tick later than this is worth a line in the log: the driver was stopped or starved."""
+HEARD_S = 3.0
+"""A node that was heard this lately is waited for when the job ends."""
+END_S = 20.0
+"""Seconds that the nodes have to confirm, at the job's end, that no rank lives."""
 REMOVE_S = 10.0
 """Seconds that ending an agent may take."""
 
@@ -56,6 +57,28 @@ class Lag:
     def add(self, seconds: float) -> None:
         self.last_s = max(0.0, seconds)
         self.worst_s = max(self.worst_s, self.last_s)
+
+
+@dataclass
+class Ending:
+    """The job's outcome is known; ``waiting``: nodes that have not confirmed yet that no rank of theirs lives."""
+
+    finish: m.Finish
+    attempt: Attempt
+    waiting: set[str]
+    deadline: float
+
+    def takes(self, event: m.Event) -> bool:
+        """Whether ``event`` was meant for nobody else."""
+        if isinstance(event, m.NodeGone):
+            self.waiting.discard(event.node)
+        if not isinstance(event, m.Stopped) or event.attempt != self.attempt:
+            return False
+        self.waiting.discard(event.node)
+        return True
+
+    def ready(self, now: float) -> bool:
+        return not self.waiting or now >= self.deadline
 
 
 @dataclass(frozen=True)
@@ -95,6 +118,8 @@ class Driver:
         self._attempt: Attempt | None = None
         self._total: int | None = None
         self._info: dict[str, dict[str, Any]] = {}
+        self._heard: dict[str, float] = {}
+        self._ending: Ending | None = None
         self._final = _read_final(config.final_file)
         self._news = asyncio.Event()
 
@@ -113,8 +138,12 @@ class Driver:
     async def _consume(self) -> None:
         while True:
             event = await self._inbox.get()
-            if not self.finished:
+            if self.finished:
+                continue
+            if self._ending is None or not self._ending.takes(event):
                 self._decide(event)
+            if self._ending is not None and self._ending.ready(self._clock.monotonic()):
+                self._finalize(self._ending)
 
     async def _tick(self) -> None:
         loop = asyncio.get_running_loop()
@@ -123,9 +152,7 @@ class Driver:
             await asyncio.sleep(self.config.tick_s)
             self._lag.add(loop.time() - due)
             if self._lag.last_s > LATE_S:
-                grace = min(self._lag.last_s, GRACE_S)
-                self.log("controller-late", f"held up for {self._lag.last_s:.1f} s: nodes are heard before judged")
-                await asyncio.sleep(grace)
+                self.log("controller-late", f"the controller was held up for {self._lag.last_s:.1f} s")
             self._inbox.put_nowait(m.Tick())
 
     @property
@@ -140,6 +167,7 @@ class Driver:
         answer: dict[str, Any] = {"controller": self.identity, "known": node in self._registry}
         if not answer["known"]:
             return answer
+        self._heard[node] = self._clock.monotonic()
         try:
             for item in json.loads(events):
                 self._take(node, item)
@@ -163,7 +191,8 @@ class Driver:
 
     def _take_metrics(self, item: Mapping[str, Any]) -> None:
         attempt = Attempt.parse(item["attempt"])
-        if self._attempt is not None and attempt != self._attempt:
+        current = self._attempt
+        if current is not None and attempt != current and attempt.number >= current.number:
             return
         if item.get("total") is not None:
             self._total = int(item["total"])
@@ -274,12 +303,22 @@ class Driver:
             link.drop_pending()
 
     def _finish(self, instruction: m.Finish) -> None:
+        """Fence every node at an attempt that will never start, so that no rank is left, nor comes back."""
+        now = self._clock.monotonic()
+        never = Attempt(1 + (self._attempt.number if self._attempt else 0), self.identity)
+        waiting = {node for node, heard in self._heard.items() if node in self._links and now - heard < HEARD_S}
+        self._ending = Ending(instruction, never, waiting, now + END_S)
+        for node in self._links:
+            self._send(node, m.Stop(node, never))
+
+    def _finalize(self, ending: Ending) -> None:
+        outcome, reason = ending.finish.outcome, ending.finish.reason
+        self._ending = None
         self._decide(m.Finalized())
-        final = dict(self._machine.status(self._clock.monotonic()))
-        final |= {"outcome": instruction.outcome, "reason": instruction.reason}
+        final = {**self._machine.status(self._clock.monotonic()), "outcome": outcome, "reason": reason}
         write_private_json(self.config.final_file, final)
         self._final = final
-        self.log("finished", instruction.reason, {"outcome": instruction.outcome})
+        self.log("finished", reason, {"outcome": outcome, "unconfirmed": sorted(ending.waiting)})
 
     # --- lines to agents --------------------------------------------------------------------------------------------
 

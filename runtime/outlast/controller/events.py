@@ -27,8 +27,8 @@ class ErrorInfo:
 class Joined:
     """A node's agent registered. ``registration`` is new each time it does so (random text): a node that was given up
     is taken again only under another one. ``attempt``/``seat``/``running``: what it is doing, when it outlived a
-    controller (``running``: each of its ranks has said ``RankReady``, as an unmodified script's never does, and is alive
-    or done; ``done``: the latter, with their digests). ``held``: the images its keeper holds, as it says without
+    controller (``running``: each of its ranks is past its restore and alive, or done; ``done``: the latter, with their
+    digests; ``steps``: the most that any of them has done). ``held``: the images its keeper holds, as it says without
     verifying them. ``free_port``: a port on ``host`` for a rendezvous. ``best_seen_attempt``: the highest
     attempt number that agent or keeper was ever told.
     """
@@ -47,6 +47,7 @@ class Joined:
     registration: str = ""
     restart_count: int = 0
     done: dict[int, str] = field(default_factory=dict)
+    steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,82 +22,18 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import NoReturn
 
 from outlast.controller import isolation
-from outlast.controller.isolation import Isolate
-
-Kind = Literal["script", "module", "exec", "call"]
-Lifetime = Literal["client", "server"]
+from outlast.controller.forkprotocol import Spawn
 
 STACKS_SIGNAL = signal.SIGUSR2
 """Makes a Python child write the stacks of its threads to its stderr."""
 
 _OWN_DEFAULTS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _NOT_FOUND = 127
-
-
-@dataclass(frozen=True)
-class Spawn:
-    """A process to be made.
-
-    id: unique among the server's living children. argv: ``script``: [path, arguments...], ``module``: [name,
-    arguments...], ``exec``: the command. target, args: ``call``: "package.module:function" and its JSON arguments.
-    env: the whole environment. stdout, stderr: files to append to. lifetime: whose end it does not outlive. threads: of
-    torch's kernels. role: the name of its pid file; "" for none.
-    """
-
-    id: str
-    kind: Kind
-    argv: tuple[str, ...] = ()
-    target: str = ""
-    args: tuple[Any, ...] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
-    cwd: str = "/"
-    stdout: str = os.devnull
-    stderr: str = os.devnull
-    lifetime: Lifetime = "client"
-    threads: int | None = None
-    isolate: Isolate | None = None
-    role: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Spawn:
-        """Raises TypeError or KeyError when it is none."""
-        isolate = data.get("isolate")
-        tuples = {"argv": tuple(data.get("argv", ())), "args": tuple(data.get("args", ()))}
-        return cls(**{**data, **tuples, "isolate": Isolate.from_json(isolate) if isolate else None})
-
-
-def program(command: Sequence[str]) -> tuple[Kind, tuple[str, ...]]:
-    """How to run ``command`` in a fork: this interpreter's scripts and modules directly, all else by exec.
-
-    A bare ``python`` is this interpreter. Its option ``-u`` is accepted (output is by lines anyway), with any other the
-    command is run as it stands.
-    """
-    first, *rest = command
-    if _is_this_python(first):
-        while rest and rest[0] == "-u":
-            rest = rest[1:]
-        if len(rest) >= 2 and rest[0] == "-m":
-            return "module", tuple(rest[1:])
-        if rest and not rest[0].startswith("-"):
-            return "script", tuple(rest)
-    return "exec", tuple(command)
-
-
-def _is_this_python(name: str) -> bool:
-    path = Path(name)
-    if path.name not in ("python", "python3", f"python3.{sys.version_info.minor}"):
-        return False
-    return name == path.name or path.parent == Path(sys.executable).parent
 
 
 def become(spawn: Spawn, parent: int) -> NoReturn:
@@ -193,7 +129,7 @@ def _run_script(spawn: Spawn) -> None:
 
 def _run_module(spawn: Spawn) -> None:
     sys.argv = list(spawn.argv)
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(Path.cwd()))
     runpy.run_module(spawn.argv[0], run_name="__main__", alter_sys=True)
 
 

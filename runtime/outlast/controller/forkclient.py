@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outlast.controller.forkchild import Spawn
-from outlast.controller.forkserver import DEFAULT_PRELOAD, ServerSetup
+from outlast.controller.forkprotocol import DEFAULT_PRELOAD, ServerSetup, Spawn
 from outlast.errors import RequestError, TransferError
 
 _RETRY_S = 0.02

@@ -23,8 +23,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import gc
-import importlib
 import json
 import os
 import selectors
@@ -32,54 +30,23 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from outlast.controller import isolation
-from outlast.controller.forkchild import Spawn, become, redirect, separate
-from outlast.controller.isolation import Isolate
+from outlast.controller.forkchild import become, redirect, separate
+from outlast.controller.forkprotocol import DEFAULT_PRELOAD, ServerSetup, Spawn, preload
 from outlast.controller.pidfiles import remove_pid, write_pid
 from outlast.errors import RequestError
 
-DEFAULT_PRELOAD = (
-    "numpy",
-    "torch",
-    "torch.distributed",
-    "torch.distributed.fsdp",
-    "torch._dynamo",
-    "torch.utils.data",
-    "outlast.session",
-)
+__all__ = ["DEFAULT_PRELOAD", "ForkServer", "ServerSetup", "listen", "main"]
+
 STOP_S = 5.0
 """How long children may take to end when the server is asked to."""
 
 _IDLE_S = 1.0
-
-
-@dataclass(frozen=True)
-class ServerSetup:
-    """A forkserver to be forked: where it listens, and how it differs from its parent.
-
-    pid_dir: where pid files go ("": nowhere). log: the file for its own output ("": the parent's). survive_parent: go
-    on when the parent ends.
-    """
-
-    socket: str
-    pid_dir: str = ""
-    log: str = ""
-    isolate: Isolate | None = None
-    survive_parent: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ServerSetup:
-        """Raises TypeError or KeyError when it is none."""
-        isolate = data.get("isolate")
-        return cls(**{**data, "isolate": Isolate.from_json(isolate) if isolate else None})
 
 
 @dataclass(frozen=True)
@@ -125,7 +92,7 @@ def listen(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     Path(path).unlink(missing_ok=True)
     listener.bind(path)
-    os.chmod(path, 0o600)
+    Path(path).chmod(0o600)
     listener.listen(64)
     listener.setblocking(False)
     return listener
@@ -146,8 +113,8 @@ class ForkServer:
         self._wake_out, self._wake_in = socket.socketpair()
         self._operations: dict[str, Callable[[_Client, dict[str, Any]], dict[str, Any]]] = {
             "spawn": self._spawn,
-            "kill": self._kill,
-            "list": self._list,
+            "kill": lambda _, fields: self._kill(str(fields["id"]), int(fields["signal"])),
+            "list": lambda _, __: self._list(),
             "fork_server": self._fork_server,
         }
 
@@ -286,16 +253,16 @@ class ForkServer:
             raise _Forked(task)
         return pid
 
-    def _kill(self, client: _Client, fields: dict[str, Any]) -> dict[str, Any]:
+    def _kill(self, name: str, number: int) -> dict[str, Any]:
         for child in self._children.values():
-            if child.id == fields["id"]:
-                _signal_group(child.pid, int(fields["signal"]))
-                return {"op": "killed", "id": child.id}
-        raise RequestError(f"no child {fields['id']!r}")
+            if child.id == name:
+                _signal_group(child.pid, number)
+                return {"op": "killed", "id": name}
+        raise RequestError(f"no child {name!r}")
 
-    def _list(self, client: _Client, fields: dict[str, Any]) -> dict[str, Any]:
+    def _list(self) -> dict[str, Any]:
         children = [child.describe() for child in self._children.values()]
-        threads = len(os.listdir("/proc/self/task"))
+        threads = len(list(Path("/proc/self/task").iterdir()))
         return {"op": "list", "pid": os.getpid(), "threads": threads, "missing": self._missing, "children": children}
 
     # -- ends of children
@@ -390,25 +357,6 @@ def _children_of_this_process() -> list[int]:
         return [int(child) for child in Path(f"/proc/self/task/{pid}/children").read_text().split()]
     except OSError:  # a kernel without CONFIG_PROC_CHILDREN: orphans are then left to their own
         return []
-
-
-def preload(names: Sequence[str]) -> list[str]:
-    """Import modules for all children to share; returns those that could not be imported.
-
-    OpenBLAS makes its threads when NumPy is imported, and a fork must see a single thread: it gets none.
-    """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    missing = []
-    gc.disable()
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            print(f"forkserver: {name} is not preloaded: {error}", file=sys.stderr, flush=True)
-            missing.append(name)
-    gc.collect()
-    gc.freeze()
-    return missing
 
 
 def main(argv: Sequence[str] | None = None) -> int:

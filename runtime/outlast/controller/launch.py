@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from outlast.config import CONTROLLER_ACTOR, ControllerConfig
+from outlast.controller.job_settings import settings_of
 from outlast.errors import RequestError, TransferError
 
 POLL_S = 0.05
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     watchdog.start()
     try:
         config = _read_config(arguments.config)
+        settings_of(config.job)
         _check_port(arguments.address)
         _launch(arguments.address, config, time.monotonic() + arguments.timeout)
     except RequestError as error:

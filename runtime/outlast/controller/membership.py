@@ -1,7 +1,7 @@
 """Who is here: the job's nodes, which of them are alive, and who has which seat. No decisions.
 
-A node that was given up stays on the list, so that what it still says is known for a zombie's; it is alive again once it
-registers anew.
+A node that was given up stays on the list, so that what it still says is known for a zombie's; it is alive again once
+it registers anew.
 """
 
 from __future__ import annotations

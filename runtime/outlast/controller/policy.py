@@ -159,8 +159,8 @@ def _fewest_of_a_domain(free: Iterable[Candidate], used: Sequence[str]) -> list[
 BUSY_SHARE = 0.1
 """The share of the time that snapshots may be under way when their interval is chosen."""
 LONGEST_INTERVAL_S = 60.0
-LEAD_S = 0.6
-"""From the decision to permit a snapshot until every rank knows: a heartbeat's age, two calls, and some slack."""
+LEAD_S = 0.35
+"""From the decision to permit a snapshot until every rank knows: a tick, two calls, and some slack."""
 
 
 def margin_steps(step_s: float | None, factor: int) -> int:

@@ -7,6 +7,9 @@ import math
 from outlast.controller import policy
 from outlast.controller.events import Heartbeat
 
+AFTER_LAST_STEP_S = 300.0
+"""After its last step a script validates and saves: that is no hang before so long."""
+
 _GAIN = 1 / 8
 _OWN_GAIN = 1 / 4
 _FURTHEST_GUESS_S = 2.0
@@ -46,8 +49,6 @@ class Progress:
                 moved = True
                 if step > self.top_step:
                     self.top_step = step
-                if rank in self.busy:
-                    del self.busy[rank]
         if event.total is not None:
             self.total = event.total
         if moved:
@@ -85,7 +86,10 @@ class Progress:
         """When ranks that have not moved until then hang; endless before the first step of the attempt."""
         if not self.stepped:
             return math.inf
-        deadline = self.moved_at + policy.hang_timeout(configured, self.step_s, self.longest_step_s)
+        patience_s = policy.hang_timeout(configured, self.step_s, self.longest_step_s)
+        if self.done or (self.total is not None and self.top_step >= self.total):
+            patience_s = max(patience_s, AFTER_LAST_STEP_S)
+        deadline = self.moved_at + patience_s
         return max([deadline, *(until for _, until in self.busy.values())]) if self.busy else deadline
 
     def furthest_behind(self) -> int | None:

@@ -28,6 +28,11 @@ class Board:
         return int(self.status.get("step") or 0)
 
     @property
+    def best_step(self) -> int:
+        """The most steps that were ever done."""
+        return max(self.step, int(self.status.get("best_step") or 0))
+
+    @property
     def attempt(self) -> int:
         """The number of the attempt under way; 0 before the first."""
         attempt = self.status.get("attempt") or 0
@@ -64,12 +69,13 @@ class Replacements:
         self._replaced: set[str] = set()
 
     def due(self, lost: Iterable[str], now: float) -> list[str]:
-        """The nodes of ``lost`` to replace now, each named once for each time that it is lost."""
-        lost = set(lost)
+        """The nodes of ``lost`` to replace now (monotonic seconds), until ``done`` says that they are."""
+        lost = set(lost) - self._replaced
         self._since = {node: self._since.get(node, now) for node in lost}
-        self._replaced &= lost
         if self._after_s is None:
             return []
-        found = [node for node in sorted(lost - self._replaced) if now - self._since[node] >= self._after_s]
-        self._replaced |= set(found)
-        return found
+        return [node for node in sorted(lost) if now - self._since[node] >= self._after_s]
+
+    def done(self, node: str) -> None:
+        """``node`` has a replacement, and needs no other even if it comes back and is lost again."""
+        self._replaced.add(node)

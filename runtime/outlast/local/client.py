@@ -52,7 +52,7 @@ class ControllerClient:
 
     async def remove_node(self, node: str) -> None:
         """Have a node forgotten, and its agent ended for good."""
-        await self._call("DELETE", f"/nodes/{node}", limit_s=2 * _CALL_S)
+        await self._call("DELETE", f"/nodes/{node}", limit_s=2 * _CALL_S, absent_is_fine=True)
 
     async def record(self, kind: str, text: str, fields: Mapping[str, Any]) -> None:
         """Add a line to the event log."""
@@ -70,7 +70,12 @@ class ControllerClient:
             return None
 
     async def _call(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, limit_s: float = _CALL_S
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        limit_s: float = _CALL_S,
+        absent_is_fine: bool = False,
     ) -> dict[str, Any]:
         assert self._session is not None, "used outside of its context"
         timeout = aiohttp.ClientTimeout(total=limit_s)
@@ -83,6 +88,6 @@ class ControllerClient:
             raise TransferError(
                 f"the controller does not answer {method} {path}: {error or type(error).__name__}"
             ) from error
-        if response.status >= 400:
+        if response.status >= 400 and not (absent_is_fine and response.status == 404):
             raise TransferError(f"the controller refused {method} {path}: {response.status} {answer}")
         return dict(answer)

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 from outlast.errors import TransferError
 from outlast.local import processes
 from outlast.local.board import Board
-from outlast.local.corruption import corrupt
 from outlast.local.faultgate import Scene
 from outlast.local.faults import NODE_KINDS, Fault, Kind, Part
+from outlast.local.imagefiles import corrupt
 from outlast.local.nodes import LocalNodes
 from outlast.local.raycluster import RayHead
 
@@ -37,30 +37,37 @@ class Controller(Protocol):
 
 
 Say = Callable[[str], None]
+Reached = Callable[[int], None]
+"""Told how many steps were done when a fault struck, which nobody who survives it may know."""
 
 
 class Injury:
     """``perform`` is the gate's performer; phase faults use it with a scene from ``scene``."""
 
-    def __init__(self, nodes: LocalNodes, ray: RayHead, controller: Controller, journal: Path, say: Say) -> None:
+    def __init__(
+        self, nodes: LocalNodes, ray: RayHead, controller: Controller, journal: Path, say: Say, reached: Reached
+    ) -> None:
         self._nodes = nodes
         self._ray = ray
         self._controller = controller
         self._journal = journal
         self._say = say
+        self._reached = reached
         self._board = Board()
-        self.fired = 0
+        self.head_killed = 0.0
+        """When (wall seconds) a fault last killed the head."""
 
     async def perform(self, faults: Sequence[Fault], scene: Scene) -> None:
         """Perform ``faults`` together, corruption first; returns when all are done."""
         if not faults:
             return
+        self._reached(scene.step)
         await asyncio.gather(*(self._tell(fault, scene) for fault in faults))
         corrupting = [fault for fault in faults if fault.kind is Kind.CORRUPT]
         await self._all(corrupting, scene)
         await self._all([fault for fault in faults if fault not in corrupting], scene)
 
-    async def scene(self, step: int) -> Scene:
+    async def scene(self) -> Scene:
         """Who is where now: seats as the controller says (or last said, when it does not answer), pids as they are."""
         try:
             async with asyncio.timeout(TELL_LIMIT_S):
@@ -69,7 +76,7 @@ class Injury:
             self._say(f"{error or 'the controller is late'}: taking the seats that it last said")
         seats = self._board.seats()
         ranks = {rank: pid for node in seats.values() for rank, pid in _ranks(self._nodes.roles(node)).items()}
-        return Scene(self._board.attempt, step, ranks, seats)
+        return Scene(self._board.attempt, self._board.best_step, ranks, seats)
 
     async def _all(self, faults: Sequence[Fault], scene: Scene) -> None:
         await asyncio.gather(*(self._one(fault, scene) for fault in faults))
@@ -78,7 +85,6 @@ class Injury:
         began = time.time()
         node = scene.nodes.get(fault.target) if fault.kind in NODE_KINDS and fault.target is not None else None
         detail = await self._performers[fault.kind](self, fault, scene, node)
-        self.fired += 1
         line = {
             "time": began,
             "fault": str(fault),
@@ -99,7 +105,7 @@ class Injury:
         fields = {"fault": str(fault), "step": scene.step, "target": fault.target}
         try:
             async with asyncio.timeout(TELL_LIMIT_S):
-                await self._controller.record("fault", f"injected {fault}", fields)
+                await self._controller.record("fault-injected", str(fault), fields)
         except (TransferError, TimeoutError):
             return
 
@@ -139,6 +145,7 @@ class Injury:
 
     async def _lose_head(self, fault: Fault, scene: Scene, node: str | None) -> list[Any]:
         del fault, scene, node
+        self.head_killed = time.time()
         pids = [*self._ray.pids, *(pid for pid in (self._controller.pid(),) if pid)]
         processes.send(pids, signal.SIGKILL)
         return pids

@@ -92,6 +92,14 @@ class LocalNodes:
     def __getitem__(self, node: str) -> LocalNode:
         return self._nodes[node]
 
+    def lost(self) -> set[str]:
+        """The nodes that were lost or removed."""
+        return {name for name, node in self._nodes.items() if node.gone}
+
+    def paused(self) -> dict[str, int]:
+        """The nodes that are stopped, and the step at which that was done."""
+        return {name: node.paused_at for name, node in self._nodes.items() if node.paused_at is not None}
+
     def present(self) -> list[LocalNode]:
         """The nodes that were not lost or removed, paused ones too."""
         return [node for node in self._nodes.values() if not node.gone]
@@ -138,6 +146,8 @@ class LocalNodes:
     async def lose(self, node: str) -> list[int]:
         """Kill everything of a node at once and wipe its memory, as a lost machine would; return the pids."""
         lost = self._nodes[node]
+        if lost.gone:
+            return []
         lost.gone, lost.paused_at = True, None
         members = self.members(node)
         await processes.kill_all(lambda: members, self._spare())

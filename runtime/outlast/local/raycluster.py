@@ -36,7 +36,8 @@ class RayHead:
         self._env = {**env, **ray_environment(token_file)}
         self._spare = spare
         self._vital: list[int] = []
-        self.starts = 0
+        self._starts = 0
+        self.starter: int | None = None
 
     @property
     def env(self) -> Mapping[str, str]:
@@ -50,13 +51,16 @@ class RayHead:
 
     async def start(self) -> str:
         """Start it and return its address ("ip:port"). Raises OutlastError naming the log when it does not come up."""
-        self.starts += 1
-        temp = self._folder / f"ray-{self.starts}"
+        self._starts += 1
+        temp = self._folder / f"ray-{self._starts}"
         process = processes.launch(_command(temp), self._env, self._log)
+        self.starter = process.pid
         try:
             status = await processes.wait_for(process, START_LIMIT_S)
         except TimeoutError as error:
             raise OutlastError(f"Ray did not start: {error}; see {self._log}") from error
+        finally:
+            self.starter = None
         if status != 0:
             raise OutlastError(f"Ray did not start (exit status {status}); see {self._log}")
         self._vital = [pid for pid in self._members() if _is_vital(processes.command_of(pid))]

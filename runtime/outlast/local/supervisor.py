@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,13 @@ from outlast.config import ControllerConfig
 from outlast.errors import OutlastError, RequestError, TransferError
 from outlast.local import processes
 from outlast.local.board import Board, Replacements
+from outlast.local.care import NodeCare
 from outlast.local.client import ControllerClient
 from outlast.local.environment import describe_environment
 from outlast.local.faultgate import FaultGate, FaultPlan
 from outlast.local.faults import Fault, parse_fault
 from outlast.local.folders import RunFolders
+from outlast.local.history import History
 from outlast.local.injury import Injury
 from outlast.local.nodes import LocalNodes, NodeTemplate
 from outlast.local.output import Output
@@ -45,6 +47,8 @@ from outlast.local.watching import PhaseFaults, StatusWatch, watch_events, watch
 STOP_LIMIT_S = 15.0
 """How long a job may take to stop after it was asked to."""
 LAUNCH_LIMIT_S = 60.0
+INJURY_FRESH_S = 2.0
+"""A head that is found lost so soon after a fault was lost by it."""
 LAUNCHES = 3
 """How often the head and the controller are started again in a row before the run is given up."""
 
@@ -91,10 +95,14 @@ class Supervisor:
         self._launching: int | None = None
         plan = FaultPlan(options.faults)
         self._plan = plan
-        self._injury = Injury(self._nodes, self._ray, self._client, folders.faults_file, output.progress)
+        self._history = History()
+        journal = folders.faults_file
+        self._injury = Injury(self._nodes, self._ray, self._client, journal, output.progress, self._history.reached)
         world = workers.replicas * workers.procs_per_worker
         self._gate = FaultGate(folders.gate_socket, plan, world, workers.procs_per_worker, self._injury.perform)
-        self._watch = StatusWatch(self._client, output, self._nodes, Replacements(options.replace_after_s))
+        self._phases = PhaseFaults(plan, self._injury, self._nodes)
+        self._care = NodeCare(self._client, output, self._nodes, Replacements(options.replace_after_s))
+        self._watch = StatusWatch(self._client)
 
     async def run(self) -> int:
         """Run the job to its end, write the report, and return the exit status once nothing is left."""
@@ -110,7 +118,8 @@ class Supervisor:
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._clean()
         report = self._report(end)
-        self._output.end(end.status, end.outcome, _last_words(end, report), str(self._folders.root / "report.json"))
+        words = _last_words(end, report, self._folders)
+        self._output.end(end.status, end.outcome, words, str(self._folders.report_file))
         return end.status
 
     def interrupt(self, at_once: bool = False) -> None:
@@ -127,14 +136,14 @@ class Supervisor:
 
     async def _live(self) -> None:
         await self._start()
-        on_phase = PhaseFaults(self._plan, self._injury)
         async with asyncio.TaskGroup() as group:
             side = [
                 group.create_task(watch_head(self._ray, self._revive)),
-                group.create_task(watch_events(self._client, self._output, on_phase)),
+                group.create_task(watch_events(self._client, self._on_event)),
+                group.create_task(self._phases.watch_images()),
                 group.create_task(self._reap()),
             ]
-            board = await self._watch.run(self._relaunch)
+            board = await self._watch.run(self._on_status, self._relaunch)
             for task in side:
                 task.cancel()
         self._finish(End(str(board.outcome), str(board.status.get("reason") or "")))
@@ -168,8 +177,21 @@ class Supervisor:
         if status != 0:
             raise OutlastError(f"the controller did not start: {_last_line(log)}; see {log}")
 
+    async def _on_event(self, event: dict[str, Any]) -> None:
+        self._output.event(event)
+        self._history.feed_event(event)
+        await self._phases.on_event(event)
+
+    async def _on_status(self, board: Board) -> None:
+        self._history.feed(board.status, time.time())
+        self._output.status(self._history.merged())
+        await self._care.tend(board)
+
     async def _revive(self) -> None:
         """Ray's head is gone: remove what is left of it, and start head and controller again."""
+        now = time.time()
+        injured = self._injury.head_killed
+        self._history.head_lost(injured if now - injured < INJURY_FRESH_S else now, now)
         for left in reversed(range(LAUNCHES)):
             self._output.progress("Ray's head is gone: starting it and the controller again")
             try:
@@ -228,12 +250,12 @@ class Supervisor:
         self._folders.remove()
 
     def _known_children(self) -> list[int]:
-        return [pid for pid in (self._nodes.zygote_pid, self._launching) if pid is not None]
+        """Children that are waited for by those who started them, and are not Ray's."""
+        return [pid for pid in (self._nodes.zygote_pid, self._launching, self._ray.starter) if pid is not None]
 
     def _report(self, end: End) -> dict[str, Any]:
-        board: Board = self._watch.board
         faults = _read_lines(self._folders.faults_file)
-        status = {**board.status, "outcome": end.outcome}
+        status = {**self._history.merged(), "outcome": end.outcome}
         report = build_report(status, faults, describe_environment(), time.time() - self._began, end.reason)
         report["faults_not_reached"] = [str(fault) for fault in self._plan.left]
         self._folders.report_file.write_text(json.dumps(report, indent=2) + "\n")
@@ -266,12 +288,14 @@ def _template(options: Options, job: TrainingJob, config: ControllerConfig) -> N
     )
 
 
-def _last_words(end: End, report: dict[str, Any]) -> str:
-    steps, wall = report["steps"], report["wall_s"]
-    text = f"{end.outcome} after {steps} steps in {wall:.1f} s"
-    if end.outcome != "succeeded":
-        return f"{text}: {end.reason}"
-    return f"{text}, {len(report['recoveries'])} recoveries, weights {report['weights_digest']}"
+def _last_words(end: End, report: Mapping[str, Any], folders: RunFolders) -> str:
+    """How it ended, for people: of a failure the first cause, and where to read on."""
+    text = f"{end.outcome} after {report['steps']} steps in {report['wall_s']:.1f} s"
+    if end.outcome == "succeeded":
+        return f"{text}, {len(report['recoveries'])} recoveries, weights {report['weights_digest']}"
+    rank = (report["first_error"] or {}).get("rank")
+    logs = sorted(folders.logs.glob(f"rank-{rank}.attempt-*.log"), key=lambda path: path.stat().st_mtime)
+    return f"{text}: {end.reason}" + (f"\nits log is {logs[-1]}" if logs and end.outcome == "failed" else "")
 
 
 def _last_line(path: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,8 @@ class Capture:
         self.copier = copier or Copier()
         self.plan: SnapshotPlan | None = None
         self._images: dict[int, ImageFile] = {}
+        self._made: set[int] = set()  # slots whose file this process made or took over
+        self._allocating = threading.Lock()
         self._stages: dict[str, torch.Tensor] = {}
 
     def observe(self, extra: Mapping[str, Any]) -> Moment:
@@ -121,20 +124,29 @@ class Capture:
         """The plan, laid out anew when eager state changed its shape or outgrew its room (the cut stays)."""
         plan = self.plan
         assert plan is not None
-        known = {part.leaf.name: (part.leaf.nbytes, part.leaf.shape) for part in plan.parts}
-        same = known == {name: (leaf.nbytes, leaf.shape) for name, leaf in moment.leaves.items()}
+        leaves = moment.leaves
+        same = len(plan.parts) == len(leaves) and all(
+            _fits(part.leaf, leaves.get(part.leaf.name)) for part in plan.parts
+        )
         if same and len(moment.state) + 8 <= plan.layout.entry(STATE).nbytes:
             return plan
         return self.make_plan(moment, plan.cut)
 
+    def prepare(self, slot: int, *, fresh: bool) -> None:
+        """Allocate and fault in the slot's file ahead of its boundary: fresh pages cost ten times the copy."""
+        if self.plan is not None:
+            self._image(slot, self.plan.layout, fresh=fresh)
+
     def _image(self, slot: int, layout: Layout, *, fresh: bool) -> ImageFile:
-        image = self._images.get(slot)
-        if image is not None and image.layout == layout and not fresh:
+        with self._allocating:
+            image = self._images.get(slot)
+            if image is not None and image.layout == layout and not (fresh and slot not in self._made):
+                return image
+            if image is not None:
+                self._images.pop(slot).close()
+            image = self._images[slot] = ImageFile.create(self.seat.image_path(slot), layout, fresh=fresh)
+            self._made.add(slot)
             return image
-        if image is not None:
-            self._images.pop(slot).close()
-        image = self._images[slot] = ImageFile.create(self.seat.image_path(slot), layout, fresh=fresh)
-        return image
 
     def _stage(self, leaf: Leaf) -> memoryview:
         stage = self._stages.get(leaf.name)
@@ -142,14 +154,14 @@ class Capture:
             stage = torch.empty(leaf.tensor.shape, dtype=leaf.tensor.dtype, device="cpu")
             self._stages[leaf.name] = stage
         stage.copy_(leaf.tensor)
-        return memoryview(bytes_of(stage))
+        return bytes_of(stage).data
 
     @staticmethod
     def _state_blob(state: bytes, capacity: int) -> memoryview:
         blob = np.zeros(capacity, np.uint8)
         blob[:8] = np.frombuffer(len(state).to_bytes(8, "little"), np.uint8)
         blob[8 : 8 + len(state)] = np.frombuffer(state, np.uint8)
-        return memoryview(blob)
+        return blob.data
 
     def close(self) -> None:
         for image in self._images.values():
@@ -157,7 +169,19 @@ class Capture:
         self._images.clear()
 
 
-def check_capacity(memory_dir: pathlib.Path, image_bytes: int, held_bytes: int, limits: Mapping[str, Any], ranks: int) -> None:
+def _fits(planned: Leaf, live: Leaf | None) -> bool:
+    if live is planned:
+        return True
+    return live is not None and (live.shape, live.tensor.dtype, live.lazy) == (
+        planned.shape,
+        planned.tensor.dtype,
+        planned.lazy,
+    )
+
+
+def check_capacity(
+    memory_dir: pathlib.Path, image_bytes: int, held_bytes: int, limits: Mapping[str, Any], ranks: int
+) -> None:
     """Refuse to go on when a node's memory cannot hold ``slots`` images and their parity.
 
     image_bytes: of one rank; held_bytes: what this node's files occupy already; limits: {"slots", "parity", "group",

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -40,7 +40,8 @@ def set_bucket_order(ddp: DistributedDataParallel, order: list[list[int]]) -> No
     """Give ``ddp`` a new reducer with these buckets; its first backward then adds in that order already."""
     if not order or order == bucket_order(ddp):
         return
-    original = dist._compute_bucket_assignment_by_size
+    module: Any = torch.distributed
+    original = module._compute_bucket_assignment_by_size
 
     def assignment(*args: Any, **kwargs: Any) -> tuple[list[list[int]], list[int]]:
         limit = original(*args, **kwargs)[1][-1]
@@ -49,11 +50,11 @@ def set_bucket_order(ddp: DistributedDataParallel, order: list[list[int]]) -> No
     parameters, expect_sparse = ddp._build_params_for_reducer()  # type: ignore[no-untyped-call]
     names = ddp._build_debug_param_to_name_mapping(parameters)  # type: ignore[no-untyped-call]
     ddp.reducer._remove_autograd_hooks()
-    dist._compute_bucket_assignment_by_size = assignment
+    module._compute_bucket_assignment_by_size = assignment
     try:
         ddp._ddp_init_helper(parameters, expect_sparse, names, ddp.static_graph)  # type: ignore[no-untyped-call]
     finally:
-        dist._compute_bucket_assignment_by_size = original
+        module._compute_bucket_assignment_by_size = original
 
 
 def rebuild_buckets(ddp: DistributedDataParallel) -> bool:
@@ -66,8 +67,12 @@ def rebuild_buckets(ddp: DistributedDataParallel) -> bool:
 
 def is_settled(ddp: DistributedDataParallel) -> bool:
     """Whether the buckets will stay as they are."""
-    return ddp.find_unused_parameters and not ddp.static_graph or bool(
-        ddp._get_ddp_logging_data().get("has_rebuilt_buckets")  # type: ignore[no-untyped-call]
+    return (
+        ddp.find_unused_parameters
+        and not ddp.static_graph
+        or bool(
+            ddp._get_ddp_logging_data().get("has_rebuilt_buckets")  # type: ignore[no-untyped-call]
+        )
     )
 
 

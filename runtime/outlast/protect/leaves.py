@@ -11,10 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from outlast.errors import StateError
 from outlast.protect.tree import Json, flatten
@@ -31,9 +33,9 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: Any, /) -> Any: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Leaf:
-    """One rank's local part of one tensor.
+    """One rank's local part of one tensor. The same object as long as the tensor keeps its storage.
 
     ``tensor`` is the live local tensor; ``shape`` and ``offset`` place it in the global tensor of ``global_shape``
     (all in elements). ``distributed`` says that the live object is a DTensor, ``device`` on which kind of device it lives.
@@ -51,11 +53,11 @@ class Leaf:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self.tensor.numel() * self.tensor.element_size()
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Equal on the ranks whose local tensors are meant to be equal."""
         return f"{self.name}@{','.join(map(str, self.offset))}:{','.join(map(str, self.shape))}:{self.tensor.dtype}"
@@ -68,9 +70,9 @@ class Collected:
     leaves: dict[str, Leaf] = field(default_factory=dict)
     state: dict[str, Json] = field(default_factory=dict)
 
-    def signature(self) -> tuple[tuple[str, int, int], ...]:
-        """Changes when a tensor appears, goes, or moves to another storage."""
-        return tuple((leaf.name, leaf.tensor.data_ptr(), leaf.nbytes) for leaf in self.leaves.values() if leaf.lazy)
+    def signature(self) -> tuple[Leaf, ...]:
+        """Changes when a lazy tensor appears, goes, or moves to another storage (leaves compare by identity)."""
+        return tuple(leaf for leaf in self.leaves.values() if leaf.lazy)
 
 
 def clean(name: str) -> str:
@@ -89,7 +91,9 @@ def make_leaf(name: str, tensor: torch.Tensor, *, lazy: bool) -> Leaf:
     local = local_of(tensor)
     distributed = local is not tensor and hasattr(tensor, "_local_tensor")
     if local.layout is not torch.strided or local.is_quantized or local.is_meta:
-        raise StateError(f"tensor {name!r} ({local.layout}, {local.device}) has no plain bytes; a snapshot cannot hold it")
+        raise StateError(
+            f"tensor {name!r} ({local.layout}, {local.device}) has no plain bytes; a snapshot cannot hold it"
+        )
     offset: tuple[int, ...] = (0,) * local.dim()
     if distributed:
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -103,7 +107,7 @@ def reshard(modules: Mapping[str, nn.Module]) -> None:
     """Put every FSDP2 module back to its sharded parameters (after an evaluation they may be whole)."""
     for module in modules.values():
         for part in module.modules():
-            if hasattr(part, "reshard") and hasattr(part, "unshard"):
+            if isinstance(part, FSDPModule):
                 part.reshard()
 
 
@@ -127,7 +131,20 @@ class Collector:
         reshard(self.modules)
         self.parameters: dict[int, tuple[str, torch.Tensor]] = {}
         self.buffers: dict[str, torch.Tensor] = {}
+        self._memo: dict[str, tuple[torch.Tensor, Leaf]] = {}
         self._index_modules()
+
+    def _leaf(self, name: str, tensor: torch.Tensor, *, lazy: bool) -> Leaf:
+        """``make_leaf``, or the leaf made before when the tensor is the same and lies where it lay."""
+        known = self._memo.get(name)
+        if known is not None and known[0] is tensor:
+            leaf = known[1]
+            local = getattr(tensor, "_local_tensor", tensor)
+            if local.data_ptr() == leaf.tensor.data_ptr() and local.shape == leaf.tensor.shape and not tensor.is_meta:
+                return leaf
+        leaf = make_leaf(name, tensor, lazy=lazy)
+        self._memo[name] = (tensor, leaf)
+        return leaf
 
     def _index_modules(self) -> None:
         for key, module in self.modules.items():
@@ -149,9 +166,11 @@ class Collector:
     def collect(self) -> Collected:
         """Walk all objects now. Cheap enough for every boundary: no tensor is read."""
         found = Collected()
-        stepped = {id(p) for key in self.optimizers for _, p in self.parameters_of(key)}
+        stepped = {
+            id(p) for optimizer in self.optimizers.values() for group in optimizer.param_groups for p in group["params"]
+        }
         for name, parameter in self.parameters.values():
-            found.leaves[name] = make_leaf(name, parameter, lazy=id(parameter) in stepped)
+            found.leaves[name] = self._leaf(name, parameter, lazy=id(parameter) in stepped)
         for key, module in self.modules.items():
             self._collect_module(key, module, found)
         for key in self.optimizers:
@@ -164,7 +183,7 @@ class Collector:
     def _collect_module(self, key: str, module: nn.Module, found: Collected) -> None:
         for name, buffer in module.named_buffers():
             full = f"{key}/{clean(name)}"
-            found.leaves[full] = make_leaf(full, buffer, lazy=False)
+            found.leaves[full] = self._leaf(full, buffer, lazy=False)
         extra = {
             clean(name): part.get_extra_state()
             for name, part in module.named_modules()
@@ -178,15 +197,26 @@ class Collector:
         states: dict[str, Json] = {}
         for name, parameter in self.parameters_of(key):
             if id(parameter) not in self.parameters and name not in found.leaves:
-                found.leaves[name] = make_leaf(name, parameter, lazy=True)
+                found.leaves[name] = self._leaf(name, parameter, lazy=True)
             if parameter in optimizer.state:
-                states[name] = self._tree(optimizer.state[parameter], f"{key}/state/{name}", found, lazy=True)
+                states[name] = self._state_tree(optimizer.state[parameter], f"{key}/state/{name}", found)
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         found.state[key] = {"states": states, "groups": self._tree(groups, f"{key}/groups", found, lazy=False)}
+
+    def _state_tree(self, state: Mapping[Any, object], path: str, found: Collected) -> Json:
+        """The tree of one parameter's state; the usual kind, tensors under plain names, without a walk."""
+        if not all(isinstance(value, torch.Tensor) and type(key) is str for key, value in state.items()):
+            return self._tree(state, path, found, lazy=True)
+        tree = {}
+        for key, tensor in state.items():
+            name = f"{path}/{key}"
+            found.leaves[name] = self._leaf(name, tensor, lazy=True)  # type: ignore[arg-type]
+            tree[key] = {"$tensor": name}
+        return tree
 
     def _tree(self, value: object, path: str, found: Collected, *, lazy: bool) -> Json:
         tensors: list[tuple[str, torch.Tensor]] = []
         tree = flatten(value, path, tensors)
         for name, tensor in tensors:
-            found.leaves[name] = make_leaf(name, tensor, lazy=lazy)
+            found.leaves[name] = self._leaf(name, tensor, lazy=lazy)
         return tree

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,7 +72,7 @@ class Shards:
             start, stop = part_range(info["nbytes"], index, len(replicas))
             if stop > start:
                 shard = self._shard(rank)
-                shard.read_into(shard.layout().entry(name).offset, memoryview(buffer)[start:stop])
+                shard.read_into(shard.layout().entry(name).offset, buffer.data[start:stop])
         dtype = getattr(torch, info["dtype"])
         return torch.from_numpy(buffer).view(dtype).reshape(info["shape"])
 
@@ -160,9 +161,8 @@ def _load_optimizer(collector: Collector, key: str, saved: Json, shards: Shards)
         if id(parameter) not in collector.parameters:
             _copy_in(name, parameter, shards)
         if name in saved["states"]:
-            optimizer.state[parameter] = unflatten(
-                saved["states"][name], lambda leaf, p=parameter: _optimizer_tensor(leaf, p, shards)
-            )
+            tensor = partial(_optimizer_tensor, parameter=parameter, shards=shards)
+            optimizer.state[parameter] = unflatten(saved["states"][name], tensor)
 
 
 def _optimizer_tensor(name: str, parameter: torch.Tensor, shards: Shards) -> torch.Tensor:

@@ -15,6 +15,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 import xxhash
 
 from outlast.errors import TransferError
@@ -37,7 +38,7 @@ def digest(tensor: torch.Tensor) -> str | None:
     view = bytes_of(tensor.cpu().contiguous())
     if _constant(view, tensor.element_size()):
         return None
-    return xxhash.xxh3_128_hexdigest(view)
+    return xxhash.xxh3_128_hexdigest(view.data)
 
 
 def _constant(view: np.ndarray, width: int) -> bool:
@@ -48,21 +49,23 @@ def _constant(view: np.ndarray, width: int) -> bool:
 class ReplicaVote:
     """One rank's side of the vote. ``connect`` gives it its own client of the store that rank 0 hosts."""
 
-    def __init__(self, store: dist.Store, rank: int, world: int, deadline_s: float = 60.0) -> None:
+    def __init__(self, store: Store, rank: int, world: int, deadline_s: float = 60.0) -> None:
         self.store, self.rank, self.world, self.deadline_s = store, rank, world, deadline_s
 
     @classmethod
     def connect(cls, rank: int, world: int) -> ReplicaVote:
-        store = dist.TCPStore(
+        store = TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             wait_for_workers=False,
             timeout=timedelta(seconds=60),
         )
-        return cls(dist.PrefixStore("outlast/replicas", store), rank, world)
+        return cls(PrefixStore("outlast/replicas", store), rank, world)
 
-    def agree(self, name: str, digests: Mapping[str, str | None], given_up: threading.Event) -> dict[str, tuple[int, ...]]:
+    def agree(
+        self, name: str, digests: Mapping[str, str | None], given_up: threading.Event
+    ) -> dict[str, tuple[int, ...]]:
         """The cut of this rank: post digests, rank 0 compares, all read its verdict.
 
         Raises TransferError when not all ranks took part in time or ``given_up`` was set.
@@ -76,7 +79,9 @@ class ReplicaVote:
         self._wait([f"{name}/verdict"], given_up)
         return cut_of(self.rank, json.loads(self.store.get(f"{name}/verdict")))
 
-    def differing(self, name: str, key: str, mine: str, replicas: tuple[int, ...], given_up: threading.Event) -> list[int]:
+    def differing(
+        self, name: str, key: str, mine: str, replicas: tuple[int, ...], given_up: threading.Event
+    ) -> list[int]:
         """Ranks whose digest of ``key`` is not this rank's; only the set's first rank compares, others get []."""
         self.store.set(f"{name}/{key}/{self.rank}", mine)
         if self.rank != replicas[0]:

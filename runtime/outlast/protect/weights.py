@@ -46,7 +46,7 @@ class WeightsDigest:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         dtype = str(tensor.dtype).removeprefix("torch.")
         self._hash.update(f"{name}|{dtype}|{list(tensor.shape)}|".encode())
-        self._hash.update(memoryview(bytes_of(tensor)))
+        self._hash.update(bytes_of(tensor).data)
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -73,10 +73,10 @@ def _save(tensors: Mapping[str, torch.Tensor], folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "model.safetensors"
     partial = target.with_suffix(".partial")
-    savable = {n: (t if t.dtype in SAFETENSORS_NAMES else t.reshape(-1).view(torch.uint8)).clone() for n, t in tensors.items()}
+    savable = {
+        n: (t if t.dtype in SAFETENSORS_NAMES else t.reshape(-1).view(torch.uint8)).clone() for n, t in tensors.items()
+    }
     save_file(savable, partial, metadata={"format": "pt"})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(target)
-
-

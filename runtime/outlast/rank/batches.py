@@ -50,7 +50,7 @@ class Batches:
     def _weights(self) -> list[float]:
         if self.sampler is None:
             return [1.0 / self._micro_batches] * self._micro_batches
-        return list(self.sampler.plan(self.sampler.position).weights)
+        return list(self.sampler.weights)
 
     def _next(self) -> Any:
         assert self._iterator is not None

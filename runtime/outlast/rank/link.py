@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from outlast.errors import TransferError
@@ -47,7 +48,8 @@ class AgentLink:
         self.lock = threading.Lock()
         self.permits: list[dict[str, Any]] = []
         self.aborted: set[str] = set()
-        self.on_abort: list[Any] = []
+        self.on_abort: list[Callable[[str], None]] = []
+        self.on_permit: list[Callable[[dict[str, Any]], None]] = []
         threading.Thread(target=self._read, name="outlast-link", daemon=True).start()
 
     def send(self, op: str, **fields: Any) -> None:
@@ -80,6 +82,8 @@ class AgentLink:
             case "permit":
                 with self.lock:
                     self.permits.append(message)
+                for announce in self.on_permit:
+                    announce(message)
             case "abort":
                 with self.lock:
                     self.aborted.add(message["generation"])

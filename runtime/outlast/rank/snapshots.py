@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from outlast.errors import OutlastError, SnapshotError
+from outlast.errors import CapacityError, OutlastError, SnapshotError
 from outlast.protect.capture import Capture, Moment
 from outlast.protect.plan import rotating_sample
 from outlast.protect.replicas import ReplicaVote, digest
@@ -55,14 +55,17 @@ class Window:
 class RankSnapshots:
     """Obeys permits for one rank. ``extra`` returns the session's own state at the boundary."""
 
-    def __init__(self, link: AgentLink, capture: Capture, extra: Callable[[], Mapping[str, Any]], *, check: bool) -> None:
+    def __init__(
+        self, link: AgentLink, capture: Capture, extra: Callable[[], Mapping[str, Any]], *, check: bool
+    ) -> None:
         self.link, self.capture, self.extra, self.check = link, capture, extra, check
         self.window: Window | None = None
         self._vote: ReplicaVote | None = None
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[str, Callable[[], None]]] = queue.SimpleQueue()
         self._turn = 0
         threading.Thread(target=self._run, name="outlast-snapshots", daemon=True).start()
         link.on_abort.append(self._abort)
+        link.on_permit.append(self._prepare)
         self._hook = register_optimizer_step_pre_hook(lambda *_: self.barrier())
 
     def barrier(self) -> None:
@@ -91,9 +94,9 @@ class RankSnapshots:
             return
         window = self.window = Window(generation, opened=began)
         if replan:
-            self._work.put(lambda: self._agree(window, moment))
+            self._work.put((str(generation), lambda: self._agree(window, moment)))
         else:
-            self._copy(window, moment, permit)
+            self._copy_or_tell(window, moment, permit)
         window.stalled_s += time.perf_counter() - began
 
     # -- voting on replicas
@@ -119,6 +122,13 @@ class RankSnapshots:
 
     # -- copying
 
+    def _copy_or_tell(self, window: Window, moment: Moment, permit: Mapping[str, Any]) -> None:
+        try:
+            self._copy(window, moment, permit)
+        except CapacityError as error:
+            self.link.send("capacity", missing=0, text=str(error))
+            raise
+
     def _copy(self, window: Window, moment: Moment, permit: Mapping[str, Any]) -> None:
         before = self._digests(moment) if self.check else {}
         ticket = self.capture.start(moment, window.generation, int(permit["slot"]), fresh=bool(permit.get("fresh")))
@@ -132,7 +142,11 @@ class RankSnapshots:
                 ticket.wait(WINDOW_DEADLINE_S)
                 by_key = {leaf.key: leaf for leaf in moment.leaves.values() if leaf.lazy}
                 sampled = {key: digest(by_key[key].tensor) or "" for key, _ in sample if key in by_key}
-                changed = [name for name, value in self._digests(moment).items() if before.get(name) != value] if self.check else []
+                changed = (
+                    [name for name, value in self._digests(moment).items() if before.get(name) != value]
+                    if self.check
+                    else []
+                )
             finally:
                 window.closed.set()
             self.link.send(
@@ -140,12 +154,15 @@ class RankSnapshots:
                 length=plan.layout.total_bytes, stall_s=window.stall_so_far(), copy_s=ticket.seconds,
             )  # fmt: skip
             if changed:
-                self._note("state-changed", f"changed during the copy by something else than an optimizer: {', '.join(changed)}")
+                self._note(
+                    "state-changed",
+                    f"changed during the copy by something else than an optimizer: {', '.join(changed)}",
+                )
             for key, replicas in sample:
                 if key in sampled:
                     self._compare(window, key, sampled[key], replicas)
 
-        self._work.put(finish)
+        self._work.put((str(window.generation), finish))
 
     def _compare(self, window: Window, key: str, mine: str, replicas: tuple[int, ...]) -> None:
         others = self._voter().differing(f"sample/{window.generation}", key, mine, replicas, window.given_up)
@@ -161,13 +178,18 @@ class RankSnapshots:
 
     def _run(self) -> None:
         while True:
-            work = self._work.get()
+            generation, work = self._work.get()
             try:
                 work()
+            except CapacityError:
+                continue  # the boundary meets it again, and tells
             except (OutlastError, TimeoutError, OSError, RuntimeError, ValueError) as error:
-                window = self.window
-                if window is not None:
-                    self.link.send("missed", generation=str(window.generation), reason=f"{type(error).__name__}: {error}")
+                self.link.send("missed", generation=generation, reason=f"{type(error).__name__}: {error}")
+
+    def _prepare(self, permit: Mapping[str, Any]) -> None:
+        if not permit.get("replan"):
+            slot, fresh = int(permit["slot"]), bool(permit.get("fresh"))
+            self._work.put((permit["generation"], lambda: self.capture.prepare(slot, fresh=fresh)))
 
     def _abort(self, generation: str) -> None:
         window = self.window

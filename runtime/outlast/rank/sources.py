@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -25,8 +24,7 @@ class RemoteShard:
     def layout(self) -> Layout:
         if self._layout is None:
             header = self._read(0, 8 + int.from_bytes(self._read(0, 8), "little"))
-            ends = [row["data_offsets"][1] for name, row in json.loads(header[8:]).items() if name != "__metadata__"]
-            self._layout = Layout.parse(header, len(header) + max(ends))
+            self._layout = Layout.parse(header)
         return self._layout
 
     def _read(self, offset: int, length: int) -> bytes:

@@ -28,8 +28,8 @@ from outlast.snapshot.peers import Peers
 from outlast.snapshot.restore import GroupInfo
 from outlast.snapshot.wire import Channel, Deadline, ImageName, KeeperClient
 
-PIECE = 256 * 1024
-"""Bytes of each chunk that are in hand at a time: k + m of them fit the second-level cache."""
+PIECE = 512 * 1024
+"""Bytes of each chunk that are in hand at a time (128 KiB was slower; 256 KiB to 1 MiB differ less than runs do)."""
 
 
 @dataclass(frozen=True)

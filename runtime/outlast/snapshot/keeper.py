@@ -160,6 +160,8 @@ class Keeper:
                 raise RequestError(f"{self._config.node}: a keeper knows no operation {op!r}")
             seconds = float(message.get("timeout", DEFAULT_SECONDS))
             reply = self._handlers[op](message, channel, Deadline.after(seconds, op))
+            if reply is not None:
+                reply = {"ok": True, **reply}
         except OutlastError as error:
             log.warning("refused node=%s op=%s error=%s reason=%s", self._config.node, op, type(error).__name__, error)
             reply = error_message(error)
@@ -170,7 +172,7 @@ class Keeper:
             log.exception("failed node=%s op=%s", self._config.node, op)
             reply = error_message(SnapshotError(f"{self._config.node}: {op} failed: {error}"))
         if reply is not None:
-            channel.send({"ok": True, **reply}, Deadline.after(FRAME_SECONDS, f"the answer to {op} to be taken"))
+            channel.send(reply, Deadline.after(FRAME_SECONDS, f"the answer to {op} to be taken"))
 
     def _inventory(self, _message: Message, _channel: Channel, _deadline: Deadline) -> Reply:
         inventory, damaged = self._store.inventory()

@@ -14,6 +14,7 @@ pin the memory of the old one. Only parity images, which nobody else writes, sta
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import threading
@@ -25,7 +26,7 @@ from typing import Any
 from outlast.errors import CapacityError, ImageError, StaleAttemptError
 from outlast.snapshot.fence import Fence, read_json, write_json
 from outlast.snapshot.identity import Generation
-from outlast.snapshot.image import BLOCK, ImageFile
+from outlast.snapshot.image import BLOCK, ImageFile, allocate
 from outlast.snapshot.parity_build import ParityBuild, ParityRequest, parity_layout
 from outlast.snapshot.restore import GroupInfo, HeldImage, Inventory, Kind
 from outlast.snapshot.wire import Deadline, ImageName
@@ -149,6 +150,12 @@ class Store:
                 f"{available} are available ({self._limit()}): {needed - available} bytes are missing. Raise "
                 "snapshot.maxMemory or the memory of the node, or use less parity or more nodes"
             )
+
+    def allocate(self, path: Path, nbytes: int) -> mmap.mmap:
+        """A new file of ``nbytes``, mapped. Raises CapacityError."""
+        with self._lock:
+            self.require(path, nbytes)
+            return allocate(path, nbytes)
 
     def prepare(self, sizes: Mapping[int, int], slots: int, members: int, parity: int) -> dict[str, int]:
         """Whether images of ``sizes`` (bytes by local rank) and their parity fit, ``slots`` of each.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from outlast.errors import StaleAttemptError, TransferError
 from outlast.snapshot.erasure import parity_entry
 from outlast.snapshot.identity import Attempt, Generation

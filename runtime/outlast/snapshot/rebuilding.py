@@ -20,13 +20,13 @@ from outlast.errors import ImageError, StaleAttemptError, UnrecoverableError
 from outlast.snapshot.codec import Codec
 from outlast.snapshot.erasure import DecodeRange, GroupLayout, Part, decode_ranges, parity_entry
 from outlast.snapshot.identity import Attempt, Generation
-from outlast.snapshot.image import BLOCK, ImageFile, allocate, block_checksums
+from outlast.snapshot.image import BLOCK, ImageFile, block_checksums
 from outlast.snapshot.keeper_store import REBUILDING, Place, Store
 from outlast.snapshot.peers import Peers
 from outlast.snapshot.restore import GroupInfo, Kind, RankRestore
 from outlast.snapshot.wire import Deadline, ImageName, KeeperClient, ReadRange
 
-PIECE = 256 * 1024
+PIECE = 512 * 1024
 FETCH_PIECE = 4 << 20
 _Stream = tuple[int, Kind]
 _View = Callable[[int, int], memoryview]
@@ -113,19 +113,25 @@ class Rebuilding:
         """Fetch or decode the whole image under another name, verify it, and move it into place."""
         restore, path = self._request.restore, self._store.path(self._request.place)
         draft = path.with_name(path.name + REBUILDING)
-        mapping = self._draft(path, draft)
-        whole = memoryview(mapping)
-        if restore.holder is not None:
-            self._fetch(restore.holder, whole)
-        if restore.source == "memory-decode":
-            self._decode(lambda offset, length: whole[offset : offset + length])
+        try:
+            whole = memoryview(self._draft(path, draft))
+            if restore.holder is not None:
+                self._fetch(restore.holder, whole)
+            if restore.source == "memory-decode":
+                self._decode(lambda offset, length: whole[offset : offset + length])
+            self._verify(draft)
+            self._check()
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _verify(self, draft: Path) -> None:
         image = ImageFile.open(draft)
         self._check_identity(image)
         bad = [block for block, good in enumerate(image.verify()) if not good]
+        image.close()
         if bad:
             raise ImageError(f"{self._request.name}: {len(bad)} blocks do not verify after the rebuild, first {bad[0]}")
-        self._check()
-        draft.replace(path)
 
     def _draft(self, path: Path, draft: Path) -> mmap.mmap:
         """A file to rebuild into: the memory of the slot's former file when that has the size, else new."""
@@ -135,8 +141,7 @@ class Rebuilding:
             with draft.open("r+b") as file:
                 return mmap.mmap(file.fileno(), length)
         path.unlink(missing_ok=True)
-        self._store.require(draft, length)
-        return allocate(draft, length)
+        return self._store.allocate(draft, length)
 
     def _fetch(self, node: str, out: memoryview) -> None:
         client = self._peers.client(node, self._deadline)

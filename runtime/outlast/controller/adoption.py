@@ -1,0 +1,122 @@
+"""Taking over from a controller that died: what joined nodes say decides whether their ranks go on undisturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from outlast.controller.events import Joined
+from outlast.controller.instructions import Stop
+from outlast.controller.job import Job
+from outlast.controller.progress import Progress
+from outlast.controller.recovery import Restored, seat_groups, unprotected
+from outlast.controller.settings import MachineConfig
+from outlast.controller.snapshots import SnapshotCycle
+from outlast.snapshot.identity import Attempt, Generation
+from outlast.snapshot.placement import Group
+from outlast.snapshot.restore import HeldImage, Inventory
+
+
+@dataclass
+class Gathering:
+    """What the nodes said when they joined."""
+
+    joined: dict[str, Joined] = field(default_factory=dict)
+    last_join: float = 0.0
+
+    def add(self, event: Joined, now: float) -> None:
+        """A node joined."""
+        self.joined[event.node] = event
+        self.last_join = now
+
+    def keep(self, alive: Container[str]) -> None:
+        """Forget who is not alive any more."""
+        self.joined = {name: event for name, event in self.joined.items() if name in alive}
+
+    def running(self, config: MachineConfig) -> tuple[Attempt, dict[int, str]] | None:
+        """The attempt that runs on all seats, with their nodes; None when there is no such attempt."""
+        by_attempt: dict[Attempt, dict[int, str]] = {}
+        for event in self.joined.values():
+            if event.running and event.attempt is not None and event.seat is not None:
+                by_attempt.setdefault(event.attempt, {})[event.seat] = event.node
+        if not by_attempt:
+            return None
+        newest = max(by_attempt)
+        seats = by_attempt[newest]
+        whole = set(seats) == set(range(config.replicas))
+        return (newest, dict(sorted(seats.items()))) if whole else None
+
+    def history(self) -> bool:
+        """Whether anything was ever started: then nodes that are still to come may hold what is needed."""
+        return any(event.best_seen_attempt or event.attempt or event.held for event in self.joined.values())
+
+    def complete(self, config: MachineConfig) -> bool:
+        """Whether nobody else is expected to bring a part of the state."""
+        if any(event.running for event in self.joined.values()):
+            return False
+        if len(self.joined) >= config.replicas + config.spares:
+            return True
+        held = {image.seat for event in self.joined.values() for image in event.held if image.kind == "shard"}
+        return held == set(range(config.replicas))
+
+    def restart_count(self) -> int:
+        """The most restarts that any node was told of."""
+        return max((event.restart_count for event in self.joined.values()), default=0)
+
+    def done(self, nodes: Iterable[str]) -> dict[int, str]:
+        """Ranks that have done all their steps, with their digests."""
+        return {rank: digest for node in nodes for rank, digest in self.joined[node].done.items()}
+
+
+def newest_whole(held: Mapping[int, Sequence[HeldImage]], placed: Sequence[Group], procs: int) -> Restored | None:
+    """The newest generation of which every seat's node says that it holds all of its ranks' images.
+
+    ``held``: what the keepers of the seats say, unverified. It is treated like one that was restored: protected again
+    before its slot's neighbour is written, since the controller that died may not have come to that.
+    """
+    images: dict[Generation, dict[int, HeldImage]] = {}
+    for seat, own in held.items():
+        for image in own:
+            if image.kind == "shard" and image.seat == seat and image.local_rank < procs:
+                images.setdefault(image.generation, {})[seat * procs + image.local_rank] = image
+    whole = [generation for generation, ranks in images.items() if len(ranks) == len(held) * procs]
+    if not whole:
+        return None
+    newest = max(whole)
+    ranks = images[newest]
+    inventories = {seat: Inventory("", tuple(own)) for seat, own in held.items()}
+    targets = unprotected(newest, inventories, placed, procs)
+    return Restored(newest, ranks[0].slot, {rank: image.length for rank, image in ranks.items()}, targets)
+
+
+def gathered(job: Job, gathering: Gathering, now: float) -> None:
+    """Begin, or go on with what outlived another controller, once enough nodes are here."""
+    gathering.keep(job.members.alive)
+    running = gathering.running(job.config)
+    if running is not None:
+        _adopt(job, gathering, *running, now)
+        return
+    enough = len(job.members.alive) >= job.config.replicas
+    settled = now - gathering.last_join >= job.config.patience.settle_s
+    if enough and (settled or not gathering.history() or gathering.complete(job.config)):
+        job.restart_count = gathering.restart_count()
+        job.begin_attempt(now)
+
+
+def _adopt(job: Job, gathering: Gathering, attempt: Attempt, seats: dict[int, str], now: float) -> None:
+    """The ranks of ``attempt`` run: let them."""
+    job.attempt, job.restart_count = attempt, gathering.restart_count()
+    job.members.seat_all(seats)
+    job.progress = Progress(now, max(gathering.joined[name].steps for name in seats.values()))
+    job.note_step(job.progress.top_step, now)
+    job.progress.ready = set(range(job.config.world))
+    placed = seat_groups(job.config, job.members, seats)
+    held = {seat: gathering.joined[name].held for seat, name in seats.items()}
+    restored = newest_whole(held, placed, job.config.procs)
+    job.cycle = SnapshotCycle(job.config, job.members, attempt, placed, restored, job.totals, adopted=True)
+    job.emit("adopted", f"attempt {attempt.number} goes on under a new controller", attempt=attempt.number)
+    job.run(now)
+    job.out += job.cycle.begin(now)
+    job.out += [Stop(name, attempt) for name, node in job.members.alive.items() if node.seat is None]
+    for rank, digest in gathering.done(seats.values()).items():
+        job.rank_done(rank, digest, job.progress.top_step, now)

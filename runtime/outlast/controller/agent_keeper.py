@@ -1,0 +1,164 @@
+"""What the agent asks of its keeper, each in a worker, with the answers as events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from outlast.controller import messages as m
+from outlast.controller.keeper_host import KeeperHost
+from outlast.controller.reactor import Reactor
+from outlast.errors import CapacityError, OutlastError, StaleAttemptError, TransferError
+from outlast.snapshot.identity import Attempt
+from outlast.snapshot.restore import HeldImage, Inventory, RankRestore
+
+CALL_S = 30.0
+"""A call that moves no images; long enough for a keeper to be restarted."""
+FENCE_TRIES = 3
+VERIFY_S = 300.0
+"""Hashing all of a node's images (a core does several GB a second)."""
+REBUILD_S = 600.0
+ENCODE_S = 300.0
+
+
+class KeeperTasks:
+    """One node's requests. All methods but ``status`` and ``held`` are called on the reactor's thread."""
+
+    def __init__(self, node: str, host: KeeperHost, reactor: Reactor, emit: Callable[[m.Event], None]) -> None:
+        self._node, self._host, self._reactor, self._emit = node, host, reactor, emit
+
+    def status(self) -> dict[str, Any]:
+        """What the keeper has, as it says itself. Blocks until there is a keeper; raises TransferError."""
+        return self._host.call("status", timeout=CALL_S)
+
+    def held(self, status: Mapping[str, Any]) -> tuple[HeldImage, ...]:
+        """The images in a ``status``."""
+        return tuple(HeldImage.from_json(image) for image in status["images"])
+
+    def fence(self, attempt: Attempt, then: Callable[[], None]) -> None:
+        """Have the keeper obey ``attempt`` and nobody older; ``then`` only if it does."""
+
+        def done(reply: dict[str, Any] | OutlastError) -> None:
+            if isinstance(reply, OutlastError):
+                self._complain("fence-failed", reply)
+            else:
+                then()
+
+        self._reactor.work(partial(self._fence, attempt), done)
+
+    def verify(self, attempt: Attempt, then: Callable[[Inventory], None]) -> None:
+        """Fence at ``attempt``, then read every image; a keeper that cannot is taken to hold nothing."""
+
+        def done(reply: dict[str, Any] | OutlastError) -> None:
+            if isinstance(reply, StaleAttemptError):
+                self._complain("fence-failed", reply)
+                return
+            if isinstance(reply, OutlastError):
+                self._complain("inventory-failed", reply)
+                then(Inventory(self._node))
+                return
+            for text in reply.get("damaged", []):
+                self._emit(m.Note(self._node, None, "image-damaged", str(text)))
+            then(Inventory.from_json(reply))
+
+        def job() -> dict[str, Any]:
+            self._fence(attempt)
+            return self._host.call("inventory", timeout=VERIFY_S)
+
+        self._reactor.work(job, done)
+
+    def _fence(self, attempt: Attempt) -> dict[str, Any]:
+        """A keeper whose writers of older attempts are slow to leave is asked again."""
+        for _ in range(FENCE_TRIES - 1):
+            try:
+                return self._call("fence", CALL_S, attempt)
+            except TransferError as error:
+                self._reactor.post(partial(self._complain, "fence-slow", error))
+        return self._call("fence", CALL_S, attempt)
+
+    def rebuild(self, start: m.Start, dirty: frozenset[int]) -> None:
+        """Get back what this node lacks of the plan, all ranks at once; then tell that it is ready, in any case."""
+        plan = start.restore
+        wanted = plan.on_node(self._node) if plan is not None else ()
+        lacking = [restore for restore in wanted if restore.source != "memory-local"]
+        replies: list[dict[str, Any]] = []
+        left = len(lacking)
+
+        def done(reply: dict[str, Any] | OutlastError) -> None:
+            nonlocal left
+            left -= 1
+            if isinstance(reply, OutlastError):
+                self._complain("rebuild-failed", reply)
+            else:
+                replies.append(reply)
+            if left == 0:
+                self._emit(_ready(self._node, start.attempt, replies))
+
+        if not lacking:
+            self._emit(_ready(self._node, start.attempt, replies))
+        for restore in lacking:
+            self._reactor.work(partial(self._rebuild, start, restore, restore.local_rank in dirty), done)
+
+    def _rebuild(self, start: m.Start, restore: RankRestore, fresh: bool) -> dict[str, Any]:
+        assert start.restore is not None
+        peers = {node: list(address) for node, address in start.keepers.items()}
+        generation = str(start.restore.generation)
+        wanted = restore.to_json()
+        return self._call(
+            "rebuild", REBUILD_S, start.attempt, generation=generation, restore=wanted, peers=peers, fresh=fresh
+        )
+
+    def encode(self, encode: m.Encode, attempt: Attempt | None) -> None:
+        """Make parity; ``Encoded`` or ``EncodeFailed``. It is not tried again here: peers may be gone."""
+        generation = encode.generation
+        if attempt is None:
+            self._emit(m.EncodeFailed(self._node, generation, "no attempt is in force"))
+            return
+
+        def done(reply: dict[str, Any] | OutlastError) -> None:
+            if isinstance(reply, CapacityError):
+                self._emit(m.Capacity(self._node, None, 0, str(reply)))
+            if isinstance(reply, OutlastError):
+                self._emit(m.EncodeFailed(self._node, generation, str(reply)))
+            else:
+                self._emit(m.Encoded(self._node, generation, float(reply["seconds"]), int(reply["bytes"])))
+
+        self._reactor.work(partial(self._call, "encode", ENCODE_S, attempt, False, **_encode_fields(encode)), done)
+
+    def commit(self, commit: m.Commit, attempt: Attempt | None) -> None:
+        """Have the keeper remember a commit; ``CommitAcked`` when it does."""
+        if attempt is None:
+            return
+
+        def done(reply: dict[str, Any] | OutlastError) -> None:
+            if isinstance(reply, OutlastError):
+                self._complain("commit-failed", reply)
+            else:
+                self._emit(m.CommitAcked(self._node, commit.generation))
+
+        self._reactor.work(partial(self._call, "commit", CALL_S, attempt, generation=str(commit.generation)), done)
+
+    def _call(self, op: str, timeout: float, attempt: Attempt, again: bool = True, **fields: Any) -> dict[str, Any]:
+        identity = {"attempt": attempt.number, "incarnation": attempt.incarnation}
+        return self._host.call(op, timeout=timeout, again=again, **identity, **fields)
+
+    def _complain(self, kind: str, error: OutlastError) -> None:
+        self._emit(m.Note(self._node, None, kind, str(error)))
+
+
+def _ready(node: str, attempt: Attempt, replies: list[dict[str, Any]]) -> m.RestoreReady:
+    moved = sum(int(reply["bytes"]) for reply in replies)
+    return m.RestoreReady(node, attempt, moved, max((float(reply["seconds"]) for reply in replies), default=0.0))
+
+
+def _encode_fields(encode: m.Encode) -> dict[str, Any]:
+    lengths = {str(local_rank): list(sizes) for local_rank, sizes in enumerate(encode.lengths)}
+    return {
+        "generation": str(encode.generation),
+        "slot": encode.slot,
+        "group": {"seats": list(encode.seats), "parity": encode.parity, "lengths": lengths},
+        "index": encode.index,
+        "peers": [{"host": host, "port": port} for host, port in encode.peers],
+        "targets": None if encode.targets is None else list(encode.targets),
+    }

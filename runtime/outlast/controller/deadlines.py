@@ -1,0 +1,131 @@
+"""What becomes due with time, phase by phase. Every wait of the machine ends here, or in an event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from outlast.controller.faults import Symptom
+from outlast.controller.instructions import DumpStacks
+from outlast.controller.job import Job
+from outlast.controller.phases import Phase
+
+STRAGGLERS_EVERY_S = 5.0
+
+
+def due(job: Job, now: float) -> None:
+    """See to what has become due at ``now``."""
+    limit = job.config.active_deadline_s
+    if limit is not None and now - job.began > limit and job.outcome is None:
+        job.finish("failed", f"the job has not ended within its activeDeadlineSeconds ({limit:.0f})", now)
+    _DUE.get(job.phase, _nothing)(job, now)
+
+
+def _nothing(job: Job, now: float) -> None:
+    """Nothing is waited for."""
+
+
+def _gathering(job: Job, now: float) -> None:
+    waited = now - job.began
+    if waited > job.config.start_timeout_s:
+        here, wanted = len(job.members.alive), job.config.replicas
+        job.finish("failed", f"only {here} of {wanted} nodes joined within {waited:.0f} s (startTimeout)", now)
+
+
+def _stopping(job: Job, now: float) -> None:
+    """Nodes that do not confirm in time are given up."""
+    preparation = job.preparation
+    late = preparation.waiting if preparation is not None and now > preparation.deadline else ()
+    for name in sorted(late):
+        node = job.members.alive.get(name)
+        if node is not None:
+            silent = now - job.entered
+            job.lose(node, f"it has not confirmed the end of its ranks in {silent:.0f} s", silent, now)
+    job.advance(now)
+
+
+def _waiting(job: Job, now: float) -> None:
+    """The end of a backoff; the end of the patience for missing nodes."""
+    preparation, limit = job.preparation, job.config.start_timeout_s
+    if preparation is None:
+        return
+    since = preparation.short_since
+    if since is not None and now - since > limit:
+        here, wanted = len(job.members.alive), job.config.replicas
+        why = f"only {here} of {wanted} nodes are left, and no other joined within {limit:.0f} s (startTimeout)"
+        job.finish("failed", why, now)
+        return
+    job.advance(now)
+
+
+def _starting(job: Job, now: float) -> None:
+    """Nodes that cannot rebuild, ranks that never become ready, scripts that do not use outlast."""
+    progress, silence = job.progress, now - job.entered
+    if job.awaiting:
+        if silence > job.config.start_timeout_s:
+            names = ", ".join(sorted(job.awaiting)[:8])
+            _give_up_start(job, f"{names} did not finish restoring within {silence:.0f} s", now)
+    elif progress.ready:
+        if silence > job.config.start_timeout_s:
+            missing = sorted(set(range(job.config.world)) - progress.ready)[:8]
+            _give_up_start(job, f"ranks {missing} did not become ready within {silence:.0f} s", now)
+    elif silence > job.config.patience.silent_s:
+        text = "no rank uses outlast so far: the script is restarted when it fails, and not restored"
+        job.emit("unprotected", text)
+        job.run(now)
+
+
+def _give_up_start(job: Job, text: str, now: float) -> None:
+    step = job.progress.restored_step
+    job.fault(Symptom("start-timeout", text, now, job.entered, step=step, signature="start-timeout"), now)
+
+
+def _running(job: Job, now: float) -> None:
+    """The snapshot cycle, hangs and stragglers."""
+    progress = job.progress
+    if job.cycle is not None:
+        job.out += job.cycle.tick(progress, now)
+    if now > progress.hang_deadline(job.config.hang_timeout_s):
+        _suspect_hang(job, now)
+    elif progress.ready and not progress.stepped and not progress.busy and not progress.done:
+        waited = now - progress.moved_at
+        if waited > job.config.start_timeout_s:
+            _give_up_start(job, f"no rank has done its first step within {waited:.0f} s", now)
+    if now >= job.look_for_stragglers_at:
+        job.look_for_stragglers_at = now + STRAGGLERS_EVERY_S
+        for rank, times in progress.stragglers().items():
+            text = f"rank {rank} takes {times:.1f} times as long for its own part of a step as the median rank"
+            job.emit("straggler", text, rank=rank, times=round(times, 2))
+
+
+def _suspect_hang(job: Job, now: float) -> None:
+    progress = job.progress
+    waited, rank = now - progress.moved_at, progress.furthest_behind()
+    node = None if rank is None else job.members.seats.get(rank // job.config.procs)
+    behind = "" if rank is None else f"; rank {rank} is behind the others"
+    text = f"no rank has made progress for {waited:.1f} s after step {progress.top_step}{behind}"
+    symptom = Symptom("hang", text, now, progress.moved_at, node, rank, progress.top_step)
+    names = job.members.seated_names()
+    job.stacks_awaited = {name for name in names if name in job.members.alive}
+    job.out += [DumpStacks(name, text) for name in names]
+    job.fault(symptom, now)
+
+
+def _diagnosing(job: Job, now: float) -> None:
+    if now >= job.decide_at:
+        job.begin_attempt(now)
+
+
+def _finishing(job: Job, now: float) -> None:
+    if now >= job.decide_at:
+        job.finalize(now)
+
+
+_DUE: dict[Phase, Callable[[Job, float], None]] = {
+    Phase.GATHERING: _gathering,
+    Phase.STOPPING: _stopping,
+    Phase.WAITING: _waiting,
+    Phase.STARTING: _starting,
+    Phase.RUNNING: _running,
+    Phase.DIAGNOSING: _diagnosing,
+    Phase.FINISHING: _finishing,
+}

@@ -1,0 +1,90 @@
+"""What /status says: the job's state as plain JSON. Seconds are the controller's own, so ages are given, not times."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from outlast.controller.membership import Node
+from outlast.controller.phases import SHOWN, Phase
+from outlast.controller.story import symptom_json
+
+if TYPE_CHECKING:
+    from outlast.controller.job import Job
+
+LAST_RECOVERIES = 200
+
+
+def status_of(job: Job, now: float) -> dict[str, Any]:
+    """The whole of it; ``phase`` is for people and Kubernetes, ``stage`` the machine's own."""
+    story, progress = job.story, job.progress
+    first = story.first_error()
+    return {
+        "phase": _shown(job),
+        "stage": job.phase.value,
+        "reason": job.reason,
+        "outcome": job.outcome if job.over else None,
+        "step": story.best_step if job.over else progress.top_step,
+        "best_step": story.best_step,
+        "total": progress.total,
+        "metrics": progress.metrics,
+        "step_s": None if progress.step_s is None else round(progress.step_s, 4),
+        "attempt": job.attempt.number if job.attempt else 0,
+        "incarnation": job.attempt.incarnation if job.attempt else None,
+        "restarts": dict(story.restarts),
+        "nodes": {node.name: _node(job, node) for node in job.members.nodes.values()},
+        "workers": {
+            "ready": len(job.members.alive),
+            "wanted": job.config.replicas,
+            "spares": sum(1 for node in job.members.alive.values() if node.seat is None),
+        },
+        "ranks": {"ready": len(progress.ready), "done": len(progress.done), "world": job.config.world},
+        "stragglers": sorted(progress.named),
+        "snapshot": _snapshot(job, now),
+        "snapshots": _totals(job),
+        "goodput": story.ledger.to_json(now),
+        "recoveries": [record.to_json() for record in story.records[-LAST_RECOVERIES:]],
+        "failures": [symptom_json(symptom, now) for symptom in story.failures],
+        "first_error": first,
+        "weights_digest": job.weights_digest,
+    }
+
+
+def _shown(job: Job) -> str:
+    if job.phase in (Phase.STARTING, Phase.STOPPING, Phase.WAITING) and job.story.records:
+        return "Recovering"
+    return SHOWN[job.phase]
+
+
+def _node(job: Job, node: Node) -> dict[str, Any]:
+    heard = job.members.watch.silence(node.name, job.awake.now)
+    return {
+        "node": node.name,
+        "domain": node.domain,
+        "host": node.host,
+        "seat": node.seat,
+        "state": node.state,
+        "keeper": "up" if node.keeper_up else "down",
+        "heartbeat_age_s": None if heard is None else round(heard, 3),
+        "reason": node.gone,
+    }
+
+
+def _totals(job: Job) -> dict[str, Any]:
+    totals = job.totals
+    return {"count": totals.count, "bytes": totals.bytes, "stall_s": round(totals.stall_s, 6)}
+
+
+def _snapshot(job: Job, now: float) -> dict[str, Any]:
+    totals, cycle = job.totals, job.cycle
+    committed = None
+    if totals.newest is not None and totals.newest_at is not None:
+        age = round(now - totals.newest_at, 3)
+        committed = {"generation": str(totals.newest), "step": totals.newest.step, "age_s": age}
+    work = cycle.work if cycle is not None else None
+    return {
+        "committed": committed,
+        **{key: committed[key] if committed else None for key in ("generation", "step", "age_s")},
+        **_totals(job),
+        "stage": cycle.stage.value if cycle is not None else None,
+        "under_way": str(work.generation) if work else None,
+    }

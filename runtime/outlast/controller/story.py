@@ -1,0 +1,145 @@
+"""What happened to the job and what it cost: recoveries, failures and the ledger of time."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any
+
+from outlast.controller.faults import Symptom
+from outlast.controller.instructions import Emit
+from outlast.controller.recovery import Launch
+from outlast.snapshot.identity import Generation
+from outlast.telemetry.goodput import Ledger, RecoveryRecord
+
+LAST_FAILURES = 20
+
+
+class Story:
+    """Recoveries so far, the one under way (``open``), restarts by cause, and the ledger."""
+
+    def __init__(self, now: float) -> None:
+        self.ledger = Ledger(now)
+        self.records: list[RecoveryRecord] = []
+        self.open: RecoveryRecord | None = None
+        self.restarts: Counter[str] = Counter()
+        self.failures: deque[Symptom] = deque(maxlen=LAST_FAILURES)
+        self.best_step = 0
+        self._running = False
+        self._stall: tuple[Generation | None, float] = (None, 0.0)
+        self._stopping_at = self._starting_at = self._loaded_at = 0.0
+
+    def fault(self, symptom: Symptom, attempt: int, now: float) -> Emit:
+        """A fault was seen: a recovery begins, or the one under way is struck again."""
+        self._running = False
+        if self.open is None:
+            self.open = RecoveryRecord(symptom.kind, symptom.text, attempt, symptom.happened_at, symptom.detect_s)
+            self.records.append(self.open)
+            self.ledger.move("detect", symptom.detect_s, now)
+        return _fault_line(symptom)
+
+    def struck_again(self, symptom: Symptom) -> Emit:
+        """A fault was seen when the cause of the recovery had been named already."""
+        if self.open is not None:
+            self.open.further.append(symptom.text)
+        return _fault_line(symptom)
+
+    def stopping(self, now: float) -> None:
+        """Everybody is told to stop."""
+        self.ledger.enter("stop", now)
+        self._running = False
+        self._stopping_at = now
+
+    def concluded(self, cause: Symptom, symptoms: Sequence[Symptom], now: float) -> Emit:
+        """The cause is named: the first of ``symptoms``."""
+        self.ledger.move("detect", cause.seen_at - self._stopping_at, now)
+        self.failures.append(cause)
+        self.restarts[cause.kind] += 1
+        record = self.open
+        others = [symptom for symptom in symptoms if symptom is not cause]
+        if record is not None and record.stop_s is None and not record.further:
+            record.kind, record.cause, record.node, record.rank = cause.kind, cause.text, cause.node, cause.rank
+            record.fault_at, record.detect_s = cause.happened_at, cause.detect_s
+            record.further = [symptom.text for symptom in others if not symptom.collateral]
+        elif record is not None:
+            record.further += [symptom.text for symptom in symptoms if not symptom.collateral]
+        return Emit("cause", cause.text, _cause_fields(cause, others))
+
+    def launched(self, launch: Launch, world: int, now: float) -> None:
+        """Ranks start."""
+        self.ledger.enter("restore", now)
+        self._starting_at = now
+        if self.open is not None:
+            self.open.attempt = launch.attempt.number
+            self.open.stop_s = now - self._stopping_at
+            self.open.restored_step = launch.step
+            self.open.lost_steps = max(0, self.best_step - launch.step)
+            self.open.restore_sources = launch.sources(world)
+
+    def loading(self, now: float) -> None:
+        """All nodes have rebuilt what they lacked."""
+        self.ledger.enter("start", now)
+        self._loaded_at = now
+        if self.open is not None:
+            self.open.restore_s = now - self._starting_at
+
+    def running(self, step: int, now: float) -> None:
+        """All ranks are ready to go on with ``step``."""
+        self.ledger.enter("recompute" if step < self.best_step else "train", now)
+        self._running = True
+        if self.open is not None:
+            self.open.start_s = now - self._loaded_at
+
+    def stalled(self, generation: Generation, seconds: float, now: float) -> None:
+        """A rank's loop was blocked by a snapshot; the job was for as long as its slowest rank."""
+        known = self._stall[1] if self._stall[0] == generation else 0.0
+        if seconds > known:
+            self.ledger.move("snapshot_stall", seconds - known, now)
+            self._stall = (generation, seconds)
+
+    def moved(self, top_step: int, restored_step: int, now: float) -> Emit | None:
+        """Some rank has done a step; the first one after a recovery ends it."""
+        if top_step > self.best_step:
+            self.best_step = top_step
+            if self.ledger.current == "recompute":
+                self.ledger.enter("train", now)
+        record = self.open
+        if record is None or top_step <= restored_step or not self._running:
+            return None
+        self.open = None
+        record.total_s = now - record.fault_at
+        text = f"recovered from: {record.cause} ({record.total_s:.2f} s, {record.lost_steps} steps lost)"
+        return Emit("recovered", text, record.to_json())
+
+    def first_error(self) -> dict[str, Any] | None:
+        """The last named cause, for people: {cause, text, node, rank, step, type, message, traceback}."""
+        return symptom_json(self.failures[-1]) if self.failures else None
+
+
+def symptom_json(symptom: Symptom, now: float | None = None) -> dict[str, Any]:
+    """A symptom as plain values; with ``now``, its age in seconds."""
+    error = symptom.error
+    plain: dict[str, Any] = {
+        "cause": symptom.kind,
+        "text": symptom.text,
+        "node": symptom.node,
+        "rank": symptom.rank,
+        "step": symptom.step,
+        "time": symptom.wall,
+        "type": error.type if error else symptom.kind,
+        "message": error.message if error else symptom.text,
+        "traceback": error.traceback if error else None,
+    }
+    return plain if now is None else {**plain, "age_s": round(now - symptom.seen_at, 1)}
+
+
+def _fault_line(symptom: Symptom) -> Emit:
+    fields = {"cause": symptom.kind, "node": symptom.node, "rank": symptom.rank, "step": symptom.step}
+    return Emit("fault", symptom.text, {**fields, "detect_s": round(symptom.detect_s, 3)})
+
+
+def _cause_fields(cause: Symptom, others: Sequence[Symptom]) -> dict[str, Any]:
+    fields = symptom_json(cause)
+    if others:
+        fields["also"] = [symptom.text for symptom in others[:20]]
+    return fields

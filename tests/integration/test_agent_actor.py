@@ -1,0 +1,128 @@
+"""The agent as an actor of a real Ray: it comes back after a crash, finds a new controller, and ends with its node."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outlast.controller import messages as m
+from support.ray_head import Head, ray_head, session_pids
+from support.sites import Node, alive, attempt, eventually, open_site, open_zygote
+
+pytest.importorskip("ray", reason="needs outlast[train]")
+
+
+class World:
+    """A stand-in for the controller, and the journal of what the agent told it."""
+
+    def __init__(self, head: Head, folder: Path, node: Node) -> None:
+        self.journal = folder / "journal.jsonl"
+        config = folder / "node.json"
+        config.write_text(node.config.model_dump_json())
+        command = [
+            sys.executable,
+            "-m",
+            "support.stub_controller",
+            head.address,
+            "test",
+            str(self.journal),
+            str(config),
+        ]
+        self.process = subprocess.Popen(
+            command, env=dict(head.env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._expect("ready")
+
+    def tell(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        self._expect("done")
+
+    def perform(self, *instructions: m.Instruction) -> None:
+        self.tell(json.dumps([m.to_json(instruction) for instruction in instructions]))
+
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        lines = self.journal.read_text().splitlines() if self.journal.exists() else []
+        return [event for event in map(json.loads, lines) if event["type"] == kind]
+
+    def wait(self, kind: str, count: int) -> dict[str, Any]:
+        """The ``count``-th message of that type."""
+        return dict(eventually(lambda: len(self.told(kind)) >= count and self.told(kind)[count - 1], 30))
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        assert self.process.wait(30) == 0
+
+    def _expect(self, word: str) -> None:
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline().strip() == word
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with ray_head(tmp_path_factory.mktemp("ray") / "ray.token") as running:
+        yield running
+    assert session_pids(running.session) == []
+
+
+def test_an_agents_life_in_ray(head: Head, tmp_path: Path) -> None:
+    with open_zygote() as zygote, open_site(zygote) as site:
+        node = site.node(boot=False)
+        world = World(head, tmp_path, node)
+        joined = m.from_json(_plain(world.wait("Joined", 1)))
+        assert isinstance(joined, m.Joined)
+        first = node.pids()["agent"]
+        assert first in head.pids()
+
+        start = node.start(keeper=joined.keeper)
+        world.perform(start, m.Load((node.config.node,), attempt(1)))
+        assert world.wait("RankReady", 1)["attempt"] == str(attempt(1))
+        rank = node.pids()["rank-0"]
+
+        world.tell("restart")
+        again = m.from_json(_plain(world.wait("Joined", 2)))
+        assert isinstance(again, m.Joined)
+        assert (again.running, again.seat, again.attempt) == (True, 0, attempt(1))
+        assert len({event["controller"] for event in world.told("Joined")}) == 2
+
+        os.kill(first, signal.SIGKILL)
+        after = m.from_json(_plain(world.wait("Joined", 3)))
+        assert isinstance(after, m.Joined)
+        assert (after.running, after.seat, after.keeper) == (False, 0, joined.keeper)
+        assert not alive(rank)
+        second = node.pids()["agent"]
+        assert second != first
+
+        os.kill(node.pids()["forkserver"], signal.SIGKILL)
+        eventually(lambda: not alive(second))
+        time.sleep(6)
+        assert "agent" not in node.pids(), "a node without a forkserver gets no agent again"
+        world.close()
+
+
+def test_sigterm_stops_the_ranks_first(head: Head, tmp_path: Path) -> None:
+    with open_zygote() as zygote, open_site(zygote) as site:
+        node = site.node(boot=False)
+        world = World(head, tmp_path, node)
+        joined = m.from_json(_plain(world.wait("Joined", 1)))
+        assert isinstance(joined, m.Joined)
+        world.perform(node.start(keeper=joined.keeper))
+        agent, rank = node.pids()["agent"], eventually(lambda: node.pids().get("rank-0"))
+        os.kill(agent, signal.SIGTERM)
+        eventually(lambda: not alive(agent))
+        assert not alive(rank)
+        world.close()
+
+
+def _plain(event: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if key != "controller"}

@@ -1,0 +1,513 @@
+"""A simulated cluster around the controller's machine: nodes, keepers and ranks in virtual time, and their faults.
+
+``Cluster`` performs the machine's instructions after short delays and feeds back what agents would say. Ranks of an
+attempt step together, as collectives make them. At every instruction it checks what must always hold:
+
+- ranks of two attempts never run on nodes that the controller counts as alive;
+- no permit while a keeper does not know the last commit;
+- what could be restored before a snapshot's copy began can still be once it has begun.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from outlast.controller import messages as m
+from outlast.controller.machine import Machine
+from outlast.controller.settings import MachineConfig
+from outlast.snapshot.identity import Attempt, Generation
+from outlast.snapshot.restore import GroupInfo, HeldImage, Inventory, plan_restore
+
+LENGTH = 1 << 20
+HEARTBEAT_S = 0.25
+TICK_S = 0.1
+
+
+@dataclass
+class SimNode:
+    """One node: its agent, its keeper's files, and the attempt that its ranks belong to."""
+
+    name: str
+    domain: str
+    alive: bool = True
+    paused: bool = False
+    agent_up: bool = True
+    keeper_up: bool = True
+    registration: str = ""
+    fence: Attempt | None = None
+    seat: int | None = None
+    running: Attempt | None = None
+    dead_ranks: set[int] = field(default_factory=set)
+    loaded: bool = False
+    done: dict[int, str] = field(default_factory=dict)
+    images: dict[tuple[str, int, int], HeldImage] = field(default_factory=dict)
+    permits: dict[Generation, m.Permit] = field(default_factory=dict)
+    keeper_port: int = 7000
+    backlog: list[m.Instruction] = field(default_factory=list)
+
+    @property
+    def hears(self) -> bool:
+        return self.alive and not self.paused and self.agent_up
+
+    def inventory(self) -> Inventory:
+        return Inventory(self.name, tuple(self.images.values()))
+
+
+class Cluster:
+    """``handled`` counts events and ``handling_s`` the real seconds that the machine took for them."""
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        nodes: int,
+        total: int = 60,
+        step_s: float = 0.2,
+        domains: int | None = None,
+        check: bool = True,
+    ) -> None:
+        self.config, self.total, self.step_s, self.check = config, total, step_s, check
+        self.now = 100.0
+        self._ids = itertools.count()
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._incarnations = itertools.count(1)
+        self._last_name = 0
+        self._domains = domains
+        self.nodes: dict[str, SimNode] = {}
+        self.step: dict[Attempt, int] = {}
+        self.hung: set[int] = set()
+        self.restores: list[m.Start] = []
+        self.log: list[m.Emit] = []
+        self.given_up: set[str] = set()
+        self.finished: m.Finish | None = None
+        self.unacked: set[str] = set()
+        self.kept: Generation | None = None
+        self.handled, self.handling_s = 0, 0.0
+        self.epoch = 0
+        self.machine = self._new_machine()
+        for _ in range(nodes):
+            self.add_node()
+        self._every(TICK_S, lambda: self.tell(m.Tick()))
+
+    # --- time -------------------------------------------------------------------------------------------------------
+
+    def at(self, delay: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._queue, (self.now + delay, next(self._ids), action))
+
+    def _every(self, interval: float, action: Callable[[], None]) -> None:
+        def again() -> None:
+            action()
+            self.at(interval, again)
+
+        self.at(interval, again)
+
+    def run(self, seconds: float, until: Callable[[], bool] | None = None) -> bool:
+        """Let virtual time pass; True as soon as ``until`` holds."""
+        end = self.now + seconds
+        while self._queue and self._queue[0][0] <= end:
+            self.now, _, action = heapq.heappop(self._queue)
+            action()
+            if until is not None and until():
+                return True
+        self.now = max(self.now, end)
+        return until is not None and until()
+
+    def run_to_end(self, seconds: float = 600.0) -> m.Finish:
+        assert self.run(seconds, lambda: self.machine.over), self.machine.status(self.now)
+        assert self.finished is not None
+        return self.finished
+
+    def run_to_step(self, step: int, seconds: float = 300.0) -> None:
+        assert self.run(seconds, lambda: self.live_step() >= step), self.machine.status(self.now)
+
+    def run_to(self, kind: str, seconds: float = 120.0) -> m.Emit:
+        seen = len(self.log)
+
+        def found() -> bool:
+            return any(line.kind == kind for line in self.log[seen:])
+
+        assert self.run(seconds, found), f"no {kind}: {self.machine.status(self.now)}"
+        return next(line for line in self.log[seen:] if line.kind == kind)
+
+    def kinds(self) -> list[str]:
+        return [line.kind for line in self.log]
+
+    def live_step(self) -> int:
+        attempt = self.machine.job.attempt
+        return self.step.get(attempt, 0) if attempt is not None and self.machine.job.phase.value == "running" else 0
+
+    # --- the controller ---------------------------------------------------------------------------------------------
+
+    def _new_machine(self) -> Machine:
+        return Machine(self.config, self.now, lambda: f"{next(self._incarnations):016x}")
+
+    def tell(self, event: m.Event) -> None:
+        if isinstance(event, m.CommitAcked):
+            self.unacked.discard(event.node)
+        began = time.perf_counter()
+        instructions = self.machine.handle(event, self.now)
+        self.handling_s += time.perf_counter() - began
+        self.handled += 1
+        for instruction in instructions:
+            self._perform(instruction)
+
+    def say(self, event: m.Event, delay: float = 0.005) -> None:
+        """A message to the controller of now; lost when that is another one by then."""
+        epoch = self.epoch
+
+        def arrive() -> None:
+            if epoch == self.epoch and self.nodes[event.node].alive:  # type: ignore[union-attr]
+                self.tell(event)
+
+        self.at(delay, arrive)
+
+    def _perform(self, instruction: m.Instruction) -> None:
+        match instruction:
+            case m.Emit():
+                self.log.append(instruction)
+                self._keep(instruction)
+            case m.Finish():
+                assert self.finished is None
+                self.finished = instruction
+                self.at(0.1, lambda: self.tell(m.Finalized()))
+            case m.GiveUp():
+                self.given_up.add(instruction.node)
+            case m.Permit() | m.Abort() | m.Commit() | m.Load():
+                self._check_broadcast(instruction)
+                for name in instruction.nodes:
+                    self._send(name, instruction)
+            case _:
+                if isinstance(instruction, m.Start):
+                    self._check_start(instruction)
+                self._send(instruction.node, instruction)
+
+    def _send(self, name: str, instruction: m.Instruction) -> None:
+        self.at(0.01, lambda: self._deliver(name, instruction))
+
+    def _deliver(self, name: str, instruction: m.Instruction) -> None:
+        node = self.nodes[name]
+        if node.alive and node.paused:
+            node.backlog.append(instruction)
+        elif node.hears:
+            getattr(self, f"_on_{type(instruction).__name__.lower()}")(node, instruction)
+
+    # --- invariants -------------------------------------------------------------------------------------------------
+
+    def _check_broadcast(self, instruction: m.Instruction) -> None:
+        if isinstance(instruction, m.Commit):
+            self.unacked |= set(instruction.nodes)
+        if isinstance(instruction, m.Permit):
+            assert not self.unacked, f"permit while {self.unacked} do not know the last commit"
+
+    def _check_start(self, start: m.Start) -> None:
+        self.unacked = set()
+        self.restores.append(start)
+        if not self.check:
+            return
+        for name in self.machine.job.members.alive:
+            node = self.nodes[name]
+            if node.alive and node.running is not None:
+                assert node.running == start.attempt, f"{node.name} still runs {node.running}"
+
+    def recoverable(self) -> Generation | None:
+        """The newest generation that can be restored from the nodes that the controller knows to be alive, and that is
+        not older than what it has committed or restored.
+        """
+        members, kept = self.machine.job.members, self.kept
+        left = [self.nodes[name].inventory() for name in members.alive if self.nodes[name].alive]
+        plan = plan_restore(left, members.seats, self.config.procs) if kept is not None and members.seats else None
+        return plan.generation if plan is not None and kept is not None and plan.generation >= kept else None
+
+    def _keep(self, line: m.Emit) -> None:
+        """What must not be lost from now on."""
+        if line.kind in ("snapshot-committed", "protected", "restored"):
+            self.kept = Generation.parse(line.fields["generation"])
+        elif line.kind in ("restored-none", "adopted"):
+            self.kept = None
+
+    # --- agents -----------------------------------------------------------------------------------------------------
+
+    def add_node(self) -> str:
+        number = self._last_name
+        self._last_name += 1
+        domain = f"d{number % self._domains}" if self._domains else f"m{number}"
+        node = SimNode(f"node-{number}", domain)
+        self.nodes[node.name] = node
+        self.at(0.05 + 0.0001 * (number % 997), lambda: self.join(node))
+        offset = HEARTBEAT_S * ((number * 0.618) % 1.0)
+        self.at(offset, lambda: self._every(HEARTBEAT_S, lambda: self._heartbeat(node)))
+        return node.name
+
+    def join(self, node: SimNode) -> None:
+        if not node.hears:
+            return
+        node.registration = f"r{next(self._ids)}"
+        procs = self.config.procs
+        ranks = set() if node.seat is None else set(range(node.seat * procs, (node.seat + 1) * procs))
+        running = node.running is not None and node.loaded and not node.dead_ranks & (ranks - set(node.done))
+        self.say(
+            m.Joined(
+                node.name,
+                node.domain,
+                "127.0.0.1",
+                node.running,
+                node.seat if node.running else None,
+                running,
+                ("127.0.0.1", node.keeper_port),
+                9000,
+                procs,
+                best_seen_attempt=node.fence.number if node.fence else 0,
+                held=node.inventory().images,
+                registration=node.registration,
+                done=dict(node.done),
+                steps=self.step.get(node.running, 0) if node.running else 0,
+            )
+        )
+
+    def _heartbeat(self, node: SimNode) -> None:
+        if not node.hears:
+            return
+        steps: dict[int, int] = {}
+        seconds: dict[int, float] = {}
+        if node.running is not None and node.loaded:
+            step = self.step.get(node.running, 0)
+            for rank in self._ranks(node):
+                steps[rank], seconds[rank] = step, self.step_s
+        event = m.Heartbeat(node.name, node.running, steps, seconds, seconds, {}, self.total)
+        self.say(event, 0.001)
+
+    def _ranks(self, node: SimNode) -> range:
+        procs, seat = self.config.procs, node.seat or 0
+        return range(seat * procs, (seat + 1) * procs)
+
+    def _kill_ranks(self, node: SimNode) -> None:
+        node.running, node.loaded, node.dead_ranks, node.done = None, False, set(), {}
+        node.permits.clear()
+
+    def _on_stop(self, node: SimNode, stop: m.Stop) -> None:
+        if node.fence is not None and stop.attempt.number < node.fence.number:
+            return
+        if node.running != stop.attempt:
+            self._kill_ranks(node)
+        node.fence = stop.attempt
+        self.say(m.Stopped(node.name, stop.attempt, node.inventory(), free_port=9001), 0.02)
+
+    def _on_register(self, node: SimNode, _: m.Register) -> None:
+        self._kill_ranks(node)
+        self.given_up.discard(node.name)
+        self.join(node)
+
+    def _on_start(self, node: SimNode, start: m.Start) -> None:
+        if node.fence != start.attempt:
+            return
+        node.seat, node.running, node.loaded = start.seat, start.attempt, False
+        node.dead_ranks, node.done = set(), {}
+        self.at(0.05, lambda: self._rebuild(node, start))
+
+    def _rebuild(self, node: SimNode, start: m.Start) -> None:
+        if node.running != start.attempt or not node.hears:
+            return
+        for item in start.restore.on_node(node.name) if start.restore else ():
+            assert start.restore is not None
+            key = ("shard", item.local_rank, item.slot)
+            old_parity = node.images.get(("parity", *key[1:]))
+            if old_parity is not None and old_parity.generation != start.restore.generation:
+                del node.images["parity", item.local_rank, item.slot]
+            node.images[key] = HeldImage(
+                node.name, item.seat, item.local_rank, item.slot, start.restore.generation, "shard", item.length
+            )
+        self.say(m.RestoreReady(node.name, start.attempt))
+        self.step.setdefault(start.attempt, start.restore.generation.step if start.restore else 0)
+
+    def _on_load(self, node: SimNode, load: m.Load) -> None:
+        if node.running != load.attempt:
+            return
+        node.loaded = True
+        for rank in self._ranks(node):
+            self.say(m.RankReady(node.name, load.attempt, rank, self.step[load.attempt], 0.01, "x"), 0.03)
+        if all(self._loaded(load.attempt)):
+            self.at(self.step_s, lambda: self._do_step(load.attempt))
+
+    def _loaded(self, attempt: Attempt) -> list[bool]:
+        mine = [node for node in self.nodes.values() if node.running == attempt and node.alive]
+        return [node.loaded for node in mine] + [False] * (self.config.replicas - len(mine))
+
+    # --- ranks ------------------------------------------------------------------------------------------------------
+
+    def _together(self, attempt: Attempt) -> list[SimNode] | None:
+        """The nodes of an attempt, if all its ranks can take part in a collective."""
+        mine = [node for node in self.nodes.values() if node.running == attempt]
+        if len(mine) < self.config.replicas or not all(n.alive and n.loaded and not n.dead_ranks for n in mine):
+            return None
+        return None if any(n.paused for n in mine) or self.hung else mine
+
+    def _do_step(self, attempt: Attempt) -> None:
+        """A step has been done; obey permits at its boundary, and go on."""
+        if not any(node.running == attempt and node.alive for node in self.nodes.values()):
+            return
+        mine = self._together(attempt)
+        if mine is None:
+            self.at(self.step_s, lambda: self._do_step(attempt))
+            return
+        step = self.step[attempt] = self.step[attempt] + 1
+        for node in mine:
+            self._boundary(node, attempt, step)
+        if step >= self.total:
+            for node in mine:
+                for rank in self._ranks(node):
+                    node.done[rank] = f"digest-{step}"
+                    self.say(m.RankDone(node.name, attempt, rank, f"digest-{step}", step))
+        else:
+            self.at(self.step_s, lambda: self._do_step(attempt))
+
+    def _boundary(self, node: SimNode, attempt: Attempt, step: int) -> None:
+        due = [generation for generation in node.permits if generation.step <= step]
+        for generation in due:
+            permit = node.permits.pop(generation)
+            for rank in self._ranks(node):
+                if generation.step < step:
+                    self.say(m.Missed(node.name, rank, generation, "late"))
+                elif permit.replan:
+                    self.say(m.Planned(node.name, rank, generation), 0.05)
+                else:
+                    self._copy(node, attempt, rank, permit)
+
+    def _copy(self, node: SimNode, attempt: Attempt, rank: int, permit: m.Permit) -> None:
+        local = rank % self.config.procs
+        before = self.check and self.recoverable()
+        for kind in ("shard", "parity"):
+            node.images.pop((kind, local, permit.slot), None)
+        assert not before or self.recoverable(), f"the copy of {permit.generation} destroyed what was to be kept"
+        generation, slot = permit.generation, permit.slot
+
+        def sealed() -> None:
+            if node.running == attempt and node.alive and rank not in node.dead_ranks:
+                image = HeldImage(node.name, node.seat or 0, local, slot, generation, "shard", LENGTH)
+                node.images["shard", local, slot] = image
+                self.say(m.Copied(node.name, rank, generation, slot, LENGTH, LENGTH, 0.001, 0.05))
+
+        self.at(0.05, sealed)
+
+    # --- snapshots --------------------------------------------------------------------------------------------------
+
+    def _on_permit(self, node: SimNode, permit: m.Permit) -> None:
+        if node.running is not None and permit.generation.taken_by(node.running):
+            node.permits[permit.generation] = permit
+
+    def _on_abort(self, node: SimNode, abort: m.Abort) -> None:
+        node.permits.pop(abort.generation, None)
+
+    def _on_encode(self, node: SimNode, encode: m.Encode) -> None:
+        self.at(0.05, lambda: self._encode(node, encode, node.fence))
+
+    def _encode(self, node: SimNode, encode: m.Encode, fence: Attempt | None) -> None:
+        if not node.hears or not node.keeper_up or node.fence != fence:
+            return
+        peers = {peer.seat: peer for peer in self.nodes.values() if peer.running == fence}
+        for seat in encode.seats:
+            peer = peers.get(seat, node)
+            held = any(i.kind == "shard" and i.generation == encode.generation for i in peer.images.values())
+            if peer.seat != seat or not peer.alive or peer.paused or not peer.keeper_up or not held:
+                self.say(m.EncodeFailed(node.name, encode.generation, f"{peer.name} does not serve"))
+                return
+        for local in range(self.config.procs):
+            group = GroupInfo(encode.seats, encode.parity, encode.lengths[local], encode.index)
+            node.images["parity", local, encode.slot] = HeldImage(
+                node.name, node.seat or 0, local, encode.slot, encode.generation, "parity", LENGTH, group=group
+            )
+        self.say(m.Encoded(node.name, encode.generation, 0.05))
+
+    def _on_commit(self, node: SimNode, commit: m.Commit) -> None:
+        if node.keeper_up:
+            self.say(m.CommitAcked(node.name, commit.generation))
+
+    def _on_dumpstacks(self, node: SimNode, dump: m.DumpStacks) -> None:
+        self.say(m.Stacks(node.name, "stacks"))
+
+    # --- faults -----------------------------------------------------------------------------------------------------
+
+    def seated(self, seat: int) -> SimNode:
+        return self.nodes[self.machine.job.members.seats[seat]]
+
+    def lose_node(self, node: SimNode, replace_after: float | None = 5.0) -> None:
+        node.alive, node.running = False, None
+        node.images.clear()
+        self._collateral()
+        if replace_after is not None:
+            self.at(replace_after, lambda: self.add_node() and None)
+
+    def crash_rank(self, rank: int, error: m.ErrorInfo | None = None) -> None:
+        node = self.seated(rank // self.config.procs)
+        if node.running is None or not node.alive:
+            return
+        node.dead_ranks.add(rank)
+        code, signal = (1, None) if error else (None, 9)
+        step = self.step.get(node.running, 0)
+        self.say(m.RankExited(node.name, node.running, rank, code, signal, error, self.now, step), 0.01)
+        self._collateral()
+
+    def _collateral(self) -> None:
+        """The other ranks lose their connections."""
+        for node in self.nodes.values():
+            if node.running is not None and node.loaded and node.hears:
+                for rank in self._ranks(node):
+                    if rank not in node.dead_ranks and rank not in node.done:
+                        node.dead_ranks.add(rank)
+                        error = m.ErrorInfo(self.now + 0.02, "RuntimeError", "gloo: Connection closed by peer")
+                        self.say(m.RankExited(node.name, node.running, rank, 1, None, error, self.now + 0.02), 0.02)
+
+    def pause(self, node: SimNode) -> None:
+        node.paused = True
+
+    def resume(self, node: SimNode) -> None:
+        node.paused = False
+        backlog, node.backlog = node.backlog, []
+        for instruction in backlog:
+            self._deliver(node.name, instruction)
+
+    def crash_keeper(self, node: SimNode, back_after: float = 1.0) -> None:
+        if not node.alive:
+            return
+        node.keeper_up = False
+        self.say(m.KeeperLost(node.name), 0.02)
+
+        def back() -> None:
+            node.keeper_up = True
+            node.keeper_port += 1
+            self.say(m.KeeperBack(node.name, "127.0.0.1", node.keeper_port))
+
+        self.at(back_after, back)
+
+    def crash_agent(self, node: SimNode, back_after: float = 0.5) -> None:
+        node.agent_up = False
+        self._kill_ranks(node)
+        self._collateral()
+
+        def back() -> None:
+            node.agent_up = True
+            self.join(node)
+
+        self.at(back_after, back)
+
+    def corrupt(self, node: SimNode, seed: int = 0) -> None:
+        chance = random.Random(seed)
+        for key, image in node.images.items():
+            if chance.random() < 0.7:
+                node.images[key] = replace(image, bad_blocks=(chance.randrange(4),))
+
+    def restart_controller(self, after: float = 0.5, head: bool = False) -> None:
+        """The controller dies; with ``head`` all agents and ranks do too. Files stay."""
+        self.epoch += 1
+        self.unacked = set()
+        self.given_up = set()
+        self.machine = self._new_machine()
+        for node in self.nodes.values():
+            if head and node.alive:
+                self._kill_ranks(node)
+                node.seat = None
+            spread = after + 0.1 * (next(self._ids) % 5)
+            self.at(spread, lambda node=node: self.join(node))  # type: ignore[misc]

@@ -1,0 +1,602 @@
+"""The machine in a simulated cluster: every fault, at every phase, in virtual time.
+
+The cluster checks at every instruction that there is one live attempt, that no permit overtakes a commit, and that no
+copy destroys the last state that could be restored.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from outlast.controller import messages as m
+from outlast.controller.machine import Machine
+from outlast.controller.phases import OVER, TRANSITIONS, Phase
+from outlast.controller.settings import MachineConfig
+from outlast.snapshot.identity import Attempt, Generation
+from outlast.snapshot.restore import HeldImage, Inventory
+from support.simulated import Cluster
+
+CONFIG = MachineConfig(replicas=4, spares=1, every_steps=5)
+
+
+def cluster(nodes: int = 5, config: MachineConfig = CONFIG, **options: Any) -> Cluster:
+    return Cluster(config, nodes, **options)
+
+
+def status(world: Cluster) -> dict[str, Any]:
+    found = world.machine.status(world.now)
+    json.dumps(found)
+    return found
+
+
+def succeeded(world: Cluster) -> dict[str, Any]:
+    finish = world.run_to_end()
+    assert finish.outcome == "succeeded", finish
+    found = status(world)
+    assert found["step"] == world.total
+    assert found["weights_digest"] == f"digest-{world.total}"
+    goodput = found["goodput"]
+    assert goodput["train_s"] + sum(goodput["lost_s"].values()) == pytest.approx(goodput["wall_s"], abs=0.01)
+    return found
+
+
+# --- without faults -------------------------------------------------------------------------------------------------
+
+
+def test_an_undisturbed_run() -> None:
+    world = cluster()
+    found = succeeded(world)
+    assert found["phase"] == "Succeeded"
+    assert found["attempt"] == 1
+    assert found["recoveries"] == []
+    assert found["restarts"] == {}
+    assert found["snapshots"]["count"] == 11
+    assert {line.fields["step"] % 5 for line in world.log if line.kind == "snapshot-committed"} == {0}
+
+
+def test_an_interval_is_chosen_when_none_is_asked_for() -> None:
+    world = cluster(config=MachineConfig(4, spares=1), total=200)
+    succeeded(world)
+    steps = [line.fields["step"] for line in world.log if line.kind == "snapshot-committed"]
+    assert {b - a for a, b in itertools.pairwise(steps[2:])} <= {6, 7, 8}  # 0.14 s of work every 1.4 s of 0.2 s steps
+
+
+def test_a_single_node_needs_no_parity() -> None:
+    found = succeeded(cluster(1, MachineConfig(1, procs=2, every_steps=5)))
+    assert found["snapshots"]["count"] > 5
+
+
+def test_a_job_waits_for_its_nodes_and_then_gives_up() -> None:
+    world = cluster(3, MachineConfig(4, start_timeout_s=30.0))
+    finish = world.run_to_end()
+    assert finish.outcome == "failed"
+    assert "only 3 of 4 nodes joined" in finish.reason
+
+
+# --- one fault ------------------------------------------------------------------------------------------------------
+
+
+def one_recovery(world: Cluster, **expected: Any) -> dict[str, Any]:
+    found = succeeded(world)
+    (record,) = found["recoveries"]
+    assert {key: record[key] for key in expected} == expected
+    assert record["total_s"] > 0
+    return record
+
+
+def test_a_crashed_rank() -> None:
+    world = cluster()
+    world.run_to_step(12)
+    world.crash_rank(1)
+    record = one_recovery(world, kind="rank-exit", rank=1, lost_steps=2, restored_step=10, detect_s=0.0)
+    assert record["restore_sources"] == {"memory-local": 4}
+    assert record["total_s"] < 1.0
+
+
+def test_a_rank_that_raises_is_named_though_its_victims_speak_first() -> None:
+    world = cluster()
+    world.run_to_step(12)
+    node = world.seated(3)
+    assert node.running is not None
+    node.dead_ranks.add(3)
+    world._collateral()
+    error = m.ErrorInfo(world.now, "ValueError", "loss is nan", "Traceback ...")
+    world.say(m.RankExited(node.name, node.running, 3, 1, None, error, world.now, 12), 0.2)
+    one_recovery(world, kind="rank-error", rank=3, node=node.name)
+    (failure,) = status(world)["failures"]
+    assert failure["message"] == "loss is nan"
+    assert failure["traceback"] == "Traceback ..."
+
+
+def test_a_lost_node_is_replaced_by_the_spare() -> None:
+    world = cluster()
+    world.run_to_step(12)
+    lost = world.seated(2)
+    world.lose_node(lost)
+    record = one_recovery(world, kind="node-lost", node=lost.name, restored_step=10)
+    assert record["restore_sources"] == {"memory-local": 3, "memory-decode": 1}
+    assert 1.4 < record["detect_s"] < 2.2
+    assert record["total_s"] < 3.0
+    nodes = status(world)["nodes"]
+    assert nodes[lost.name]["state"] == "lost"
+    assert nodes["node-4"]["seat"] == 2
+
+
+def test_without_a_spare_the_job_waits_for_a_replacement() -> None:
+    world = cluster(4)
+    world.run_to_step(12)
+    world.lose_node(world.seated(2), replace_after=5.0)
+    world.run_to("waiting")
+    assert status(world)["phase"] == "Recovering"
+    record = one_recovery(world, kind="node-lost")
+    assert record["restore_sources"] == {"memory-local": 3, "memory-decode": 1}
+    assert status(world)["goodput"]["lost_s"]["idle"] > 2.0
+
+
+def test_without_a_replacement_the_job_fails_and_says_why() -> None:
+    world = cluster(4, MachineConfig(4, every_steps=5, start_timeout_s=20.0))
+    world.run_to_step(12)
+    world.lose_node(world.seated(2), replace_after=None)
+    finish = world.run_to_end()
+    assert finish.outcome == "failed"
+    assert "only 3 of 4 nodes are left" in finish.reason
+
+
+def test_a_hang_is_detected_and_stacks_are_taken() -> None:
+    world = cluster()
+    world.run_to_step(12)
+    world.hung.add(1)
+    world.run_to("stacks")
+    world.hung.clear()
+    record = one_recovery(world, kind="hang")
+    assert 10.0 < record["detect_s"] < 11.0
+
+
+def test_an_announced_pause_is_no_hang() -> None:
+    world = cluster()
+    world.run_to_step(12)
+    node = world.seated(1)
+    assert node.running is not None
+    world.tell(m.Busy(node.name, node.running, 1, "validation", 60.0))
+    world.hung.add(1)
+    world.run(40.0)
+    assert "fault" not in world.kinds()
+    world.hung.clear()
+    assert succeeded(world)["recoveries"] == []
+
+
+def test_a_paused_node_is_given_up_and_changes_nothing_when_it_wakes() -> None:
+    world = cluster()
+    world.run_to_step(12)
+    zombie = world.seated(2)
+    world.pause(zombie)
+    world.run_to("recovered")
+    assert zombie.running is not None, "nobody could kill its ranks"
+    world.resume(zombie)
+    world.run(3.0)
+    assert zombie.running is None, "it was told to register anew"
+    assert status(world)["nodes"][zombie.name]["state"] == "spare"
+    found = succeeded(world)
+    assert len(found["recoveries"]) == 1
+    assert found["attempt"] == 2
+
+
+def test_a_zombie_serves_as_a_spare_later() -> None:
+    world = cluster(total=200)
+    world.run_to_step(12)
+    zombie = world.seated(2)
+    world.pause(zombie)
+    world.run_to("recovered")
+    world.resume(zombie)
+    world.run(3.0)
+    for seat in (0, 1):
+        world.lose_node(world.seated(seat), replace_after=None)
+        world.add_node()
+        world.run_to("recovered")
+    succeeded(world)
+
+
+def test_a_keepers_crash_restarts_no_rank() -> None:
+    world = cluster()
+    world.run_to_step(12)
+    for _ in range(3):
+        world.crash_keeper(world.seated(1))
+        world.run(2.0)
+    found = succeeded(world)
+    assert found["attempt"] == 1
+    assert found["snapshots"]["count"] >= 8
+
+
+def test_a_keepers_crash_while_encoding_is_retried() -> None:
+    world = cluster()
+    world.run_to("encoding")
+    world.crash_keeper(world.seated(1), back_after=3.0)
+    line = world.run_to("snapshot-committed")
+    assert line.fields["seconds"] > 2.5
+    succeeded(world)
+
+
+def test_an_agents_crash_is_a_restart_on_the_same_node() -> None:
+    world = cluster()
+    world.run_to_step(12)
+    node = world.seated(1)
+    world.crash_agent(node)
+    record = one_recovery(world, kind="agent-lost", node=node.name)
+    assert record["restore_sources"] == {"memory-local": 4}
+    assert status(world)["nodes"][node.name]["seat"] == 1
+
+
+def test_a_new_controller_leaves_running_ranks_alone() -> None:
+    world = cluster()
+    world.run_to_step(22)
+    attempts = set(world.step)
+    world.restart_controller()
+    world.run_to("adopted")
+    found = succeeded(world)
+    assert set(world.step) == attempts
+    assert found["recoveries"] == []
+    assert "snapshot-committed" in world.kinds()[world.kinds().index("adopted") :]
+
+
+def test_a_new_controller_sees_a_run_that_ended_without_it() -> None:
+    world = cluster(total=20)
+    world.run_to_step(16)
+    world.restart_controller(after=5.0)
+    succeeded(world)
+
+
+def test_after_a_head_loss_ranks_are_restored_from_files() -> None:
+    world = cluster()
+    world.run_to_step(22)
+    world.restart_controller(head=True)
+    line = world.run_to("restored")
+    assert line.fields["step"] == 20
+    assert line.fields["restore_sources"] == {"memory-local": 4}
+    assert succeeded(world)["attempt"] == 2
+
+
+def test_a_loss_before_the_first_snapshot_restarts_from_step_0() -> None:
+    world = cluster(config=MachineConfig(4, spares=1, every_steps=50))
+    world.run_to_step(7)
+    world.lose_node(world.seated(0))
+    record = one_recovery(world, kind="node-lost", restored_step=0)
+    assert record["restore_sources"] == {"none": 4}
+    assert "restored-none" in world.kinds()
+
+
+def test_capacity_ends_the_job() -> None:
+    world = cluster()
+    world.run_to_step(3)
+    world.tell(m.Capacity("node-1", 1, 4096, "tmpfs /m is too small"))
+    finish = world.run_to_end()
+    assert finish.outcome == "failed"
+    assert "4096 bytes are missing" in finish.reason
+
+
+def test_a_stop_request_stops() -> None:
+    world = cluster()
+    world.run_to_step(3)
+    world.tell(m.StopRequested("enough"))
+    assert world.run_to_end() == m.Finish("stopped", "enough")
+    assert status(world)["phase"] == "Stopped"
+
+
+# --- combinations ---------------------------------------------------------------------------------------------------
+
+
+def test_two_nodes_of_a_group_at_once() -> None:
+    world = cluster(6)
+    world.run_to_step(12)
+    for seat in (1, 2):
+        world.lose_node(world.seated(seat))
+    found = succeeded(world)
+    assert found["recoveries"][0]["restore_sources"] == {"memory-local": 2, "memory-decode": 2}
+
+
+def test_three_nodes_of_a_group_at_once_are_beyond_reach() -> None:
+    world = cluster(7)
+    world.run_to_step(12)
+    for seat in (1, 2, 3):
+        world.lose_node(world.seated(seat))
+    found = succeeded(world)
+    assert found["recoveries"][0]["restore_sources"] == {"none": 4}
+    assert "passed-over" in world.kinds()
+    assert "restored-none" in world.kinds()
+
+
+def test_losses_one_after_the_other_do_not_add_up() -> None:
+    world = cluster(total=400)
+    world.run_to_step(12)
+    for seat in (0, 1, 2, 3, 0, 1):
+        world.lose_node(world.seated(seat), replace_after=1.0)
+        world.run_to("protected")
+        world.run(1.0)
+    found = succeeded(world)
+    assert len(found["recoveries"]) == 6
+    assert all(record["restore_sources"]["memory-decode"] == 1 for record in found["recoveries"])
+
+
+@pytest.mark.parametrize("moment", ["restart", "cause", "restored", "running"])
+def test_a_node_lost_while_recovering_from_another(moment: str) -> None:
+    world = cluster(6)
+    world.run_to_step(12)
+    world.lose_node(world.seated(2))
+    world.run_to(moment)
+    world.lose_node(world.seated(1))
+    found = succeeded(world)
+    assert sum(record["restored_step"] != 10 for record in found["recoveries"]) == 0
+    assert sum(len(record["further"]) for record in found["recoveries"]) + len(found["recoveries"]) >= 2
+
+
+@pytest.mark.parametrize("moment", ["snapshot-permitted", "encoding", "replan-permitted", "snapshot-committed"])
+def test_a_node_lost_during_a_snapshot(moment: str) -> None:
+    world = cluster()
+    world.run_to_step(12)
+    world.run_to(moment) if moment != "replan-permitted" else world.crash_rank(0)
+    if moment == "replan-permitted":
+        world.run_to(moment)
+    world.lose_node(world.seated(3))
+    found = succeeded(world)
+    assert found["recoveries"][-1]["restored_step"] >= 10
+
+
+def test_head_and_node_together() -> None:
+    world = cluster()
+    world.run_to_step(22)
+    world.lose_node(world.seated(1), replace_after=None)
+    world.restart_controller(head=True)
+    line = world.run_to("restored")
+    assert line.fields["restore_sources"] == {"memory-local": 3, "memory-decode": 1}
+    succeeded(world)
+
+
+def test_corrupt_blocks_and_a_lost_node_within_reach() -> None:
+    world = cluster()
+    world.run_to_step(12)
+    image = world.seated(0).images["shard", 0, 1]
+    world.seated(0).images["shard", 0, 1] = HeldImage(**{**vars(image), "bad_blocks": (1,)})
+    world.lose_node(world.seated(3))
+    found = succeeded(world)
+    assert found["recoveries"][0]["restore_sources"] == {"memory-local": 2, "memory-decode": 2}
+
+
+# --- giving up ------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_error_three_times_is_a_bug_of_the_script() -> None:
+    world = cluster()
+    for _ in range(3):
+        world.run_to_step(13)
+        world.crash_rank(1, m.ErrorInfo(world.now, "ValueError", "bad shape"))
+        world.run(0.2)
+    finish = world.run_to_end()
+    assert finish.outcome == "failed"
+    assert "raised ValueError: bad shape" in finish.reason
+    assert "the script fails by itself" in finish.reason
+
+
+def test_restarts_are_limited() -> None:
+    world = cluster(config=MachineConfig(4, every_steps=5, max_restarts=2))
+    for step in (8, 12, 16):
+        world.run_to_step(step)
+        world.crash_rank(step % 4)
+        world.run(0.5)
+    finish = world.run_to_end()
+    assert finish.outcome == "failed"
+    assert "2 restarts within 3600 s were allowed" in finish.reason
+
+
+def test_a_deadline_ends_the_job() -> None:
+    world = cluster(config=MachineConfig(4, active_deadline_s=5.0), total=1000)
+    assert "activeDeadlineSeconds" in world.run_to_end().reason
+
+
+# --- the snapshot cycle, by hand ------------------------------------------------------------------------------------
+
+
+def test_a_permit_that_comes_too_late_doubles_the_margin_and_is_repeated() -> None:
+    world = cluster()
+    world.run_to("snapshot-permitted")
+    generation = Generation.parse(world.log[-1].fields["generation"])
+    world.tell(m.Missed(world.seated(0).name, 0, generation, "late"))
+    assert world.log[-1].kind == "snapshot-aborted"
+    line = world.run_to("snapshot-permitted")
+    assert line.fields["step"] > generation.step
+    succeeded(world)
+
+
+def test_a_plan_that_no_longer_holds_is_made_anew() -> None:
+    world = cluster()
+    world.run_to("snapshot-permitted")
+    generation = Generation.parse(world.log[-1].fields["generation"])
+    world.tell(m.Missed(world.seated(0).name, 0, generation, "replan"))
+    world.run_to("replan-permitted")
+    world.run_to("snapshot-committed")
+
+
+def test_slots_take_turns() -> None:
+    world = cluster()
+    succeeded(world)
+    slots = [line.fields["slot"] for line in world.log if line.kind == "snapshot-permitted"]
+    assert slots == [i % 2 for i in range(len(slots))]
+
+
+def test_a_slot_with_a_living_writer_gets_a_new_file() -> None:
+    world = cluster()
+    world.run_to_step(12)
+    permits: list[m.Permit] = []
+    perform = world._perform
+
+    def spy(instruction: m.Instruction) -> None:
+        if isinstance(instruction, m.Permit) and not instruction.replan:
+            permits.append(instruction)
+        perform(instruction)
+
+    world._perform = spy  # type: ignore[method-assign]
+    node = world.seated(1)
+    world.machine.job.members.nodes[node.name].dirty = {(0, 0), (0, 1)}
+    for _ in range(4):
+        world.run_to("snapshot-committed")
+    assert permits[0].fresh == {node.name: (0,)}
+    assert permits[-1].fresh == {}
+
+
+def test_keepers_are_told_a_commit_again_until_they_answer() -> None:
+    world = cluster()
+    world.run_to("encoding")
+    node = world.seated(2)
+    said: list[m.Commit] = []
+    deliver = world._on_commit
+
+    def deaf(target: Any, commit: m.Commit) -> None:
+        said.append(commit)
+        if target is not node or len([c for c in said if c.nodes == (node.name,)]):
+            deliver(target, commit)
+
+    world._on_commit = deaf  # type: ignore[method-assign]
+    line = world.run_to("snapshot-committed")
+    assert line.fields["seconds"] > 4.0
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_phase_leads_to_an_end() -> None:
+    assert set(TRANSITIONS) == set(Phase)
+    reached = set(OVER)
+    for _ in Phase:
+        reached |= {phase for phase, ways in TRANSITIONS.items() if ways & reached}
+    assert reached == set(Phase)
+
+
+def test_what_nobody_asked_for_changes_nothing() -> None:
+    now, stranger = 1.0, Attempt(9, "f" * 16)
+    machine = Machine(CONFIG, now, lambda: "0" * 16)
+    generation = Generation.of(stranger, 5)
+    for event in (
+        m.Heartbeat("x", stranger, {0: 1}),
+        m.NodeGone("x", "?"),
+        m.KeeperLost("x"),
+        m.KeeperBack("x", "h", 1),
+        m.Stopped("x", stranger, Inventory("x")),
+        m.RestoreReady("x", stranger),
+        m.RankReady("x", stranger, 0, 0, 0.0, "none"),
+        m.RankExited("x", stranger, 0, 1),
+        m.RankDone("x", stranger, 0),
+        m.Busy("x", stranger, 0, "b", None),
+        m.Idle("x", stranger, 0),
+        m.Planned("x", 0, generation),
+        m.Copied("x", 0, generation, 0, 1, 1),
+        m.Missed("x", 0, generation, "late"),
+        m.Encoded("x", generation),
+        m.EncodeFailed("x", generation, "?"),
+        m.CommitAcked("x", generation),
+        m.Tick(),
+        m.Finalized(),
+    ):
+        assert machine.handle(event, now) == []
+    assert machine.status(now)["stage"] == "gathering"
+
+
+def test_messages_of_an_older_attempt_are_ignored() -> None:
+    world = cluster()
+    world.run_to_step(12)
+    old = world.machine.job.attempt
+    assert old is not None
+    world.crash_rank(1)
+    world.run_to("recovered")
+    name = world.seated(0).name
+    stale: list[m.Event] = [
+        m.RankExited(name, old, 0, 1),
+        m.RankDone(name, old, 0, "zzz", 60),
+        m.Copied(name, 0, Generation.of(old, 15), 1, 1, 1),
+        m.CommitAcked(name, Generation.of(old, 10)),
+        m.Heartbeat(name, old, {0: 1000}),
+    ]
+    for event in stale:
+        assert world.machine.handle(event, world.now) == []
+    assert succeeded(world)["weights_digest"] == "digest-60"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Joined("n", "d", "h", Attempt(1, "a" * 16), None, True, ("h", 1), 2, 3, done={0: "x"}),
+        m.Heartbeat("n", None, {1: 2}, {1: 0.5}),
+        m.Stopped("n", Attempt(1, "a" * 16), Inventory("n"), ((0, 1),)),
+        m.RankExited("n", Attempt(1, "a" * 16), 0, error=m.ErrorInfo(1.0, "T", "m")),
+        m.Permit(("n",), Generation(1, 5, "a" * 16), 0, True, {"n": (0,)}),
+        m.Start("n", Attempt(1, "a" * 16), 0, 1, 1, "h", 2, None, {0: ("h", 1)}, {}, 0),
+        m.Encode("n", Generation(1, 5, "a" * 16), 0, (0, 1), 1, 0, ((1, 2),), (("h", 1), ("h", 2)), (0,)),
+        m.Emit("a", "b", {"x": [1, {"y": None}]}),
+        m.Tick(),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_messages_survive_json(message: m.Message) -> None:
+    assert m.from_json(json.loads(json.dumps(m.to_json(message)))) == message
+
+
+@pytest.mark.parametrize(
+    "bad", [{}, {"type": "Nothing"}, {"type": "Stop"}, {"type": "Stop", "node": "n", "attempt": "?"}]
+)
+def test_malformed_messages_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        m.from_json(bad)
+
+
+# --- any faults in any order ----------------------------------------------------------------------------------------
+
+FAULTS = ("rank", "error", "node", "pause", "keeper", "agent", "controller", "head", "corrupt", "hang", "resume")
+
+
+def strike(world: Cluster, kind: str, seat: int, seed: int) -> None:
+    seats = world.machine.job.members.seats
+    node = world.nodes[seats[seat]] if seat in seats else next(iter(world.nodes.values()))
+    if kind == "resume" or not node.alive or (node.paused and kind != "node"):
+        for paused in [other for other in world.nodes.values() if other.paused]:
+            world.resume(paused)
+    elif kind in ("rank", "error") and seat in seats:
+        error = m.ErrorInfo(world.now, "ValueError", f"number {'x' * seed}") if kind == "error" else None
+        world.crash_rank(seat * world.config.procs, error)
+    elif kind == "node":
+        world.lose_node(node, replace_after=2.0)
+    elif kind == "pause":
+        world.pause(node)
+        world.at(6.0, lambda: world.resume(node))
+    elif kind == "keeper":
+        world.crash_keeper(node)
+    elif kind == "agent" and node.agent_up:
+        world.crash_agent(node)
+    elif kind in ("controller", "head"):
+        world.restart_controller(head=kind == "head")
+    elif kind == "corrupt":
+        world.corrupt(node, seed)
+    elif kind == "hang":
+        world.hung.add(seat)
+        world.at(15.0, world.hung.clear)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(0.0, 4.0), st.sampled_from(FAULTS), st.integers(0, 3), st.integers(0, 9)), max_size=10
+    ),
+    st.sampled_from([None, 3, 5]),
+    st.integers(1, 2),
+)
+def test_any_faults_end_well(faults: list[tuple[float, str, int, int]], every: int | None, procs: int) -> None:
+    config = MachineConfig(4, spares=1, procs=procs, every_steps=every, max_restarts=1000, start_timeout_s=120.0)
+    world = cluster(6, config, total=80)
+    for wait, kind, seat, seed in faults:
+        world.run(wait)
+        if world.finished is None:
+            strike(world, kind, seat, seed)
+    world.at(10.0, lambda: [world.resume(node) for node in world.nodes.values() if node.paused] and None)
+    finish = world.run_to_end(900.0)
+    assert finish.outcome == "succeeded" or "by itself" in finish.reason

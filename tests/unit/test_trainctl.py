@@ -1,0 +1,128 @@
+"""The command line: help, refusals, exit statuses, and how a run is shown."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trainctl.live import JsonView, PlainView
+from trainctl.status import event_line, summarize
+
+JOB = """
+apiVersion: outlast.dev/v1alpha1
+kind: TrainingJob
+metadata: {name: small}
+spec:
+  entrypoint: [python, -c, pass]
+  workers: {replicas: 2, spares: 1}
+"""
+
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+"""The child finds what this process finds, installed or not."""
+
+STATUS: dict[str, Any] = {
+    "phase": "Running",
+    "step": 20,
+    "total": 60,
+    "attempt": 2,
+    "metrics": {"loss": 1.23456},
+    "nodes": {"node-0": {"state": "active"}, "node-1": {"state": "active"}, "node-2": {"state": "spare"}},
+    "goodput": {"ratio": 0.5},
+}
+
+
+def _trainctl(arguments: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from trainctl.main import run; run()", *arguments]
+    return subprocess.run(command, cwd=cwd, env=ENV, text=True, capture_output=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB)
+    return path
+
+
+def test_help_names_the_options_and_is_quick(tmp_path: Path) -> None:
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        assert _trainctl(["--help"], tmp_path).returncode == 0
+        took.append(time.monotonic() - began)
+    assert min(took) < 0.3
+    text = _trainctl(["run", "--help"], tmp_path).stdout
+    for option in ("--dir", "--fault", "--set", "--replace-after", "--json"):
+        assert option in text
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ("rich", "pydantic", "yaml", "torch", "ray")
+    code = f"import sys, trainctl.main; print([name for name in {heavy} if name in sys.modules])"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=ENV, text=True, capture_output=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run"], "Missing argument"),
+        (["run", "absent.yaml"], "absent.yaml: No such file or directory"),
+        (["run", "job.yaml", "--fault", "explode@3"], "unknown kind explode"),
+        (["run", "job.yaml", "--fault", "rank-crash@3:2"], "the job has ranks 0 to 1"),
+        (["run", "job.yaml", "--replace-after", "soon"], "--replace-after soon: a number of seconds"),
+        (["run", "job.yaml", "--replace-after", "nan"], "--replace-after nan: a number of seconds"),
+        (["run", "job.yaml", "--set", "spec.workers.replicas=0"], "spec.workers.replicas"),
+        (["run", "job.yaml", "--set", "spec.entrypoint=[python, nowhere.py]"], "there is no nowhere.py"),
+        (["run", "job.yaml", "--dir", "."], "it is not empty"),
+        (["run", "job.yaml", "--dir", "job.yaml/x"], "Not a directory"),
+        (["walk"], "No such command"),
+    ],
+)
+def test_wrong_requests_end_with_2_and_a_reason(job: Path, arguments: list[str], said: str) -> None:
+    done = _trainctl(arguments, job.parent)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(job.parent.iterdir()) == [job], "a refused request leaves nothing"
+
+
+def test_summary_of_a_status() -> None:
+    committed = {"step": 16, "age_s": 3.2}
+    summary = dict(summarize({**STATUS, "snapshot": {"committed": committed}}).rows())
+    assert summary == {
+        "phase": "Running",
+        "step": "20/60",
+        "loss": "1.2346",
+        "nodes": "2 active, 1 spare",
+        "attempt": "2",
+        "snapshot": "step 16, 3 s ago",
+        "goodput": "50.0%",
+    }
+
+
+def test_summary_of_nothing_is_dashes() -> None:
+    assert {value for _, value in summarize({}).rows()} == {"-"}
+    assert event_line({}) == "event: "
+
+
+def test_plain_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with PlainView(tmp_path) as view:
+        view.show({"type": "progress", "text": "starting"})
+        view.show({"type": "event", "event": {"kind": "restart", "text": "rank 1 died"}})
+        view.show({"type": "status", "status": STATUS})
+        view.show({"type": "end", "text": "done"})
+    lines = [line.split("s  ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [f"everything of this run goes to {tmp_path}", "starting", "restart: rank 1 died", "done"]
+
+
+def test_json_lines_are_passed_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with JsonView(tmp_path) as view:
+        view.show({"type": "end", "exit": 0})
+    assert capsys.readouterr().out.splitlines()[1] == '{"type": "end", "exit": 0}'
