@@ -58,8 +58,8 @@ def run_job(
 ) -> None:
     """Run a training job on this machine, to its end.
 
-    One local Ray, one agent for each of the job's nodes and spares; ranks start in the current folder. Ctrl-C stops the
-    job, a second one kills it.
+    One local Ray, one agent for each of the job's nodes and spares; ranks start in the job file's folder. Ctrl-C stops
+    the job, a second one kills it.
     """
     from trainctl.run import RunRequest, run_here
 

@@ -52,7 +52,7 @@ def run_here(request: RunRequest) -> int:
         *(sys.executable, "-m", "outlast.local.supervisor", "--dir", str(directory)),
         *("--replace-after", request.replace_after, *(f"--fault={fault}" for fault in request.faults)),
     ]
-    return _supervise(command, request.json, directory)
+    return _supervise(command, request, directory)
 
 
 def _check_installation() -> None:
@@ -74,7 +74,7 @@ def _load(request: RunRequest) -> dict[str, Any]:
     workers = job.spec.workers
     check_faults([parse_fault(text) for text in request.faults], workers.replicas, workers.procs_per_worker)
     _check_replace_after(request.replace_after)
-    _check_entrypoint(job.spec.entrypoint)
+    _check_entrypoint(job.spec.entrypoint, request.job.parent)
     return job.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
@@ -87,10 +87,12 @@ def _check_replace_after(text: str) -> None:
         raise RequestError(f"--replace-after {text}: a number of seconds (0 or more) or never")
 
 
-def _check_entrypoint(entrypoint: Sequence[str]) -> None:
+def _check_entrypoint(entrypoint: Sequence[str], folder: Path) -> None:
     script = next((word for word in entrypoint[1:2] if word.endswith(".py")), None)
-    if script is not None and not Path(script).exists():
-        raise RequestError(f"spec.entrypoint: there is no {script} below {Path.cwd()}, where the ranks start")
+    if script is not None and not (folder / script).exists():
+        raise RequestError(
+            f"spec.entrypoint: there is no {script} in {folder.resolve()}, the job file's folder, where ranks start"
+        )
 
 
 def _prepare(request: RunRequest, document: dict[str, Any]) -> Path:
@@ -109,11 +111,11 @@ def _prepare(request: RunRequest, document: dict[str, Any]) -> Path:
     return directory.resolve()
 
 
-def _supervise(command: list[str], as_json: bool, directory: Path) -> int:
+def _supervise(command: list[str], request: RunRequest, directory: Path) -> int:
     from trainctl.live import choose_view
 
-    view = choose_view(as_json, directory)
-    process = _start(command, directory)
+    view = choose_view(request.json, directory)
+    process = _start(command, directory, request.job.resolve().parent)
     interrupts = _Interrupts(process)
     last: dict[str, Any] = {}
     try:
@@ -126,13 +128,18 @@ def _supervise(command: list[str], as_json: bool, directory: Path) -> int:
     return _exit_status(process.returncode, last, interrupts.count, directory)
 
 
-def _start(command: list[str], directory: Path) -> subprocess.Popen[str]:
-    """The supervisor, in a session of its own: a terminal's Ctrl-C comes to it through this process alone."""
+def _start(command: list[str], directory: Path, folder: Path) -> subprocess.Popen[str]:
+    """The supervisor, in a session of its own: a terminal's Ctrl-C comes to it through this process alone.
+
+    It works in the job file's folder, and so do the ranks.
+    """
     log = directory / "logs" / "supervisor.log"
     log.parent.mkdir(exist_ok=True)
     pipe = subprocess.PIPE
     with log.open("a") as errors:
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, start_new_session=True)
+        return subprocess.Popen(
+            command, cwd=folder, stdin=pipe, stdout=pipe, stderr=errors, text=True, start_new_session=True
+        )
 
 
 class _Interrupts:

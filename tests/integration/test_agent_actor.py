@@ -27,15 +27,8 @@ class World:
         self.journal = folder / "journal.jsonl"
         config = folder / "node.json"
         config.write_text(node.config.model_dump_json())
-        command = [
-            sys.executable,
-            "-m",
-            "support.stub_controller",
-            head.address,
-            "test",
-            str(self.journal),
-            str(config),
-        ]
+        where = (head.address, node.config.namespace, str(self.journal), str(config))
+        command = [sys.executable, "-m", "support.stub_controller", *where]
         self.process = subprocess.Popen(
             command, env=dict(head.env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -58,7 +51,17 @@ class World:
         """The ``count``-th message of that type."""
         return dict(eventually(lambda: len(self.told(kind)) >= count and self.told(kind)[count - 1], 30))
 
-    def close(self) -> None:
+    def joined(self, count: int) -> m.Joined:
+        """The ``count``-th time that the agent joined."""
+        event = self.wait("Joined", count)
+        joined = m.from_json({key: value for key, value in event.items() if key != "controller"})
+        assert isinstance(joined, m.Joined)
+        return joined
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
         assert self.process.wait(30) == 0
@@ -75,54 +78,50 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     assert session_pids(running.session) == []
 
 
-def test_an_agents_life_in_ray(head: Head, tmp_path: Path) -> None:
+@pytest.fixture
+def node() -> Iterator[Node]:
     with open_zygote() as zygote, open_site(zygote) as site:
-        node = site.node(boot=False)
-        world = World(head, tmp_path, node)
-        joined = m.from_json(_plain(world.wait("Joined", 1)))
-        assert isinstance(joined, m.Joined)
-        first = node.pids()["agent"]
-        assert first in head.pids()
-
-        start = node.start(keeper=joined.keeper)
-        world.perform(start, m.Load((node.config.node,), attempt(1)))
-        assert world.wait("RankReady", 1)["attempt"] == str(attempt(1))
-        rank = node.pids()["rank-0"]
-
-        world.tell("restart")
-        again = m.from_json(_plain(world.wait("Joined", 2)))
-        assert isinstance(again, m.Joined)
-        assert (again.running, again.seat, again.attempt) == (True, 0, attempt(1))
-        assert len({event["controller"] for event in world.told("Joined")}) == 2
-
-        os.kill(first, signal.SIGKILL)
-        after = m.from_json(_plain(world.wait("Joined", 3)))
-        assert isinstance(after, m.Joined)
-        assert (after.running, after.seat, after.keeper) == (False, 0, joined.keeper)
-        assert not alive(rank)
-        second = node.pids()["agent"]
-        assert second != first
-
-        os.kill(node.pids()["forkserver"], signal.SIGKILL)
-        eventually(lambda: not alive(second))
-        time.sleep(6)
-        assert "agent" not in node.pids(), "a node without a forkserver gets no agent again"
-        world.close()
+        yield site.node(boot=False)
 
 
-def test_sigterm_stops_the_ranks_first(head: Head, tmp_path: Path) -> None:
-    with open_zygote() as zygote, open_site(zygote) as site:
-        node = site.node(boot=False)
-        world = World(head, tmp_path, node)
-        joined = m.from_json(_plain(world.wait("Joined", 1)))
-        assert isinstance(joined, m.Joined)
-        world.perform(node.start(keeper=joined.keeper))
-        agent, rank = node.pids()["agent"], eventually(lambda: node.pids().get("rank-0"))
-        os.kill(agent, signal.SIGTERM)
-        eventually(lambda: not alive(agent))
-        assert not alive(rank)
-        world.close()
+@pytest.fixture
+def world(head: Head, tmp_path: Path, node: Node) -> Iterator[World]:
+    with World(head, tmp_path, node) as world:
+        yield world
 
 
-def _plain(event: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in event.items() if key != "controller"}
+def test_an_agents_life_in_ray(world: World, node: Node, head: Head) -> None:
+    joined = world.joined(1)
+    first = node.pids()["agent"]
+    assert first in head.pids()
+    world.perform(node.start(keeper=joined.keeper))
+    world.wait("RestoreReady", 1)
+    world.perform(m.Load((node.config.node,), attempt(1)))
+    assert world.wait("RankReady", 1)["attempt"] == str(attempt(1))
+    rank = node.pids()["rank-0"]
+
+    world.tell("restart")
+    again = world.joined(2)
+    assert (again.running, again.seat, again.attempt) == (True, 0, attempt(1))
+    assert len({event["controller"] for event in world.told("Joined")}) == 2
+
+    os.kill(first, signal.SIGKILL)
+    after = world.joined(3)
+    assert (after.running, after.seat, after.keeper) == (False, 0, joined.keeper)
+    assert after.registration != again.registration
+    assert not alive(rank)
+    second = node.pids()["agent"]
+    assert second != first
+
+    os.kill(node.pids()["forkserver"], signal.SIGKILL)
+    eventually(lambda: not alive(second))
+    time.sleep(6)
+    assert "agent" not in node.pids(), "a node without a forkserver gets no agent again"
+
+
+def test_sigterm_stops_the_ranks_first(world: World, node: Node) -> None:
+    world.perform(node.start(keeper=world.joined(1).keeper))
+    agent, rank = node.pids()["agent"], eventually(lambda: node.pids().get("rank-0"))
+    os.kill(agent, signal.SIGTERM)
+    eventually(lambda: not alive(agent))
+    assert not alive(rank)

@@ -104,14 +104,16 @@ class Site:
 
     def close(self) -> None:
         pids = [pid for node in self.nodes for role, pid in node.pids().items() if role != "agent"]
-        for node in self.nodes:
-            node.close()
-        for child in self.zygote.state().children:
-            self.zygote.kill(child.id, signal.SIGTERM)
-        eventually(lambda: not self.zygote.state().children)
-        assert not [pid for pid in pids if alive(pid)], "a process of a node is left"
-        shutil.rmtree(self.base)
-        shutil.rmtree(self.memory)
+        try:
+            for node in self.nodes:
+                node.close()
+            for child in self.zygote.state().children:
+                self.zygote.kill(child.id, signal.SIGTERM)
+            eventually(lambda: not self.zygote.state().children)
+            assert not [pid for pid in pids if alive(pid)], "a process of a node is left"
+        finally:
+            shutil.rmtree(self.base)
+            shutil.rmtree(self.memory)
 
 
 class Node:
@@ -202,16 +204,20 @@ def open_zygote() -> Iterator[ForkClient]:
     with tempfile.TemporaryDirectory(prefix="ol-") as name:
         preload = ("numpy", "torch", "torch.distributed", "outlast.snapshot.keeper")
         process = launch(f"{name}/z", log=Path(name) / "log", preload=preload)
-        client = ForkClient(f"{name}/z", timeout=60)
-        yield client
-        client.close()
-        process.terminate()
-        assert process.wait(10) == 0
+        try:
+            client = ForkClient(f"{name}/z", timeout=60)
+            yield client
+            client.close()
+        finally:
+            process.terminate()
+            assert process.wait(10) == 0
 
 
 @contextmanager
 def open_site(zygote: ForkClient) -> Iterator[Site]:
     """A site that leaves nothing behind."""
     site = Site(zygote)
-    yield site
-    site.close()
+    try:
+        yield site
+    finally:
+        site.close()

@@ -18,7 +18,7 @@ from outlast.errors import TransferError
 from outlast.local import processes
 from outlast.local.board import Board
 from outlast.local.faultgate import Scene
-from outlast.local.faults import NODE_KINDS, Fault, Kind, Part
+from outlast.local.faults import NODE_KINDS, Fault, Kind, Part, Phase
 from outlast.local.imagefiles import corrupt
 from outlast.local.nodes import LocalNodes
 from outlast.local.raycluster import RayHead
@@ -28,8 +28,6 @@ TELL_LIMIT_S = 1.0
 
 class Controller(Protocol):
     """What is asked of the controller here."""
-
-    async def status(self) -> dict[str, Any]: ...
 
     async def record(self, kind: str, text: str, fields: Mapping[str, Any]) -> None: ...
 
@@ -57,23 +55,29 @@ class Injury:
         self.head_killed = 0.0
         """When (wall seconds) a fault last killed the head."""
 
+    def know(self, board: Board) -> None:
+        """The newest status: who has which seat."""
+        self._board = board
+
     async def perform(self, faults: Sequence[Fault], scene: Scene) -> None:
-        """Perform ``faults`` together, corruption first; returns when all are done."""
+        """Perform ``faults`` together, corruption first; returns when all are done.
+
+        What is under way may be over in a moment: then it is told afterwards.
+        """
         if not faults:
             return
         self._reached(scene.step)
-        await asyncio.gather(*(self._tell(fault, scene) for fault in faults))
+        waits = all(fault.phase is Phase.BOUNDARY for fault in faults)
+        if waits:
+            await asyncio.gather(*(self._tell(fault, scene) for fault in faults))
         corrupting = [fault for fault in faults if fault.kind is Kind.CORRUPT]
         await self._all(corrupting, scene)
         await self._all([fault for fault in faults if fault not in corrupting], scene)
+        if not waits:
+            await asyncio.gather(*(self._tell(fault, scene) for fault in faults))
 
-    async def scene(self) -> Scene:
-        """Who is where now: seats as the controller says (or last said, when it does not answer), pids as they are."""
-        try:
-            async with asyncio.timeout(TELL_LIMIT_S):
-                self._board = Board(await self._controller.status())
-        except (TransferError, TimeoutError) as error:
-            self._say(f"{error or 'the controller is late'}: taking the seats that it last said")
+    def scene(self) -> Scene:
+        """Who is where now: seats as the controller last said, pids as they are."""
         seats = self._board.seats()
         ranks = {rank: pid for node in seats.values() for rank, pid in _ranks(self._nodes.roles(node)).items()}
         return Scene(self._board.attempt, self._board.best_step, ranks, seats)

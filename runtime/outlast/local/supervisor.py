@@ -184,6 +184,7 @@ class Supervisor:
 
     async def _on_status(self, board: Board) -> None:
         self._history.feed(board.status, time.time())
+        self._injury.know(board)
         self._output.status(self._history.merged())
         await self._care.tend(board)
 

@@ -104,10 +104,10 @@ class PhaseFaults:
     async def on_event(self, event: Mapping[str, Any]) -> None:
         """A recovery is under way when it is decided what to restore: ranks start now."""
         if event["kind"] in RESTORED and any(fault.phase is Phase.RESTART for fault in self._plan.left):
-            scene = await self._injury.scene()
+            scene = self._injury.scene()
             await self._injury.perform(self._plan.take(Phase.RESTART, scene.step), scene)
 
     async def _perform(self, phase: Phase, step: int) -> None:
         faults = self._plan.take(phase, step)
         if faults:
-            await self._injury.perform(faults, replace(await self._injury.scene(), step=step))
+            await self._injury.perform(faults, replace(self._injury.scene(), step=step))
