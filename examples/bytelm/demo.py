@@ -19,7 +19,7 @@ FAULTS = ["rank-crash@25:2", "node-loss@50:1", "corrupt@70:3", "node-loss@70:0",
 
 def trainctl(folder: pathlib.Path, *options: str) -> dict[str, Any]:
     """Run the example in ``folder``; its output goes to this terminal. Returns the report."""
-    command = [sys.executable, "-m", "trainctl.main", "run", str(HERE / "job.yaml"), "--dir", str(folder), *options]
+    command = [sys.executable, "-m", "trainctl", "run", str(HERE / "job.yaml"), "--dir", str(folder), *options]
     status = subprocess.run(command, check=False).returncode
     if status:
         sys.exit(f"demo: the run in {folder} ended with status {status}; see {folder}/events.jsonl and {folder}/logs")

@@ -182,7 +182,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _exit_status(status: int, last: dict[str, Any], interrupts: int, directory: Path) -> int:
-    if interrupts:
+    if interrupts and last.get("outcome") != "succeeded":
         return INTERRUPTED
     if last.get("type") != "end":
         raise OutlastError(f"the supervisor ended unexpectedly ({status}); see {directory / 'logs' / 'supervisor.log'}")

@@ -5,10 +5,11 @@ The stream of global samples is epoch after epoch, each a permutation of the dat
 none is partial. Ranks only differ in which part of a global batch they take, so that the order survives any restart,
 and any change of the world, at any step.
 
-The order of an epoch is pinned, whatever NumPy's version: sample i's sort key is word i of the Philox4x64-10 generator
-(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; ``numpy.random.Philox`` with counter 0) whose key is
-(seed, epoch); the smallest comes first, among equals the lower i. NumPy promises that the streams of bit generators
-never change (NEP 19), which it does not promise of ``Generator.permutation``.
+The order of an epoch is computed sample by sample, so that a restart costs nothing and billions of samples need no
+memory: a Feistel network over the next power of four (Luby and Rackoff 1988, "How to construct pseudorandom
+permutations"), walked until it is back within the dataset (Black and Rogaway 2002, "Ciphers with arbitrary finite
+domains"). Its round function is the finaliser of SplitMix64 (Steele, Lea and Flood 2014), its keys are drawn from
+(seed, epoch) by the same. It is integer arithmetic alone, so it is the same everywhere and for ever.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Self, SupportsIndex
 
 import numpy as np
@@ -23,9 +25,9 @@ from numpy.typing import NDArray
 
 from outlast.errors import StateError
 
-Order = NDArray[np.uint32] | NDArray[np.uint64]
+Words = NDArray[np.uint64]
 
-_ORDERS_KEPT = 2
+_ROUNDS = 10
 _WORD = 2**64
 _IDENTITY = ("seed", "length", "global_batch")
 
@@ -58,32 +60,36 @@ class StepPlan:
     weights: tuple[float, ...]
 
 
-def epoch_order(seed: int, epoch: int, length: int) -> Order:
-    """The permutation of ``range(length)`` that epoch ``epoch`` goes through; pinned, see the module's docstring.
+def _mix(words: Words) -> Words:
+    """SplitMix64's finaliser: every bit of a word decides every bit of its image."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
 
-    4 bytes a sample (8 beyond 2**32 samples), and some 20 while it is made.
+
+@lru_cache(maxsize=4)
+def _round_keys(seed: int, epoch: int) -> Words:
+    start = int(_mix(np.array([seed], np.uint64))[0])
+    steps = [(start + (epoch * _ROUNDS + number + 1) * 0x9E3779B97F4A7C15) % _WORD for number in range(_ROUNDS)]
+    return _mix(np.array(steps, np.uint64))
+
+
+def epoch_order(seed: int, epoch: int, length: int, start: int = 0, stop: int | None = None) -> Words:
+    """Samples ``start:stop`` (default: all) of the permutation of ``range(length)`` that an epoch goes through.
+
+    Pinned, see the module's docstring. Time and memory grow with ``stop - start`` alone.
     """
-    words = np.random.Philox(counter=0, key=np.array([seed, epoch], np.uint64)).random_raw(length)
-    ranking = np.argsort(words, kind="stable")
-    return ranking.astype(np.uint32) if length <= 2**32 else ranking.astype(np.uint64)
-
-
-class EpochOrders:
-    """``epoch_order`` of one dataset and seed by epoch, which keeps the last two asked for."""
-
-    def __init__(self, seed: int, length: int) -> None:
-        self._seed = seed
-        self._length = length
-        self._kept: dict[int, Order] = {}
-
-    def __getitem__(self, epoch: int) -> Order:
-        order = self._kept.pop(epoch, None)
-        if order is None:
-            order = epoch_order(self._seed, epoch, self._length)
-        self._kept[epoch] = order
-        while len(self._kept) > _ORDERS_KEPT:
-            del self._kept[next(iter(self._kept))]
-        return order
+    places = np.arange(start, length if stop is None else stop, dtype=np.uint64)
+    half = np.uint64(max(1, -(-(length - 1).bit_length() // 2)))
+    mask, keys = (np.uint64(1) << half) - np.uint64(1), _round_keys(seed, epoch)
+    outside = np.ones(len(places), bool)
+    while outside.any():
+        left, right = places[outside] >> half, places[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        places[outside] = left << half | right
+        outside = places >= length
+    return places
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,6 @@ class Division:
     global_batch: int
     seed: int
     micro_batch: int | None
-    orders: EpochOrders = field(repr=False, compare=False)
     rank: int = 0
     world: int = 1
 
@@ -122,11 +127,15 @@ class Division:
         if first == stop:
             first = min(first, self.global_batch - 1)
             stop = first + 1
-        return tuple(self._sample(position + offset) for offset in range(first, stop))
+        return tuple(self._stream(position + first, position + stop))
 
-    def _sample(self, position: int) -> SampleIndex:
-        epoch, place = divmod(position, self.length)
-        return SampleIndex(int(self.orders[epoch][place]), epoch, position)
+    def _stream(self, position: int, stop: int) -> Iterator[SampleIndex]:
+        while position < stop:
+            epoch, place = divmod(position, self.length)
+            count = min(stop - position, self.length - place)
+            for offset, index in enumerate(epoch_order(self.seed, epoch, self.length, place, place + count).tolist()):
+                yield SampleIndex(index, epoch, position + offset)
+            position += count
 
 
 @dataclass
@@ -183,7 +192,6 @@ class ElasticSampler:
             global_batch=_at_least(1, global_batch, "global_batch"),
             seed=key,
             micro_batch=None if micro_batch is None else _at_least(1, micro_batch, "micro_batch"),
-            orders=EpochOrders(key, samples),
         )
         self._position = 0
 

@@ -34,6 +34,7 @@ def site(zygote: ForkClient) -> Iterator[Site]:
 
 def test_a_new_node_joins_and_beats(site: Site) -> None:
     node = site.node()
+    node.none_of("Heartbeat", 2 * HEARTBEAT_S)
     joined = node.join()
     assert (joined.node, joined.attempt, joined.seat, joined.running, joined.held) == ("node-0", None, None, False, ())
     assert (joined.procs, joined.best_seen_attempt, joined.host) == (1, 0, "127.0.0.1")
@@ -68,6 +69,7 @@ print(os.environ["FROM_JOB"], sorted(name for name in os.environ if name.startsw
 """
     )
     node = site.node(script)
+    node.join()
     start = node.start()
     node.do(start)
     assert node.next("RestoreReady") == m.RestoreReady("node-0", attempt(1))
@@ -180,6 +182,7 @@ def test_what_ended_the_attempt_is_told_even_when_stop_was_faster(site: Site) ->
 
 def test_older_and_rival_attempts_are_refused(site: Site) -> None:
     node = site.node()
+    node.join()
     node.run(number=3)
     node.next("RankReady")
     pid = node.pids()["rank-0"]
@@ -195,6 +198,7 @@ def test_older_and_rival_attempts_are_refused(site: Site) -> None:
 
 def test_a_newer_start_replaces_running_ranks(site: Site) -> None:
     node = site.node()
+    node.join()
     node.run()
     node.next("RankReady")
     pid = node.pids()["rank-0"]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +18,7 @@ import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "tests" / "support" / "scripts"
+MARK = "OUTLAST_TEST_RUN"
 
 
 def job(script: str = "train.py", *arguments: str, **spec: Any) -> dict[str, Any]:
@@ -74,19 +78,27 @@ def trainctl_run(
     file = folder / "given.yaml"
     file.write_text(yaml.safe_dump(dict(spec), sort_keys=False))
     run = folder / "run"
-    command = [sys.executable, "-m", "trainctl.main", "run", str(file), "--dir", str(run), *options]
+    command = [sys.executable, "-m", "trainctl", "run", str(file), "--dir", str(run), *options]
     for fault in faults:
         command += ["--fault", fault]
-    before = leftovers()
+    mark = uuid.uuid4().hex
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix="olt-", dir="/tmp"))
+    environment = {**os.environ, "TMPDIR": str(temporary), MARK: mark}
+    memory = shared_memory()
     with (folder / "output.txt").open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
         try:
             status = process.wait(timeout)
         except subprocess.TimeoutExpired:
             process.terminate()
             process.wait(30)
             raise AssertionError(f"trainctl run did not end in {timeout} s:\n{tail(folder / 'output.txt')}") from None
-    assert leftovers() == before, "the run left something behind"
+    assert processes(mark) == [], "the run left processes behind (and their sockets)"
+    assert list(temporary.glob("outlast*")) == [], "the run left temporary files behind"
+    assert shared_memory() - memory == set(), "the run left shared memory behind"
+    shutil.rmtree(temporary)  # caches of torch
     report = run / "report.json"
     return Outcome(run, status, (folder / "output.txt").read_text(), json.loads(report.read_text()) if report.exists() else {})
 
@@ -95,35 +107,17 @@ def tail(path: pathlib.Path, lines: int = 40) -> str:
     return "\n".join(path.read_text().splitlines()[-lines:])
 
 
-def leftovers() -> dict[str, list[str]]:
-    """Processes, shared-memory files and listening sockets of outlast or Ray that are there now."""
-    return {
-        "processes": sorted(_processes()),
-        "memory": sorted(entry.name for entry in pathlib.Path("/dev/shm").iterdir()),
-        "temporary": sorted(p.name for p in pathlib.Path(os.environ.get("TMPDIR", "/tmp")).glob("outlast-*")),
-        "sockets": sorted(_listening()),
-    }
+def shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("outlast-")}
 
 
-def _processes() -> list[str]:
+def processes(mark: str) -> list[str]:
+    """Processes that descend from a run: the mark in its environment is inherited by all of them, orphans too."""
     found = []
     for entry in pathlib.Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
         try:
-            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if entry.name.isdigit() and f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                found.append(f"{entry.name} {(entry / 'cmdline').read_bytes()[:150]!r}")
         except OSError:
             continue
-        if any(mark in command for mark in ("outlast.", "trainctl", "ray::", "raylet", "gcs_server", "/ray/")):
-            found.append(f"{entry.name} {command[:120]}")
     return found
-
-
-def _listening() -> list[str]:
-    ports = []
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in pathlib.Path(table).read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A":
-                ports.append(fields[1])
-    return ports

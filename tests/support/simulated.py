@@ -14,6 +14,7 @@ import heapq
 import itertools
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -86,6 +87,8 @@ class Cluster:
         self.finished: m.Finish | None = None
         self.unacked: set[str] = set()
         self.kept: Generation | None = None
+        self._at_seat: dict[tuple[Attempt | None, int], SimNode] = {}
+        self._loaded: dict[Attempt, set[int]] = defaultdict(set)
         self.handled, self.handling_s = 0, 0.0
         self.epoch = 0
         self.machine = self._new_machine()
@@ -117,12 +120,12 @@ class Cluster:
         return until is not None and until()
 
     def run_to_end(self, seconds: float = 600.0) -> m.Finish:
-        assert self.run(seconds, lambda: self.machine.over), self.machine.status(self.now)
+        assert self.run(seconds, lambda: self.machine.over), self._where()
         assert self.finished is not None
         return self.finished
 
     def run_to_step(self, step: int, seconds: float = 300.0) -> None:
-        assert self.run(seconds, lambda: self.live_step() >= step), self.machine.status(self.now)
+        assert self.run(seconds, lambda: self.live_step() >= step), self._where()
 
     def run_to(self, kind: str, seconds: float = 120.0) -> m.Emit:
         seen = len(self.log)
@@ -130,8 +133,13 @@ class Cluster:
         def found() -> bool:
             return any(line.kind == kind for line in self.log[seen:])
 
-        assert self.run(seconds, found), f"no {kind}: {self.machine.status(self.now)}"
+        assert self.run(seconds, found), f"no {kind}: {self._where()}"
         return next(line for line in self.log[seen:] if line.kind == kind)
+
+    def _where(self) -> dict[str, object]:
+        """The controller's status, short enough to be read."""
+        status = self.machine.status(self.now)
+        return {**status, "nodes": dict(itertools.islice(status["nodes"].items(), 8))}
 
     def kinds(self) -> list[str]:
         return [line.kind for line in self.log]
@@ -306,6 +314,7 @@ class Cluster:
             return
         node.seat, node.running, node.loaded = start.seat, start.attempt, False
         node.dead_ranks, node.done = set(), {}
+        self._at_seat[start.attempt, start.seat] = node
         self.at(0.05, lambda: self._rebuild(node, start))
 
     def _rebuild(self, node: SimNode, start: m.Start) -> None:
@@ -329,12 +338,9 @@ class Cluster:
         node.loaded = True
         for rank in self._ranks(node):
             self.say(m.RankReady(node.name, load.attempt, rank, self.step[load.attempt], 0.01, "x"), 0.03)
-        if all(self._loaded(load.attempt)):
+        self._loaded[load.attempt].add(node.seat or 0)
+        if len(self._loaded[load.attempt]) == self.config.replicas:
             self.at(self.step_s, lambda: self._do_step(load.attempt))
-
-    def _loaded(self, attempt: Attempt) -> list[bool]:
-        mine = [node for node in self.nodes.values() if node.running == attempt and node.alive]
-        return [node.loaded for node in mine] + [False] * (self.config.replicas - len(mine))
 
     # --- ranks ------------------------------------------------------------------------------------------------------
 
@@ -407,11 +413,10 @@ class Cluster:
     def _encode(self, node: SimNode, encode: m.Encode, fence: Attempt | None) -> None:
         if not node.hears or not node.keeper_up or node.fence != fence:
             return
-        peers = {peer.seat: peer for peer in self.nodes.values() if peer.running == fence}
         for seat in encode.seats:
-            peer = peers.get(seat, node)
+            peer = self._at_seat.get((fence, seat), node)
             held = any(i.kind == "shard" and i.generation == encode.generation for i in peer.images.values())
-            if peer.seat != seat or not peer.alive or peer.paused or not peer.keeper_up or not held:
+            if peer.running != fence or not peer.alive or peer.paused or not peer.keeper_up or not held:
                 self.say(m.EncodeFailed(node.name, encode.generation, f"{peer.name} does not serve"))
                 return
         for local in range(self.config.procs):

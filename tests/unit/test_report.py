@@ -33,7 +33,7 @@ def test_what_the_status_says_is_reported() -> None:
         ],
         "snapshots": {"count": 5, "bytes": 1000, "stall_s": 0.01},
         "weights_digest": "ab" * 32,
-        "environment": {"torch": "2.13.0", "threads": 1},
+        "nodes": {"node-0": {"keeper_pid": 7}, "node-1": {"environment": {"torch": "2.13.0", "threads": 1}}},
     }
     report = build_report(status, [{"fault": "node-loss@40:2"}], {"torch": None, "cores": 2}, 12.34567, "")
     assert report["phase"] == "Succeeded"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from outlast.controller.events import Joined
+from outlast.controller.events import Joined, RankDone, RankExited
 from outlast.controller.instructions import Stop
 from outlast.controller.job import Job
 from outlast.controller.progress import Progress
@@ -28,6 +28,18 @@ class Gathering:
         """A node joined."""
         self.joined[event.node] = event
         self.last_join = now
+
+    def ended(self, event: RankDone | RankExited) -> None:
+        """A rank has ended since its node joined, well or not."""
+        joined = self.joined.get(event.node)
+        if joined is None or joined.attempt != event.attempt:
+            return
+        if isinstance(event, RankDone):
+            done = {**joined.done, event.rank: event.digest}
+            joined = replace(joined, done=done, steps=max(joined.steps, event.steps))
+        else:
+            joined = replace(joined, running=False)
+        self.joined[event.node] = joined
 
     def keep(self, alive: Container[str]) -> None:
         """Forget who is not alive any more."""

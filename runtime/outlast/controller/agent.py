@@ -89,8 +89,7 @@ class NodeAgent:
         self._begun: Attempt | None = None
         self._unconfirmed: frozenset[int] = frozenset()
         self._watch: KeeperWatch | None = None
-        self._keeper_lost = False
-        self._joining = False
+        self._keeper_lost = self._joining = self._joined_once = False
         self._registration = secrets.token_hex(8)
         self._instructions: dict[type, Callable[[Any], None]] = {
             m.Stop: self._do_stop,
@@ -107,7 +106,7 @@ class NodeAgent:
     # --- from outside -----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Find or start the keeper, and begin to send heartbeats. ``Joined`` is sent when ``join`` asks for it."""
+        """Find or start the keeper. ``Joined`` is sent when ``join`` asks for it, heartbeats from then on."""
         post = self._reactor.post
         write_pid(Path(self.config.socket_dir), "agent", os.getpid())
         self._reactor.post(self._beat)
@@ -156,9 +155,10 @@ class NodeAgent:
         self._emit(m.Note(self.config.node, rank, kind, text))
 
     def _beat(self) -> None:
-        node = self.config.node
-        ranks = self._ranks
-        self._emit(ranks.heartbeat(node) if ranks and not ranks.ending else m.Heartbeat(node, None))
+        """Once it has joined: before that, a node that was given up would only be told to."""
+        node, ranks = self.config.node, self._ranks
+        if self._joined_once:
+            self._emit(ranks.heartbeat(node) if ranks and not ranks.ending else m.Heartbeat(node, None))
         self._reactor.after(HEARTBEAT_S, self._beat)
 
     def _inform(self) -> None:
@@ -186,6 +186,7 @@ class NodeAgent:
             self._reactor.after(_POLL_S, self._join)
             return
         self._emit(self._describe(serving, status))
+        self._joined_once = True
         self._inform()
         if self._ranks is not None and self._ranks.well():
             self._news.repeat(self._ranks)

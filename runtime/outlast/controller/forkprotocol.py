@@ -24,6 +24,7 @@ DEFAULT_PRELOAD = (
     "torch._dynamo",
     "torch.utils.data",
     "outlast.session",
+    "outlast.snapshot.keeper",
 )
 """What ranks and keepers would import anyway."""
 

@@ -160,6 +160,8 @@ class Machine:
 
     def _rank_exited(self, event: e.RankExited, now: float) -> None:
         job, node = self.job, self._alive(event.node, now)
+        if job.phase is Phase.GATHERING:
+            self._gathering.ended(event)
         if node is None or node.seat is None or event.rank in job.progress.done:
             return
         # While an attempt is prepared, what ended the one before may still be told.
@@ -175,6 +177,8 @@ class Machine:
 
     def _rank_done(self, event: e.RankDone, now: float) -> None:
         job = self.job
+        if job.phase is Phase.GATHERING:
+            self._gathering.ended(event)
         if self._of_attempt(event.node, event.attempt, now) is None:
             return
         if job.phase is Phase.STARTING:

@@ -31,11 +31,11 @@ def remove_pid(folder: Path, role: str, pid: int) -> None:
 
 
 def node_pids(folder: Path) -> dict[str, int]:
-    """Role -> pid of the node's processes that exist (a pid that another process got since is left out)."""
+    """Role -> pid of the node's processes that live (a pid that another process got since is left out)."""
     found: dict[str, int] = {}
     for path in sorted(folder.glob(f"*{_SUFFIX}")):
         for role, pid in _read(path).items():
-            if _started_before(pid, path):
+            if _is_of(pid, path):
                 found[role] = pid
     return found
 
@@ -69,12 +69,15 @@ def _read(path: Path) -> dict[str, int]:
     return {str(role): int(pid) for role, pid in value.items()}
 
 
-def _started_before(pid: int, path: Path) -> bool:
-    """Whether ``pid`` is older than its file: a younger process only got the same number again."""
+def _is_of(pid: int, path: Path) -> bool:
+    """Whether ``pid`` lives and is older than its file: a younger process only got the same number again."""
     try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks = int(fields[18])
         boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
         written = path.stat().st_mtime
     except (OSError, ValueError, IndexError):
+        return False
+    if state in "ZX":
         return False
     return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK") <= written + _SLACK_S

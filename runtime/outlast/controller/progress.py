@@ -83,8 +83,8 @@ class Progress:
             self.moved_at = now
 
     def hang_deadline(self, configured: float | None) -> float:
-        """When ranks that have not moved until then hang; endless before the first step of the attempt."""
-        if not self.stepped:
+        """When ranks that have not moved until then hang; endless before anything was done in the attempt."""
+        if not self.stepped and not self.done:
             return math.inf
         patience_s = policy.hang_timeout(configured, self.step_s, self.longest_step_s)
         if self.done or (self.total is not None and self.top_step >= self.total):

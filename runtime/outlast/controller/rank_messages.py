@@ -10,7 +10,6 @@ from typing import Any
 from outlast.api import TrainingJob
 from outlast.controller import messages as m
 from outlast.snapshot.identity import Attempt, Generation
-from outlast.snapshot.keeper_store import Place
 from outlast.snapshot.placement import groups
 from outlast.snapshot.restore import RankRestore
 
@@ -98,7 +97,7 @@ def restore_message(node: str, memory_dir: Path, start: m.Start, protection: Map
 
 def _where(node: str, memory_dir: Path, start: m.Start, restore: RankRestore) -> dict[str, Any]:
     if restore.node == node:
-        return {"path": str(memory_dir / Place("shard", restore.local_rank, restore.slot).file_name)}
+        return {"path": str(memory_dir / f"slot-{restore.local_rank}-{restore.slot}.img")}
     host, port = start.keepers.get(restore.node) or start.peers[restore.seat]
     return {"host": host, "port": port, "local_rank": restore.local_rank, "seat": restore.seat}
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from outlast.config import Isolation, NodeConfig
-from outlast.controller.forkserver import ServerSetup
+from outlast.controller.forkprotocol import ServerSetup
 from outlast.controller.pidfiles import node_pids
 from outlast.errors import OutlastError
 from outlast.local import processes

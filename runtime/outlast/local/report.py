@@ -38,8 +38,14 @@ def build_report(
         "weights_digest": status.get("weights_digest"),
         "first_error": status.get("first_error"),
         "faults": [dict(fault) for fault in faults],
-        "environment": {**environment, **(status.get("environment") or {})},
+        "environment": {**environment, **_ranks_environment(status)},
     }
+
+
+def _ranks_environment(status: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What rank 0 said of itself when it was done (or before), through whichever node it ran on last."""
+    told = [node["environment"] for node in (status.get("nodes") or {}).values() if node.get("environment")]
+    return dict(told[-1]) if told else {}
 
 
 def _attempts(status: Mapping[str, Any]) -> int:

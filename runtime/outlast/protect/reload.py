@@ -66,6 +66,9 @@ class Shards:
     def tensor(self, name: str) -> torch.Tensor:
         """A leaf's local tensor on the CPU, put together from its parts."""
         info = self.own.layout().entry(name).info
+        dtype = getattr(torch, info["dtype"])
+        if not info["nbytes"]:
+            return torch.empty(info["shape"], dtype=dtype)
         buffer = np.empty(info["nbytes"], np.uint8)
         replicas = info["replicas"]
         for index, rank in enumerate(replicas):
@@ -73,7 +76,6 @@ class Shards:
             if stop > start:
                 shard = self._shard(rank)
                 shard.read_into(shard.layout().entry(name).offset, buffer.data[start:stop])
-        dtype = getattr(torch, info["dtype"])
         return torch.from_numpy(buffer).view(dtype).reshape(info["shape"])
 
     def _shard(self, rank: int) -> ShardReader:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +36,9 @@ class FaultGate:
         if step not in self._steps:
             return
         answer = self._ask(step)
+        if "slow" in answer:
+            command = [sys.executable, "-m", "outlast.rank.slowdown", str(os.getpid()), str(float(answer["slow"]))]
+            subprocess.Popen(command, stdin=subprocess.DEVNULL)
         if "raise" in answer:
             raise InjectedError(str(answer["raise"]))
 

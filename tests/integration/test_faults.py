@@ -1,0 +1,197 @@
+"""Whole runs with real Ray, torch, keepers and faults: every one must end with the undisturbed run's weights."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from support.runs import Outcome, job, trainctl_run
+
+pytestmark = pytest.mark.timeout(400)
+
+FSDP = ("--parallel", "fsdp", "--work", "3", "--global-batch", "256")
+STEPS = 40
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
+    """The run without faults of the same script and spec; made once for each."""
+    made: dict[str, Outcome] = {}
+
+    def run(spec: dict[str, Any]) -> Outcome:
+        key = repr(spec)
+        if key not in made:
+            made[key] = trainctl_run(spec, tmp_path_factory.mktemp("undisturbed"))
+            assert made[key].status == 0, made[key].output
+            assert made[key].recoveries == []
+            assert made[key].report["snapshots"]["count"] >= 2
+        return made[key]
+
+    return run
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One recovery: a word of its cause, the most steps it may cost, and where the ranks' state came from."""
+
+    cause: str
+    lost: int
+    sources: dict[str, int]
+    restored: int | None = None
+
+
+LOCAL = {"memory-local": 4}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    faults: tuple[str, ...]
+    expected: tuple[Expected, ...]
+    options: tuple[str, ...] = ()
+    spec: dict[str, Any] = field(default_factory=dict)
+    arguments: tuple[str, ...] = FSDP
+
+
+def decoded(count: int, of: int = 4) -> dict[str, int]:
+    return {"memory-local": of - count, "memory-decode": count}
+
+
+CASES = [
+    Case(
+        "processes",
+        ("rank-crash@12:2", "rank-error@18:1", "hang@24:3", "agent-crash@31:0"),
+        (
+            Expected("rank 2", 7, LOCAL),
+            Expected("rank 1", 8, LOCAL),
+            Expected("hang", 9, LOCAL),
+            Expected("node-0", 9, LOCAL),
+        ),
+    ),
+    Case("keeper and controller", ("keeper-crash@12:1", "controller-crash@20"), ()),
+    Case("node lost", ("node-loss@17:1",), (Expected("node-1", 12, decoded(1)),)),
+    Case("two nodes of a group at once", ("node-loss@17:1", "node-loss@17:2"), (Expected("lost", 12, decoded(2)),),
+         spec={"workers": {"spares": 2}}),
+    Case("node lost during a recovery", ("rank-crash@17:0", "node-loss@17.restart:2"), (Expected("", 12, decoded(1)),)),
+    Case("node lost during the copy", ("node-loss@14.copy:1",), (Expected("node-1", 16, decoded(1)),)),
+    Case("node lost during the encoding", ("node-loss@14.encode:1",), (Expected("node-1", 16, decoded(1)),)),
+    Case("head lost", ("head-loss@17",), (Expected("head", 12, LOCAL),)),
+    Case("head and node lost together", ("head-loss@17", "node-loss@17:3"), (Expected("head", 12, decoded(1)),)),
+    Case("node paused", ("node-pause@12:2",), (Expected("node-2", 9, decoded(1)),), arguments=(*FSDP, "--steps", "120")),
+    Case(
+        "losses one after the other",
+        ("node-loss@12:0", "node-loss@22:1", "node-loss@32:2"),
+        (Expected("lost", 9, decoded(1)), Expected("lost", 9, decoded(1)), Expected("lost", 9, decoded(1))),
+        options=("--replace-after", "1"),
+    ),
+    Case("beyond the parity", ("node-loss@17:0", "node-loss@17:1", "node-loss@17:2"),
+         (Expected("lost", 20, {"none": 4}, restored=0),), options=("--replace-after", "1")),
+    Case("lost at step 0 and before the first snapshot", ("rank-crash@0:1", "node-loss@3:2"),
+         (Expected("rank 1", 1, {"none": 4}, restored=0), Expected("lost", 4, {"none": 4}, restored=0))),
+    *(
+        Case(f"corrupt {part} and a node lost", (f"corrupt@17:1/{part}", "node-loss@17:3"),
+             (Expected("node", 12, decoded(1 if part == "parity" else 2)),))
+        for part in ("header", "data", "parity", "trailer")
+    ),
+    Case("ddp", ("node-loss@17:1", "rank-crash@28:3"), (Expected("lost", 12, decoded(1)), Expected("rank 3", 12, LOCAL)),
+         arguments=("--parallel", "ddp", "--work", "3", "--global-batch", "256")),
+    Case("hsdp", ("node-loss@17:1", "rank-crash@28:3"), (Expected("lost", 12, decoded(1)), Expected("rank 3", 12, LOCAL)),
+         arguments=("--parallel", "hsdp", "--work", "3", "--global-batch", "256")),
+    Case("a world of three, replicas by hand", ("node-loss@17:1",), (Expected("lost", 12, decoded(1, 3)),),
+         arguments=("--parallel", "plain", "--work", "3", "--micro-batch", "30", "--global-batch", "256"),
+         spec={"workers": {"replicas": 3}}),
+    Case("two ranks a node, uneven shards", ("node-loss@17:1",), (Expected("lost", 12, decoded(2, 6)),),
+         spec={"workers": {"replicas": 3, "procsPerWorker": 2}},
+         arguments=("--parallel", "fsdp", "--work", "3", "--global-batch", "256")),
+    Case("dropout, BatchNorm, workers, fused, average", ("node-loss@17:1", "rank-crash@31:0"),
+         (Expected("lost", 12, decoded(1)), Expected("rank 0", 12, LOCAL)),
+         arguments=("--parallel", "ddp", "--model", "rich", "--workers", "1", "--work", "4", "--global-batch", "128")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_a_run_through_faults_ends_with_the_same_weights(
+    case: Case, tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]
+) -> None:
+    steps = () if "--steps" in case.arguments else ("--steps", str(STEPS))
+    spec = job("train.py", *case.arguments, *steps, **case.spec)
+    reference = undisturbed(spec)
+    outcome = trainctl_run(spec, tmp_path, case.faults, case.options)
+
+    assert outcome.status == 0, outcome.output
+    assert sorted(fault["fault"] for fault in outcome.faults()) == sorted(case.faults)
+    assert all(fault["done"] for fault in outcome.faults())
+    check_recoveries(outcome, case.expected)
+    assert outcome.digest == reference.digest
+    expected = {step: values[0] for step, values in reference.losses().items()}
+    for step, values in outcome.losses().items():
+        assert set(values) == {expected[step]}, f"losses of step {step}"
+
+
+def check_recoveries(outcome: Outcome, expected: tuple[Expected, ...]) -> None:
+    recoveries = outcome.recoveries
+    assert len(recoveries) == len(expected), recoveries
+    for recovery, wanted in zip(recoveries, expected, strict=True):
+        assert wanted.cause in f"{recovery['cause']} {recovery.get('kind')}", recovery
+        assert 0 <= recovery["lost_steps"] <= wanted.lost, recovery
+        assert {k: v for k, v in recovery["restore_sources"].items() if v} == wanted.sources, recovery
+        if wanted.restored is not None:
+            assert recovery["restored_step"] == wanted.restored
+
+
+def test_a_straggler_is_named(tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]) -> None:
+    spec = job("train.py", *FSDP, "--steps", str(STEPS))
+    outcome = trainctl_run(spec, tmp_path, ["straggler@4:2*4"])
+    assert outcome.status == 0, outcome.output
+    assert outcome.recoveries == []
+    assert any("rank 2" in event["text"] for event in outcome.events("straggler")), outcome.output
+    assert outcome.digest == undisturbed(spec).digest
+
+
+def test_the_same_error_at_the_same_step_is_a_bug_of_the_script(tmp_path: pathlib.Path) -> None:
+    spec = job("failing.py", "7")
+    outcome = trainctl_run(spec, tmp_path)
+    assert outcome.status == 1
+    assert outcome.report["phase"] == "Failed"
+    assert outcome.report["attempts"] == 3
+    assert "ZeroDivisionError" in outcome.output
+    assert "rank-" in outcome.output, "the log is named"
+
+
+def test_a_torchrun_script_is_restarted(tmp_path: pathlib.Path) -> None:
+    spec = job("torchrun_plain.py", str(tmp_path / "marker"))
+    outcome = trainctl_run(spec, tmp_path)
+    assert outcome.status == 0, outcome.output
+    assert outcome.report["attempts"] == 2
+    log = (outcome.folder / "logs" / "rank-0.attempt-2.log").read_text()
+    assert "rank 0 of 4: sum 6, restarts 1" in log
+
+
+def test_too_little_memory_is_said_at_protect(tmp_path: pathlib.Path) -> None:
+    spec = job("train.py", *FSDP, "--width", "1024", "--steps", "5", snapshot={"maxMemory": "8Mi"})
+    outcome = trainctl_run(spec, tmp_path)
+    assert outcome.status == 1
+    assert "MiB are missing" in outcome.output
+
+
+def test_a_random_soak_ends_identical(tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]) -> None:
+    import random
+
+    seed, minutes = int(os.environ.get("SOAK_SEED", "1")), float(os.environ.get("SOAK_MINUTES", "2"))
+    steps = int(150 * minutes)
+    spec = job("train.py", *FSDP, "--steps", str(steps), recovery={"maxRestarts": 1000, "hangTimeout": "5s"})
+    generator = random.Random(seed)
+    kinds = ["rank-crash", "rank-error", "hang", "node-loss", "keeper-crash", "agent-crash", "corrupt", "controller-crash", "head-loss"]
+    faults = []
+    for step in range(15, steps - 10, 30):
+        kind = generator.choice(kinds)
+        target = "" if kind in ("controller-crash", "head-loss") else f":{generator.randrange(4)}"
+        part = f"/{generator.choice(['header', 'data', 'parity', 'trailer'])}" if kind == "corrupt" else ""
+        faults.append(f"{kind}@{step + generator.randrange(8)}{target}{part}")
+    outcome = trainctl_run(spec, tmp_path, faults, timeout=300 + 120 * minutes)
+    assert outcome.status == 0, f"seed {seed}, {faults}:\n{outcome.output}"
+    assert outcome.digest == undisturbed(spec).digest, f"seed {seed}, {faults}"
