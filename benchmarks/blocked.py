@@ -25,12 +25,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from model import GPT, Size
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from model import GPT, Size
 from outlast.protect.capture import Capture, Seat
 from outlast.protect.leaves import Collector
 from outlast.snapshot.identity import Generation
@@ -63,7 +63,9 @@ class Outlast(Variant):
 
 
 class TorchSave(Variant):
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: pathlib.Path, rank: int) -> None:
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: pathlib.Path, rank: int
+    ) -> None:
         self.model, self.optimizer, self.path = model, optimizer, folder / f"{rank}.pt"
 
     def save(self, number: int) -> None:
@@ -71,7 +73,9 @@ class TorchSave(Variant):
 
 
 class Dcp(Variant):
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: pathlib.Path, stager: bool) -> None:
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: pathlib.Path, stager: bool
+    ) -> None:
         self.model, self.optimizer, self.folder = model, optimizer, folder
         self.options: dict[str, Any] = {}
         if stager:
@@ -168,12 +172,16 @@ def main() -> None:
     table = {name: [dict(results)[rank][0][name] for rank in range(WORLD)] for name in results[0][0]}
     print(f"4 FSDP2 ranks, {results[0][1] / 1e6:.0f} MB a rank, {args.rounds} snapshots each way")
     base = statistics.median(length for rank in table["none"] for length, _ in rank)
-    print(f"| way | blocked, median (ms) | worst rank's median (ms) | of a step | step, median (s) | longer by |\n|---|---|---|---|---|---|")
+    print(
+        "| way | blocked, median (ms) | worst rank's median (ms) | of a step | step, median (s) | longer by |\n|---|---|---|---|---|---|"
+    )
     for name, ranks in table.items():
         blocked = statistics.median(b for rank in ranks for _, b in rank)
         worst = max(statistics.median(b for _, b in rank) for rank in ranks)
         length = statistics.median(length for rank in ranks for length, _ in rank)
-        print(f"| {name} | {blocked * 1e3:.2f} | {worst * 1e3:.2f} | {blocked / base:.3%} | {length:.3f} | {length / base - 1:+.1%} |")
+        print(
+            f"| {name} | {blocked * 1e3:.2f} | {worst * 1e3:.2f} | {blocked / base:.3%} | {length:.3f} | {length / base - 1:+.1%} |"
+        )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from outlast.snapshot.copier import Copier, Piece
 from outlast.snapshot.identity import Generation
 from outlast.snapshot.image import Entry, ImageFile, plan_layout

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
+
 from outlast.snapshot.codec import PIECE, Bytes, Codec
 
 TARGETS = {(4, 2): 0.60, (2, 2): 0.45}

@@ -8,8 +8,6 @@ import sysconfig
 import numpy as np
 import torch
 
-
-
 PACKAGES = ("", "asyncio", "collections", "concurrent/futures", "email", "http", "importlib", "json", "logging",
             "multiprocessing", "unittest", "urllib", "xml/dom", "xml/etree")  # fmt: skip
 

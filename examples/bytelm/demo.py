@@ -1,6 +1,6 @@
 """Train the example twice, once undisturbed and once through faults, and compare the weights bit for bit.
 
-    make demo
+make demo
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def trainctl(folder: pathlib.Path, *options: str) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any]) -> None:
-    print(f"  {report['steps']} steps in {report['attempts']} attempts, {report['wall_s']:.1f} s, goodput {report['goodput']['ratio']:.0%}")
+    print(
+        f"  {report['steps']} steps in {report['attempts']} attempts, {report['wall_s']:.1f} s, goodput {report['goodput']['ratio']:.0%}"
+    )
     for recovery in report["recoveries"]:
         sources = ", ".join(f"{count} from {source}" for source, count in recovery["restore_sources"].items() if count)
         print(f"  {recovery['cause']}: detected in {recovery['detect_s']:.2f} s, {sources or 'nothing restored'}, "

@@ -20,6 +20,7 @@ SIZES = {
     "tiny": Size(2, 64, 4),  # 0.1 M parameters
     "small": Size(4, 160, 5),  # 1.3 M
     "medium": Size(6, 224, 7),  # 3.7 M
+    "bench": Size(8, 584, 8),  # 33 M: 100 MB of state a rank on 4 ranks
     "large": Size(8, 1024, 16),  # 101 M
 }
 

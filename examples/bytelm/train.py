@@ -1,7 +1,7 @@
 """Train a byte-level GPT on the Python standard library's own sources, sharded with FSDP2.
 
-    trainctl run examples/bytelm/job.yaml          # protected: 4 nodes and a spare on this machine
-    python examples/bytelm/train.py --steps 20     # alone, unprotected
+trainctl run examples/bytelm/job.yaml          # protected: 4 nodes and a spare on this machine
+python examples/bytelm/train.py --steps 20     # alone, unprotected
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import math
 
 import torch
 import torch.distributed as dist
-from corpus import ByteWindows, load_corpus
-from model import GPT, SIZES
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 import outlast
+from corpus import ByteWindows, load_corpus
+from model import GPT, SIZES
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--size", choices=sorted(SIZES), default="small", help="model size; the bigger ones are for benchmarks")
+    parser.add_argument(
+        "--size", choices=sorted(SIZES), default="small", help="model size; the bigger ones are for benchmarks"
+    )
     parser.add_argument("--global-batch", type=int, default=32, help="sequences in one step of the whole job")
     parser.add_argument("--micro-batch", type=int, default=None, help="sequences in one forward of one rank")
     parser.add_argument("--context", type=int, default=64, help="bytes in one sequence")
@@ -65,7 +67,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = max(1, args.steps // 20)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.1 + 0.45 * (1 + math.cos(math.pi * min(step / args.steps, 1))))
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.1 + 0.45 * (1 + math.cos(math.pi * min(step / args.steps, 1)))),
     )
     sampler = outlast.ElasticSampler(len(dataset), args.global_batch, seed=args.seed, micro_batch=args.micro_batch)
     loader = DataLoader(dataset, batch_sampler=sampler)

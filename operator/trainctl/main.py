@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from outlast.errors import OutlastError, RequestError
 
 app = typer.Typer(

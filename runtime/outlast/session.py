@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -118,20 +119,23 @@ class Run:
             pathlib.Path(os.environ["OUTLAST_MEMORY_DIR"]), self.rank, self.world_size,
             int(os.environ["GROUP_RANK"]), self.local_rank,
         )  # fmt: skip
-        self._check_memory(link, collector, seat)
-        capture = Capture(collector, seat)
-        self._snapshots = RankSnapshots(link, capture, self._session_state, check=check)
+        self._check_estimate(link, collector, seat)
+        fits = partial(self._fits, link, seat)
+        self._snapshots = RankSnapshots(link, Capture(collector, seat), self._session_state, fits, check=check)
         link.send("ready", restored_step=self.step, restore_s=time.perf_counter() - began, source=source)
 
-    def _check_memory(self, link: AgentLink, collector: Collector, seat: Seat) -> None:
+    def _check_estimate(self, link: AgentLink, collector: Collector, seat: Seat) -> None:
+        """Refuse before training what cannot work, from what is known now; the plan checks the real size."""
         leaves = list(collector.collect().leaves.values())
         known = any("/state/" in leaf.name for leaf in leaves) or not collector.optimizers
         replicas = self.world_size if not any(leaf.distributed for leaf in leaves) else 1
-        size = estimate_bytes(leaves, known, replicas)
+        self._fits(link, seat, estimate_bytes(leaves, known, replicas))
+
+    def _fits(self, link: AgentLink, seat: Seat, image_bytes: int) -> None:
         held = sum(file.stat().st_blocks * 512 for file in seat.memory_dir.iterdir() if file.is_file())
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         try:
-            check_capacity(seat.memory_dir, size, held, self._limits, ranks)
+            check_capacity(seat.memory_dir, image_bytes, held, self._limits, ranks)
         except CapacityError as error:
             link.send("capacity", missing=0, text=str(error))
             raise
@@ -183,13 +187,14 @@ class Run:
         self._ddp.settle()
         if self._gate is not None:
             self._gate.pass_step(self.step)
+        self._pace.begin()
         if self._snapshots is not None:
             self._snapshots.boundary(self.step)
-        self._pace.begin()
 
     def _after_step(self, total: int) -> None:
         seconds, own = self._pace.end()
-        metrics, self._metrics = {k: _number(v) for k, v in self._metrics.items()}, {}
+        metrics = {"step_s": round(seconds, 6), **{k: _number(v) for k, v in self._metrics.items()}}
+        self._metrics = {}
         self._link.send("step", step=self.step, seconds=seconds, own_seconds=own, metrics=metrics, total=total)
 
     def _session_state(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from outlast.controller import messages as m
 from outlast.controller.agent import HEARTBEAT_S, NodeAgent
 from outlast.controller.forkclient import ForkClient

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from outlast.config import Isolation
 from outlast.controller import messages as m
 from outlast.controller.forkclient import ForkClient

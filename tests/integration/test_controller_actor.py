@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from outlast.config import ControllerConfig, NodeConfig
 from support.controller_world import node_config
 from support.ray_head import Head, ray_head, session_pids

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+
 from support.runs import Outcome, job, trainctl_run
 
 pytestmark = pytest.mark.timeout(400)
@@ -185,7 +186,17 @@ def test_a_random_soak_ends_identical(tmp_path: pathlib.Path, undisturbed: Calla
     steps = int(150 * minutes)
     spec = job("train.py", *FSDP, "--steps", str(steps), recovery={"maxRestarts": 1000, "hangTimeout": "5s"})
     generator = random.Random(seed)
-    kinds = ["rank-crash", "rank-error", "hang", "node-loss", "keeper-crash", "agent-crash", "corrupt", "controller-crash", "head-loss"]
+    kinds = [
+        "rank-crash",
+        "rank-error",
+        "hang",
+        "node-loss",
+        "keeper-crash",
+        "agent-crash",
+        "corrupt",
+        "controller-crash",
+        "head-loss",
+    ]
     faults = []
     for step in range(15, steps - 10, 30):
         kind = generator.choice(kinds)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from outlast.controller.forkclient import Exit, ForkClient, launch
 from outlast.controller.forkprotocol import ServerSetup, Spawn, program
 from outlast.controller.isolation import Isolate, may_isolate

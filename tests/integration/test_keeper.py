@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from outlast.errors import CapacityError, ImageError, OutlastError, RequestError, StaleAttemptError, TransferError
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.image import BLOCK, ImageFile

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.image import Entry, ImageFile, block_checksums, plan_layout
 from outlast.snapshot.restore import Inventory, RankRestore, RestorePlan, plan_restore

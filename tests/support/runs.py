@@ -71,7 +71,11 @@ class Outcome:
 
 
 def trainctl_run(
-    spec: Mapping[str, Any], folder: pathlib.Path, faults: Sequence[str] = (), options: Sequence[str] = (), timeout: float = 240
+    spec: Mapping[str, Any],
+    folder: pathlib.Path,
+    faults: Sequence[str] = (),
+    options: Sequence[str] = (),
+    timeout: float = 240,
 ) -> Outcome:
     """``trainctl run`` in a process of its own; afterwards nothing of it may be left."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +104,9 @@ def trainctl_run(
     assert shared_memory() - memory == set(), "the run left shared memory behind"
     shutil.rmtree(temporary)  # caches of torch
     report = run / "report.json"
-    return Outcome(run, status, (folder / "output.txt").read_text(), json.loads(report.read_text()) if report.exists() else {})
+    return Outcome(
+        run, status, (folder / "output.txt").read_text(), json.loads(report.read_text()) if report.exists() else {}
+    )
 
 
 def tail(path: pathlib.Path, lines: int = 40) -> str:
@@ -108,7 +114,7 @@ def tail(path: pathlib.Path, lines: int = 40) -> str:
 
 
 def shared_memory() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("outlast-")}
+    return {path.name for path in pathlib.Path("/dev/shm").glob("outlast-*")}
 
 
 def processes(mark: str) -> list[str]:

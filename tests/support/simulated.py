@@ -14,7 +14,7 @@ import heapq
 import itertools
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -44,6 +44,7 @@ class SimNode:
     seat: int | None = None
     running: Attempt | None = None
     dead_ranks: set[int] = field(default_factory=set)
+    rebuilt: bool = False
     loaded: bool = False
     done: dict[int, str] = field(default_factory=dict)
     images: dict[tuple[str, int, int], HeldImage] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class Cluster:
         self.hung: set[int] = set()
         self.restores: list[m.Start] = []
         self.log: list[m.Emit] = []
+        self._counts: Counter[str] = Counter()
         self.given_up: set[str] = set()
         self.finished: m.Finish | None = None
         self.unacked: set[str] = set()
@@ -128,13 +130,9 @@ class Cluster:
         assert self.run(seconds, lambda: self.live_step() >= step), self._where()
 
     def run_to(self, kind: str, seconds: float = 120.0) -> m.Emit:
-        seen = len(self.log)
-
-        def found() -> bool:
-            return any(line.kind == kind for line in self.log[seen:])
-
-        assert self.run(seconds, found), f"no {kind}: {self._where()}"
-        return next(line for line in self.log[seen:] if line.kind == kind)
+        seen = self._counts[kind]
+        assert self.run(seconds, lambda: self._counts[kind] > seen), f"no {kind}: {self._where()}"
+        return [line for line in self.log if line.kind == kind][seen]
 
     def _where(self) -> dict[str, object]:
         """The controller's status, short enough to be read."""
@@ -232,6 +230,7 @@ class Cluster:
 
     def _keep(self, line: m.Emit) -> None:
         """What must not be lost from now on."""
+        self._counts[line.kind] += 1
         if line.kind in ("snapshot-committed", "protected", "restored"):
             self.kept = Generation.parse(line.fields["generation"])
         elif line.kind in ("restored-none", "adopted"):
@@ -252,11 +251,13 @@ class Cluster:
 
     def join(self, node: SimNode) -> None:
         if not node.hears:
+            if node.alive:
+                self.at(0.5, lambda: self.join(node))
             return
-        node.registration = f"r{next(self._ids)}"
+        node.registration = node.registration or f"r{next(self._ids)}"
         procs = self.config.procs
         ranks = set() if node.seat is None else set(range(node.seat * procs, (node.seat + 1) * procs))
-        running = node.running is not None and node.loaded and not node.dead_ranks & (ranks - set(node.done))
+        running = node.running is not None and not node.dead_ranks & (ranks - set(node.done))
         self.say(
             m.Joined(
                 node.name,
@@ -271,10 +272,18 @@ class Cluster:
                 best_seen_attempt=node.fence.number if node.fence else 0,
                 held=node.inventory().images,
                 registration=node.registration,
-                done=dict(node.done),
-                steps=self.step.get(node.running, 0) if node.running else 0,
             )
         )
+
+        if running and node.running is not None:
+            self._repeat(node, node.running)
+
+    def _repeat(self, node: SimNode, attempt: Attempt) -> None:
+        """A new controller may not know which ranks are ready or done."""
+        for rank in self._ranks(node) if node.loaded else ():
+            self.say(m.RankReady(node.name, attempt, rank, 0, 0.01, "x"), 0.006)
+        for rank, digest in node.done.items():
+            self.say(m.RankDone(node.name, attempt, rank, digest, self.total), 0.006)
 
     def _heartbeat(self, node: SimNode) -> None:
         if not node.hears:
@@ -307,12 +316,14 @@ class Cluster:
     def _on_register(self, node: SimNode, _: m.Register) -> None:
         self._kill_ranks(node)
         self.given_up.discard(node.name)
+        node.registration = ""
         self.join(node)
 
     def _on_start(self, node: SimNode, start: m.Start) -> None:
         if node.fence != start.attempt:
             return
         node.seat, node.running, node.loaded = start.seat, start.attempt, False
+        node.rebuilt = False
         node.dead_ranks, node.done = set(), {}
         self._at_seat[start.attempt, start.seat] = node
         self.at(0.05, lambda: self._rebuild(node, start))
@@ -329,11 +340,15 @@ class Cluster:
             node.images[key] = HeldImage(
                 node.name, item.seat, item.local_rank, item.slot, start.restore.generation, "shard", item.length
             )
+        node.rebuilt = True
         self.say(m.RestoreReady(node.name, start.attempt))
         self.step.setdefault(start.attempt, start.restore.generation.step if start.restore else 0)
 
     def _on_load(self, node: SimNode, load: m.Load) -> None:
-        if node.running != load.attempt:
+        if node.running != load.attempt or node.loaded:
+            return
+        if not node.rebuilt:
+            self.crash_rank(self._ranks(node)[0], m.ErrorInfo(self.now, "TransferError", "no such image"))
             return
         node.loaded = True
         for rank in self._ranks(node):
@@ -443,11 +458,11 @@ class Cluster:
         node.images.clear()
         self._collateral()
         if replace_after is not None:
-            self.at(replace_after, lambda: self.add_node() and None)
+            self.at(replace_after, lambda: (self.add_node(), None)[1])
 
     def crash_rank(self, rank: int, error: m.ErrorInfo | None = None) -> None:
         node = self.seated(rank // self.config.procs)
-        if node.running is None or not node.alive:
+        if node.running is None or not node.alive or rank in node.dead_ranks:
             return
         node.dead_ranks.add(rank)
         code, signal = (1, None) if error else (None, 9)
@@ -493,7 +508,7 @@ class Cluster:
         self._collateral()
 
         def back() -> None:
-            node.agent_up = True
+            node.agent_up, node.registration = True, ""
             self.join(node)
 
         self.at(back_after, back)
@@ -513,6 +528,6 @@ class Cluster:
         for node in self.nodes.values():
             if head and node.alive:
                 self._kill_ranks(node)
-                node.seat = None
+                node.seat, node.registration = None, ""
             spread = after + 0.1 * (next(self._ids) % 5)
             self.at(spread, lambda node=node: self.join(node))  # type: ignore[misc]

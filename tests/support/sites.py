@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from outlast.config import NodeConfig
 from outlast.controller import messages as m
 from outlast.controller.agent import NodeAgent

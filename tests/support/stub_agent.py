@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+
 from outlast.config import CONTROLLER_ACTOR, agent_actor
 from outlast.controller import messages as m
 from outlast.snapshot.identity import Attempt

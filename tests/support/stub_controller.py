@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import ray
+
 from outlast.config import CONTROLLER_ACTOR, NodeConfig
 from outlast.controller.ray_agents import RayAgents
 

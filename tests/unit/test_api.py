@@ -9,10 +9,11 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
+
 from outlast.api import Erasure, Recovery, TrainingJob, TrainingJobStatus, Workers, group_sizes, load
 from outlast.errors import RequestError, SpecError
 from outlast.resource import Part, fields_of
-from pydantic import ValidationError
 
 MINIMAL = """
 apiVersion: outlast.dev/v1alpha1

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from outlast.errors import RequestError, UnrecoverableError
 from outlast.snapshot import codec as codec_module
 from outlast.snapshot.codec import Codec, isal

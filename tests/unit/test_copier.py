@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from outlast.errors import SnapshotError, StateError
 from outlast.snapshot import copier as copier_module
 from outlast.snapshot.copier import Copier, Piece

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from outlast.data import ElasticSampler, SampleIndex, StepPlan, epoch_order
 from outlast.errors import StateError
 

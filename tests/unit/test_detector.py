@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from outlast.controller.detector import AwakeClock, DetectorConfig, Heartbeats, Watch
 
 CONFIG = DetectorConfig()

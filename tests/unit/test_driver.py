@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from outlast.clock import SystemClock
 from outlast.controller import link
 from outlast.controller import messages as m

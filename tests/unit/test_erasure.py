@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from outlast.errors import UnrecoverableError
 from outlast.snapshot import kernel
 from outlast.snapshot.codec import Codec

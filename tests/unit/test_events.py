@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from outlast.clock import ManualClock
 from outlast.telemetry.events import RECENT, EventLog, LogEvent, read_events
 from outlast.telemetry.lines import TAIL, LineFile, last_object, read_lines

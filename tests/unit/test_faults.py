@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from outlast.errors import RequestError
 from outlast.local.faultgate import FaultGate, FaultPlan, Scene
 from outlast.local.faults import (

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+
 from outlast.errors import CapacityError, ImageError
 from outlast.snapshot.identity import Generation
 from outlast.snapshot.image import BLOCK, Entry, ImageFile, block_checksums, plan_layout, read_layout
 from outlast.snapshot.layout import DTYPE_BYTES, FOOTER_BYTES, GENERATION_OFFSET, Layout
-from safetensors import safe_open
 
 GENERATION = Generation(3, 1200, "0123456789abcdef")
 META = {"kind": "shard", "rank": "1", "world": "4", "seat": "1", "local_rank": "0"}

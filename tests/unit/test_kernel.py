@@ -15,6 +15,7 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from outlast.snapshot import kernel as kernel_module
 from outlast.snapshot.kernel import (
     BLOCK,

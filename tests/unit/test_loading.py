@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
+
 from outlast.data import ElasticSampler, SampleIndex
 from outlast.errors import RequestError
 from outlast.loading import SeededDataset, attach, seed_generators
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
 LENGTH = 11
 

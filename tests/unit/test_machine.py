@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from outlast.controller import messages as m
 from outlast.controller.machine import Machine
 from outlast.controller.phases import OVER, TRANSITIONS, Phase
@@ -526,7 +527,7 @@ def test_messages_of_an_older_attempt_are_ignored() -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        m.Joined("n", "d", "h", Attempt(1, "a" * 16), None, True, ("h", 1), 2, 3, done={0: "x"}),
+        m.Joined("n", "d", "h", Attempt(1, "a" * 16), None, True, ("h", 1), 2, 3),
         m.Heartbeat("n", None, {1: 2}, {1: 0.5}),
         m.Stopped("n", Attempt(1, "a" * 16), Inventory("n"), ((0, 1),)),
         m.RankExited("n", Attempt(1, "a" * 16), 0, error=m.ErrorInfo(1.0, "T", "m")),

@@ -7,8 +7,9 @@ import subprocess
 import sys
 import tomllib
 
-import outlast
 import pytest
+
+import outlast
 
 PYPROJECT = pathlib.Path(__file__).parents[2] / "pyproject.toml"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from outlast.controller import policy
 from outlast.controller.policy import Candidate, RestartBudget, choose_seats
 from outlast.snapshot.identity import Generation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pathlib
 import random
 
@@ -42,10 +43,16 @@ class Tied(nn.Module):
 def make() -> dict[str, object]:
     torch.manual_seed(3)
     model = Tied()
-    first = torch.optim.AdamW([p for p in [model.embed.weight, model.scale]], lr=1e-2)
+    first = torch.optim.AdamW([model.embed.weight, model.scale], lr=1e-2)
     second = torch.optim.SGD(model.norm.parameters(), lr=1e-2, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(first, 100)
-    return {"model": model, "first": first, "second": second, "scheduler": scheduler, "notes": {"seen": [1, 2.5], "t": torch.ones(3)}}
+    return {
+        "model": model,
+        "first": first,
+        "second": second,
+        "scheduler": scheduler,
+        "notes": {"seen": [1, 2.5], "t": torch.ones(3)},
+    }
 
 
 def train(objects: dict[str, object], steps: int) -> None:
@@ -62,7 +69,9 @@ def train(objects: dict[str, object], steps: int) -> None:
 def bits(objects: dict[str, object]) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for leaf in Collector(objects).collect().leaves.values():
-        found[leaf.name] = leaf.tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() + str(leaf.tensor.dtype).encode()
+        found[leaf.name] = (
+            leaf.tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() + str(leaf.tensor.dtype).encode()
+        )
     return found
 
 
@@ -141,7 +150,7 @@ def test_parts_cover_a_leaf_exactly() -> None:
         for count in (1, 2, 3, 7, 100):
             ranges = [part_range(nbytes, i, count) for i in range(count)]
             assert [b for a, b in ranges][-1] == nbytes
-            assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
             assert ranges[0][0] == 0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from outlast.quantities import format_bytes, format_duration, parse_bytes, parse_duration
 
 

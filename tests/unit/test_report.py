@@ -6,6 +6,7 @@ import json
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from outlast.local.board import Board, Replacements
 from outlast.local.history import History
 from outlast.local.report import CAUSES, SOURCES, build_report

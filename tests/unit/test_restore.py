@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+
 from outlast.errors import UnrecoverableError
 from outlast.snapshot.erasure import BLOCK, decode_ranges
 from outlast.snapshot.identity import Generation

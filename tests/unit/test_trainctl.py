@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from trainctl.live import JsonView, PlainView
 from trainctl.status import event_line, summarize
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from outlast.controller.events import Joined, RankDone, RankExited
+from outlast.controller.events import Joined, RankDone, RankExited, RankReady
 from outlast.controller.instructions import Stop
 from outlast.controller.job import Job
+from outlast.controller.phases import Phase
 from outlast.controller.progress import Progress
 from outlast.controller.recovery import Restored, seat_groups, unprotected
 from outlast.controller.settings import MachineConfig
@@ -19,27 +20,27 @@ from outlast.snapshot.restore import HeldImage, Inventory
 
 @dataclass
 class Gathering:
-    """What the nodes said when they joined."""
+    """What the nodes said when they joined, and what their ranks have said since."""
 
     joined: dict[str, Joined] = field(default_factory=dict)
     last_join: float = 0.0
+    said: dict[str, list[RankReady | RankDone]] = field(default_factory=dict)
 
     def add(self, event: Joined, now: float) -> None:
         """A node joined."""
         self.joined[event.node] = event
+        self.said[event.node] = []
         self.last_join = now
 
-    def ended(self, event: RankDone | RankExited) -> None:
-        """A rank has ended since its node joined, well or not."""
+    def hear(self, event: RankReady | RankDone | RankExited) -> None:
+        """A rank of a joined node is ready, or has ended, well or not."""
         joined = self.joined.get(event.node)
         if joined is None or joined.attempt != event.attempt:
             return
-        if isinstance(event, RankDone):
-            done = {**joined.done, event.rank: event.digest}
-            joined = replace(joined, done=done, steps=max(joined.steps, event.steps))
+        if isinstance(event, RankExited):
+            self.joined[event.node] = replace(joined, running=False)
         else:
-            joined = replace(joined, running=False)
-        self.joined[event.node] = joined
+            self.said[event.node].append(event)
 
     def keep(self, alive: Container[str]) -> None:
         """Forget who is not alive any more."""
@@ -74,10 +75,6 @@ class Gathering:
     def restart_count(self) -> int:
         """The most restarts that any node was told of."""
         return max((event.restart_count for event in self.joined.values()), default=0)
-
-    def done(self, nodes: Iterable[str]) -> dict[int, str]:
-        """Ranks that have done all their steps, with their digests."""
-        return {rank: digest for node in nodes for rank, digest in self.joined[node].done.items()}
 
 
 def newest_whole(held: Mapping[int, Sequence[HeldImage]], placed: Sequence[Group], procs: int) -> Restored | None:
@@ -119,16 +116,18 @@ def _adopt(job: Job, gathering: Gathering, attempt: Attempt, seats: dict[int, st
     """The ranks of ``attempt`` run: let them."""
     job.attempt, job.restart_count = attempt, gathering.restart_count()
     job.members.seat_all(seats)
-    job.progress = Progress(now, max(gathering.joined[name].steps for name in seats.values()))
-    job.note_step(job.progress.top_step, now)
-    job.progress.ready = set(range(job.config.world))
+    job.progress = Progress(now)
     placed = seat_groups(job.config, job.members, seats)
     held = {seat: gathering.joined[name].held for seat, name in seats.items()}
     restored = newest_whole(held, placed, job.config.procs)
     job.cycle = SnapshotCycle(job.config, job.members, attempt, placed, restored, job.totals, adopted=True)
     job.emit("adopted", f"attempt {attempt.number} goes on under a new controller", attempt=attempt.number)
-    job.run(now)
-    job.out += job.cycle.begin(now)
+    job.enter(Phase.RUNNING, now)
+    job.story.running(0, now)
+    job.load_again_at = now + job.config.patience.settle_s
     job.out += [Stop(name, attempt) for name, node in job.members.alive.items() if node.seat is None]
-    for rank, digest in gathering.done(seats.values()).items():
-        job.rank_done(rank, digest, job.progress.top_step, now)
+    for event in (event for name in seats.values() for event in gathering.said[name]):
+        if isinstance(event, RankDone):
+            job.rank_done(event.rank, event.digest, event.steps, now)
+        else:
+            job.rank_ready(event.rank, now)

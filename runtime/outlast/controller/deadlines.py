@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from outlast.controller.faults import Symptom
-from outlast.controller.instructions import DumpStacks
+from outlast.controller.instructions import DumpStacks, Load
 from outlast.controller.job import Job
 from outlast.controller.phases import Phase
 
@@ -82,7 +83,11 @@ def _give_up_start(job: Job, text: str, now: float) -> None:
 def _running(job: Job, now: float) -> None:
     """The snapshot cycle, hangs and stragglers."""
     progress = job.progress
-    if job.cycle is not None:
+    if now >= job.load_again_at:
+        job.load_again_at = math.inf
+        if not job.all_ready and job.attempt is not None:  # the controller before may not have come to say so
+            job.out.append(Load(job.members.seated_names(), job.attempt))
+    if job.cycle is not None and job.all_ready:
         job.out += job.cycle.tick(progress, now)
     if now > progress.hang_deadline(job.config.hang_timeout_s):
         _suspect_hang(job, now)

@@ -27,10 +27,9 @@ class ErrorInfo:
 class Joined:
     """A node's agent registered. ``registration`` is new each time it does so (random text): a node that was given up
     is taken again only under another one. ``attempt``/``seat``/``running``: what it is doing, when it outlived a
-    controller (``running``: each of its ranks is past its restore and alive, or done; ``done``: the latter, with their
-    digests; ``steps``: the most that any of them has done). ``held``: the images its keeper holds, as it says without
-    verifying them. ``free_port``: a port on ``host`` for a rendezvous. ``best_seen_attempt``: the highest
-    attempt number that agent or keeper was ever told.
+    controller (``running``: all its ranks are alive or done; ``RankReady`` and ``RankDone`` are then said again, after
+    this). ``held``: the images its keeper holds, as it says without verifying them. ``free_port``: a port on ``host``
+    for a rendezvous. ``best_seen_attempt``: the highest attempt number that agent or keeper was ever told.
     """
 
     node: str
@@ -46,8 +45,6 @@ class Joined:
     held: tuple[HeldImage, ...] = ()
     registration: str = ""
     restart_count: int = 0
-    done: dict[int, str] = field(default_factory=dict)
-    steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,7 @@ class Job:
         self.decide_at = math.inf
         self.best_at_start = 0
         self.look_for_stragglers_at = now
+        self.load_again_at = math.inf
         self.outcome: Outcome | None = None
         self.reason = ""
         self.weights_digest: str | None = None
@@ -203,12 +204,22 @@ class Job:
             self.story.loading(now)
             self.out.append(Load(self.members.seated_names(), self.attempt))
 
-    def ready(self, now: float) -> None:
-        """All ranks have their state."""
+    def rank_ready(self, rank: int, now: float) -> None:
+        """A rank has its state; with the last one the attempt runs, and snapshots begin."""
+        if rank in self.progress.ready:
+            return
+        self.progress.ready.add(rank)
+        if not self.all_ready or self.phase is Phase.DIAGNOSING:
+            return
         if self.phase is Phase.STARTING:
             self.run(now)
         if self.cycle is not None:
             self.out += self.cycle.begin(now)
+
+    @property
+    def all_ready(self) -> bool:
+        """Whether every rank has said that it has its state."""
+        return len(self.progress.ready) == self.config.world
 
     def run(self, now: float) -> None:
         """The attempt runs."""
@@ -249,7 +260,7 @@ class Job:
         if self.phase not in LIVE:
             return
         self.symptoms.append(symptom)
-        self.out.append(self.story.fault(symptom, number, now))
+        self.out += self.story.fault(symptom, number, now)
         if not symptom.collateral and symptom.kind != "hang":
             self.begin_attempt(now)
         elif self.phase is not Phase.DIAGNOSING:
@@ -264,7 +275,7 @@ class Job:
             self.out.append(self.story.struck_again(symptom))
         else:
             self.symptoms.append(symptom)
-            self.out.append(self.story.fault(symptom, number, now))
+            self.out += self.story.fault(symptom, number, now)
 
     def note_step(self, step: int, now: float) -> None:
         """Some rank has done so many steps."""

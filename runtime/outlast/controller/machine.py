@@ -152,16 +152,15 @@ class Machine:
 
     def _rank_ready(self, event: e.RankReady, now: float) -> None:
         job = self.job
-        if self._of_attempt(event.node, event.attempt, now) is None or event.rank in job.progress.ready:
-            return
-        job.progress.ready.add(event.rank)
-        if len(job.progress.ready) == self.config.world and job.phase is not Phase.DIAGNOSING:
-            job.ready(now)
+        if job.phase is Phase.GATHERING:
+            self._gathering.hear(event)
+        elif self._of_attempt(event.node, event.attempt, now) is not None:
+            job.rank_ready(event.rank, now)
 
     def _rank_exited(self, event: e.RankExited, now: float) -> None:
         job, node = self.job, self._alive(event.node, now)
         if job.phase is Phase.GATHERING:
-            self._gathering.ended(event)
+            self._gathering.hear(event)
         if node is None or node.seat is None or event.rank in job.progress.done:
             return
         # While an attempt is prepared, what ended the one before may still be told.
@@ -178,7 +177,7 @@ class Machine:
     def _rank_done(self, event: e.RankDone, now: float) -> None:
         job = self.job
         if job.phase is Phase.GATHERING:
-            self._gathering.ended(event)
+            self._gathering.hear(event)
         if self._of_attempt(event.node, event.attempt, now) is None:
             return
         if job.phase is Phase.STARTING:

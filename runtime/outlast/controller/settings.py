@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from outlast.api import TrainingJobSpec
 from outlast.controller.detector import DetectorConfig
 
 
@@ -47,25 +46,6 @@ class MachineConfig:
     active_deadline_s: float | None = None
     patience: Patience = field(default_factory=Patience)
     detector: DetectorConfig = field(default_factory=DetectorConfig)
-
-    @classmethod
-    def of(cls, spec: TrainingJobSpec) -> MachineConfig:
-        """What a TrainingJob's spec asks for."""
-        workers, snapshot, recovery = spec.workers, spec.snapshot, spec.recovery
-        deadline = spec.active_deadline_seconds
-        return cls(
-            replicas=workers.replicas,
-            spares=workers.spares,
-            procs=workers.procs_per_worker,
-            every_steps=None if snapshot.every_steps == "auto" else int(snapshot.every_steps),
-            group_size=snapshot.erasure.group_size,
-            parity=snapshot.erasure.parity,
-            max_restarts=recovery.max_restarts,
-            window_s=recovery.window,
-            hang_timeout_s=None if recovery.hang_timeout == "auto" else float(recovery.hang_timeout),
-            start_timeout_s=recovery.start_timeout,
-            active_deadline_s=None if deadline is None else float(deadline),
-        )
 
     @property
     def world(self) -> int:

@@ -13,6 +13,8 @@ from outlast.snapshot.identity import Generation
 from outlast.telemetry.goodput import Ledger, RecoveryRecord
 
 LAST_FAILURES = 20
+MOST_TOLD = 16
+"""Faults of one recovery that get a line of their own though they only say that somebody else is gone."""
 
 
 class Story:
@@ -26,17 +28,20 @@ class Story:
         self.failures: deque[Symptom] = deque(maxlen=LAST_FAILURES)
         self.best_step = 0
         self._running = False
+        self._told = 0
         self._stall: tuple[Generation | None, float] = (None, 0.0)
         self._stopping_at = self._starting_at = self._loaded_at = 0.0
 
-    def fault(self, symptom: Symptom, attempt: int, now: float) -> Emit:
-        """A fault was seen: a recovery begins, or the one under way is struck again."""
+    def fault(self, symptom: Symptom, attempt: int, now: float) -> list[Emit]:
+        """A fault was seen: a recovery begins, or the one under way is struck again. Of many victims a few are told."""
         self._running = False
         if self.open is None:
             self.open = RecoveryRecord(symptom.kind, symptom.text, attempt, symptom.happened_at, symptom.detect_s)
             self.records.append(self.open)
             self.ledger.move("detect", symptom.detect_s, now)
-        return _fault_line(symptom)
+            self._told = 0
+        self._told += 1
+        return [_fault_line(symptom)] if self._told <= MOST_TOLD or not symptom.collateral else []
 
     def struck_again(self, symptom: Symptom) -> Emit:
         """A fault was seen when the cause of the recovery had been named already."""

@@ -198,7 +198,8 @@ def check_capacity(
         available, where = int(maximum), "spec.snapshot.maxMemory"
     if needed > available:
         raise CapacityError(
-            f"snapshots need {needed / 2**20:.0f} MiB a node ({slots} slots x {ranks} ranks x {image_bytes / 2**20:.1f} MiB "
-            f"x {1 + overhead:.2f} with parity), but {where} holds {available / 2**20:.0f} MiB: "
-            f"{(needed - available) / 2**20:.0f} MiB are missing. Give more memory, fewer ranks a node or less parity"
+            f"snapshots need {needed / 2**20:.0f} MiB a node ({slots} slots x {ranks} ranks x "
+            f"{image_bytes / 2**20:.1f} MiB x {1 + overhead:.2f} with parity), but {where} holds "
+            f"{available / 2**20:.0f} MiB: {(needed - available) / 2**20:.0f} MiB are missing. "
+            f"Give more memory, fewer ranks a node or less parity"
         )

@@ -3,7 +3,8 @@
 DDP starts with buckets in reverse order of registration and rebuilds them after its first backward in the order in
 which gradients arrived. The order decides in which order a sum is taken, hence bits: a restarted run whose first step
 used the initial buckets would differ from the undisturbed one. So the order in force at a snapshot is recorded (as
-indices of parameters, bucket by bucket) and set again on restore by giving the fresh DDP object a reducer built with it.
+indices of parameters, bucket by bucket) and set again on restore by giving the fresh DDP object a reducer made with
+it.
 """
 
 from __future__ import annotations
@@ -67,13 +68,8 @@ def rebuild_buckets(ddp: DistributedDataParallel) -> bool:
 
 def is_settled(ddp: DistributedDataParallel) -> bool:
     """Whether the buckets will stay as they are."""
-    return (
-        ddp.find_unused_parameters
-        and not ddp.static_graph
-        or bool(
-            ddp._get_ddp_logging_data().get("has_rebuilt_buckets")  # type: ignore[no-untyped-call]
-        )
-    )
+    never_rebuilt = ddp.find_unused_parameters and not ddp.static_graph
+    return never_rebuilt or bool(ddp._get_ddp_logging_data().get("has_rebuilt_buckets"))  # type: ignore[no-untyped-call]
 
 
 def _reduced(ddp: DistributedDataParallel) -> list[torch.Tensor]:

@@ -38,7 +38,7 @@ class Leaf:
     """One rank's local part of one tensor. The same object as long as the tensor keeps its storage.
 
     ``tensor`` is the live local tensor; ``shape`` and ``offset`` place it in the global tensor of ``global_shape``
-    (all in elements). ``distributed`` says that the live object is a DTensor, ``device`` on which kind of device it lives.
+    (all in elements). ``distributed``: the live object is a DTensor; ``device``: the kind of device it lives on.
     """
 
     name: str
@@ -125,8 +125,8 @@ class Collector:
         for key, value in self.others.items():
             if not isinstance(value, (Stateful, dict, list, torch.Tensor)):
                 raise StateError(
-                    f"protect({key}=...) got a {type(value).__qualname__}: it needs state_dict() and load_state_dict(), "
-                    f"or to be a dict, list or tensor"
+                    f"protect({key}=...) got a {type(value).__qualname__}: it needs state_dict() and "
+                    f"load_state_dict(), or to be a dict, list or tensor"
                 )
         reshard(self.modules)
         self.parameters: dict[int, tuple[str, torch.Tensor]] = {}

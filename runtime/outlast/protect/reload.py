@@ -168,7 +168,7 @@ def _load_optimizer(collector: Collector, key: str, saved: Json, shards: Shards)
 
 
 def _optimizer_tensor(name: str, parameter: torch.Tensor, shards: Shards) -> torch.Tensor:
-    """A tensor of an optimizer's state as it was: dtype kept, a DTensor again if it was one, on the device it was on."""
+    """A tensor of an optimizer's state as it was: its dtype, its device, a DTensor again if it was one."""
     info = shards.own.layout().entry(name).info
     saved = shards.tensor(name)
     if info["distributed"]:

@@ -15,8 +15,8 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 import xxhash
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from outlast.errors import TransferError
 from outlast.protect.plan import cut_of, group_equal

@@ -27,7 +27,7 @@ class Link(Protocol):
 class NoLink:
     """The link of a process that no agent started: messages go nowhere."""
 
-    def send(self, op: str, **fields: Any) -> None:
+    def send(self, op: str, **fields: Any) -> None:  # noqa: ARG002 (the protocol's signature)
         return None
 
 

@@ -53,12 +53,23 @@ class Window:
 
 
 class RankSnapshots:
-    """Obeys permits for one rank. ``extra`` returns the session's own state at the boundary."""
+    """Obeys permits for one rank.
+
+    ``extra`` returns the session's own state at the boundary; ``fits`` raises CapacityError when an image of so many
+    bytes is too much for the node. ``check`` reads lazy leaves twice and reports those that changed meanwhile.
+    """
 
     def __init__(
-        self, link: AgentLink, capture: Capture, extra: Callable[[], Mapping[str, Any]], *, check: bool
+        self,
+        link: AgentLink,
+        capture: Capture,
+        extra: Callable[[], Mapping[str, Any]],
+        fits: Callable[[int], None],
+        *,
+        check: bool,
     ) -> None:
-        self.link, self.capture, self.extra, self.check = link, capture, extra, check
+        self.link, self.capture, self.extra, self.fits, self.check = link, capture, extra, fits, check
+        self._failure: CapacityError | None = None
         self.window: Window | None = None
         self._vote: ReplicaVote | None = None
         self._work: queue.SimpleQueue[tuple[str, Callable[[], None]]] = queue.SimpleQueue()
@@ -75,6 +86,8 @@ class RankSnapshots:
 
     def boundary(self, step: int) -> None:
         """Obey what is permitted for ``step``; report permits that came too late."""
+        if self._failure is not None:
+            raise self._failure
         if not self.link.permits and self.window is None:
             return
         self.barrier()
@@ -112,7 +125,12 @@ class RankSnapshots:
         else:
             vote = self._voter()
             cut = vote.agree(str(window.generation), digests, window.given_up)
-        self.capture.make_plan(moment, cut)
+        plan = self.capture.make_plan(moment, cut)
+        try:
+            self.fits(plan.layout.total_bytes)
+        except CapacityError as error:
+            self._failure = error  # the next boundary ends the training loop with it
+            raise
         self.link.send("planned", generation=str(window.generation))
 
     def _voter(self) -> ReplicaVote:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from outlast.errors import RequestError, UnrecoverableError
 
 Bytes = npt.NDArray[np.uint8]

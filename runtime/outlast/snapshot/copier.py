@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+
 from outlast.clock import Clock, SystemClock
 from outlast.errors import SnapshotError, StateError
 from outlast.snapshot.cuda import CudaTransfer

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+
 from outlast.snapshot.image import ImageFile
 
 if TYPE_CHECKING:

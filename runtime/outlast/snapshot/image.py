@@ -25,6 +25,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 import xxhash
+
 from outlast.errors import CapacityError, ImageError
 from outlast.snapshot.identity import Generation
 from outlast.snapshot.kernel import BLOCK, BytesLike, Checksums, block_count, byte_view, xxh64_blocks

@@ -18,7 +18,9 @@ def main() -> None:
     if dist.get_rank() == 1 and not marker.exists():
         marker.touch()
         raise ValueError("the first attempt fails on purpose")
-    print(f"rank {dist.get_rank()} of {dist.get_world_size()}: sum {int(total)}, restarts {os.environ['TORCHELASTIC_RESTART_COUNT']}")
+    print(
+        f"rank {dist.get_rank()} of {dist.get_world_size()}: sum {int(total)}, restarts {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    )
     dist.destroy_process_group()
 
 

@@ -1,0 +1,68 @@
+"""Run every benchmark and write benchmarks/RESULTS.md: each table with its command and the machine it ran on.
+
+make bench
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+BENCHMARKS = [
+    ("Training blocked by a snapshot, and the step's lengthening", ["blocked.py", "--rounds", "6"],
+     "target: blocked, median <= 0.1% of a step, worst rank <= 1%; <= 1/100 of async_save's default and of torch.save, "
+     "<= 1/10 of DCP's best; the step <= 2% longer"),
+    ("Copy rate into the image", ["copy_rate.py"], "target: >= 70% of memcpy"),
+    ("Reed-Solomon on one core", ["erasure.py"], "target: 4+2 >= 60% of memcpy, 2+2 >= 45%"),
+    ("Copy alone, every step", ["every_step.py"], "target: <= 4% longer"),
+    ("A whole snapshot every 10 steps", ["whole.py", "overhead"], "target: <= 5% longer, committed generations = steps / 10"),
+    ("Core-seconds of a whole snapshot", ["core_seconds.py"], "target: <= 2 per GB"),
+    ("Recoveries", ["whole.py", "recoveries"], "targets in the table"),
+    ("The machine", ["machine.py"], "target: >= 20,000 events a second with 10,000 nodes"),
+]  # fmt: skip
+
+
+def machine() -> str:
+    import torch
+
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "?",
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB, no GPU, Linux {platform.release()}, "
+            f"Python {platform.python_version()}, torch {torch.__version__}")  # fmt: skip
+
+
+def main() -> None:
+    notes = HERE / "NOTES.md"
+    parts = [
+        "# Results\n",
+        "Made by `make bench`; ratios against what ran beside each in the same process or run. Absolute times on a shared "
+        "machine mean little.\n",
+        f"{datetime.date.today().isoformat()}, {machine()}\n",
+    ]
+    for title, command, target in BENCHMARKS:
+        print(f"== {title}", flush=True)
+        done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, text=True, check=False)  # fmt: skip
+        print(done.stdout, flush=True)
+        output = done.stdout.strip() or f"failed with status {done.returncode}"
+        parts.append(f"## {title}\n\n`python benchmarks/{' '.join(command)}` ({target})\n\n{output}\n")
+    if notes.exists():
+        parts.append(notes.read_text())
+    (HERE / "RESULTS.md").write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
