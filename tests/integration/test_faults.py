@@ -99,9 +99,9 @@ CASES = [
         for part in ("header", "data", "parity", "trailer")
     ),
     Case("ddp", ("node-loss@17:1", "rank-crash@28:3"), (Expected("lost", 12, decoded(1)), Expected("rank 3", 12, LOCAL)),
-         arguments=("--parallel", "ddp", "--work", "3", "--global-batch", "256")),
+         arguments=("--parallel", "ddp", "--work", "10", "--global-batch", "256")),
     Case("hsdp", ("node-loss@17:1", "rank-crash@28:3"), (Expected("lost", 12, decoded(1)), Expected("rank 3", 12, LOCAL)),
-         arguments=("--parallel", "hsdp", "--work", "3", "--global-batch", "256")),
+         arguments=("--parallel", "hsdp", "--work", "6", "--global-batch", "256")),
     Case("a world of three, replicas by hand", ("node-loss@17:1",), (Expected("lost", 12, decoded(1, 3)),),
          arguments=("--parallel", "plain", "--work", "3", "--micro-batch", "30", "--global-batch", "256"),
          spec={"workers": {"replicas": 3}}),
@@ -110,7 +110,7 @@ CASES = [
          arguments=("--parallel", "fsdp", "--work", "3", "--global-batch", "256")),
     Case("dropout, BatchNorm, workers, fused, average", ("node-loss@17:1", "rank-crash@31:0"),
          (Expected("lost", 12, decoded(1)), Expected("rank 0", 12, LOCAL)),
-         arguments=("--parallel", "ddp", "--model", "rich", "--workers", "1", "--work", "4", "--global-batch", "128")),
+         arguments=("--parallel", "ddp", "--model", "rich", "--workers", "1", "--width", "512", "--work", "10", "--global-batch", "256")),
 ]  # fmt: skip
 
 

@@ -111,6 +111,7 @@ def test_a_rank_that_raises_is_named_though_its_victims_speak_first() -> None:
     one_recovery(world, kind="rank-error", rank=3, node=node.name)
     (failure,) = status(world)["failures"]
     assert failure["message"] == "loss is nan"
+    assert failure["attempt"] == 1
     assert failure["traceback"] == "Traceback ..."
 
 
@@ -583,7 +584,7 @@ def strike(world: Cluster, kind: str, seat: int, seed: int) -> None:
         world.at(15.0, world.hung.clear)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(
         st.tuples(st.floats(0.0, 4.0), st.sampled_from(FAULTS), st.integers(0, 3), st.integers(0, 9)), max_size=10

@@ -16,7 +16,8 @@ Kind = Literal["rank-exit", "rank-error", "node-lost", "agent-lost", "hang", "st
 @dataclass(frozen=True)
 class Symptom:
     """One fault as it was seen. ``happened_at`` and ``seen_at`` are the controller's seconds, ``wall`` the node's wall
-    seconds (None: unknown); ``collateral``: it says only that somebody else is gone; ``signature``: of a crash.
+    seconds (None: unknown); ``collateral``: it says only that somebody else is gone; ``signature``: of a
+    crash; ``attempt``: the one it struck.
     """
 
     kind: Kind
@@ -30,6 +31,7 @@ class Symptom:
     error: ErrorInfo | None = None
     collateral: bool = False
     signature: str | None = None
+    attempt: int | None = None
 
     @property
     def detect_s(self) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 from outlast.controller.detector import AwakeClock
@@ -253,7 +254,9 @@ class Job:
 
     def fault(self, symptom: Symptom, now: float) -> None:
         """Something is wrong: restart, at once when the cause is plain."""
-        number = self.attempt.number if self.attempt else 0
+        struck = self.before if self.phase in PREPARING else self.attempt
+        number = struck.number if struck else 0
+        symptom = replace(symptom, attempt=number)
         if self.phase in PREPARING:
             self._fault_while_preparing(symptom, number, now)
             return

@@ -117,7 +117,7 @@ class Story:
         return Emit("recovered", text, record.to_json())
 
     def first_error(self) -> dict[str, Any] | None:
-        """The last named cause, for people: {cause, text, node, rank, step, type, message, traceback}."""
+        """The last named cause, for people: {cause, text, node, rank, step, attempt, type, message, traceback}."""
         return symptom_json(self.failures[-1]) if self.failures else None
 
 
@@ -130,6 +130,7 @@ def symptom_json(symptom: Symptom, now: float | None = None) -> dict[str, Any]:
         "node": symptom.node,
         "rank": symptom.rank,
         "step": symptom.step,
+        "attempt": symptom.attempt,
         "time": symptom.wall,
         "type": error.type if error else symptom.kind,
         "message": error.message if error else symptom.text,

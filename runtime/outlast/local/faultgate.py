@@ -44,6 +44,8 @@ class FaultPlan:
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self._left = list(faults)
+        self.reached = 0
+        """The latest step at which faults were asked for."""
 
     @property
     def left(self) -> tuple[Fault, ...]:
@@ -51,6 +53,7 @@ class FaultPlan:
 
     def take(self, phase: Phase, step: int) -> list[Fault]:
         """Those due now, in the order to perform them; from now on they have happened."""
+        self.reached = max(self.reached, step)
         found = due(self._left, phase, step)
         self._left = [fault for fault in self._left if fault not in found]
         return found

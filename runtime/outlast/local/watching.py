@@ -105,7 +105,8 @@ class PhaseFaults:
         """A recovery is under way when it is decided what to restore: ranks start now."""
         if event["kind"] in RESTORED and any(fault.phase is Phase.RESTART for fault in self._plan.left):
             scene = self._injury.scene()
-            await self._injury.perform(self._plan.take(Phase.RESTART, scene.step), scene)
+            step = max(scene.step, self._plan.reached)  # the status may not have heard of the last steps
+            await self._injury.perform(self._plan.take(Phase.RESTART, step), scene)
 
     async def _perform(self, phase: Phase, step: int) -> None:
         faults = self._plan.take(phase, step)
