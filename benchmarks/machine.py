@@ -16,7 +16,7 @@ import gc
 import json
 import time
 
-from outlast.controller import messages as m
+from outlast import messages as m
 from outlast.controller.settings import MachineConfig
 from support.simulated import Cluster
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from outlast.controller import messages as m
-from outlast.controller.agent import HEARTBEAT_S, NodeAgent
-from outlast.controller.forkclient import ForkClient
+from outlast import messages as m
+from outlast.agent.forkclient import ForkClient
+from outlast.agent.node_agent import HEARTBEAT_S, NodeAgent
 from outlast.errors import TransferError
 from outlast.snapshot.identity import Generation
 from support.keepers import write_shard
@@ -300,7 +300,7 @@ def test_stacks_go_to_the_controller_and_to_the_log(site: Site, stopped: bool) -
 
 
 def test_without_py_spy_a_rank_writes_its_stacks_itself(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outlast.controller.stacks._from_outside", lambda pid: ("", "not allowed"))
+    monkeypatch.setattr("outlast.agent.stacks._from_outside", lambda pid: ("", "not allowed"))
     node = site.node(PRELUDE + "def stuck_here():\n    say('idle')\n    time.sleep(100)\nstuck_here()\n")
     node.do(node.start())
     node.next("Idle")
@@ -326,7 +326,7 @@ def test_a_node_without_forkserver_ends(site: Site, monkeypatch: pytest.MonkeyPa
     os.kill(pids["forkserver"], signal.SIGKILL)
     assert eventually(lambda: node.ended) == ["the forkserver is gone"]
     eventually(lambda: not alive(pids["keeper"]))
-    monkeypatch.setattr("outlast.controller.agent._CONNECT_S", 0.3)
+    monkeypatch.setattr("outlast.agent.node_agent._CONNECT_S", 0.3)
     with pytest.raises(TransferError, match="no forkserver"):
         NodeAgent(node.config, lambda _: None)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from outlast.controller import messages as m
+from outlast import messages as m
 from support.ray_head import Head, ray_head, session_pids
 from support.sites import Node, alive, attempt, eventually, open_site, open_zygote
 

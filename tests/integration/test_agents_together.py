@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from outlast import messages as m
+from outlast.agent.forkclient import ForkClient
+from outlast.agent.isolation import may_isolate
 from outlast.config import Isolation
-from outlast.controller import messages as m
-from outlast.controller.forkclient import ForkClient
-from outlast.controller.isolation import may_isolate
 from outlast.snapshot.identity import Generation
 from outlast.snapshot.restore import plan_restore
 from support.keepers import write_shard

@@ -99,7 +99,7 @@ CASES = [
         for part in ("header", "data", "parity", "trailer")
     ),
     Case("ddp", ("node-loss@17:1", "rank-crash@28:3"), (Expected("lost", 12, decoded(1)), Expected("rank 3", 12, LOCAL)),
-         arguments=("--parallel", "ddp", "--work", "10", "--global-batch", "256")),
+         arguments=("--parallel", "ddp", "--width", "384", "--work", "10", "--global-batch", "256")),
     Case("hsdp", ("node-loss@17:1", "rank-crash@28:3"), (Expected("lost", 12, decoded(1)), Expected("rank 3", 12, LOCAL)),
          arguments=("--parallel", "hsdp", "--work", "6", "--global-batch", "256")),
     Case("a world of three, replicas by hand", ("node-loss@17:1",), (Expected("lost", 12, decoded(1, 3)),),

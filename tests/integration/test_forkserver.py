@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from outlast.controller.forkclient import Exit, ForkClient, launch
-from outlast.controller.forkprotocol import ServerSetup, Spawn, program
-from outlast.controller.isolation import Isolate, may_isolate
-from outlast.controller.pidfiles import node_pids, signal_node
+from outlast.agent.forkclient import Exit, ForkClient, launch
+from outlast.agent.forkprotocol import ServerSetup, Spawn, program
+from outlast.agent.isolation import Isolate, may_isolate
+from outlast.agent.pidfiles import node_pids, signal_node
 from outlast.errors import RequestError
 
 
@@ -297,7 +297,7 @@ def test_a_further_server_dies_with_its_parent_and_its_children_with_it() -> Non
 def test_a_server_ends_when_its_parent_has_ended() -> None:
     code = """
 import sys, os, time, pathlib
-from outlast.controller.forkclient import launch, ForkClient
+from outlast.agent.forkclient import launch, ForkClient
 process = launch(sys.argv[1], log=pathlib.Path(os.devnull), preload=())
 ForkClient(sys.argv[1])
 print(process.pid)

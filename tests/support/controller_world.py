@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from outlast import messages as m
 from outlast.clock import SystemClock
 from outlast.config import ControllerConfig, NodeConfig
-from outlast.controller import messages as m
 from outlast.controller.driver import Driver, Logs
 from outlast.errors import TransferError
 from outlast.snapshot.identity import Attempt

@@ -18,7 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from outlast.controller import messages as m
+from outlast import messages as m
 from outlast.controller.machine import Machine
 from outlast.controller.settings import MachineConfig
 from outlast.snapshot.identity import Attempt, Generation

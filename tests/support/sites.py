@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
+from outlast import messages as m
+from outlast.agent.forkclient import ForkClient, launch
+from outlast.agent.forkprotocol import ServerSetup
+from outlast.agent.node_agent import NodeAgent
+from outlast.agent.pidfiles import node_pids
 from outlast.config import NodeConfig
-from outlast.controller import messages as m
-from outlast.controller.agent import NodeAgent
-from outlast.controller.forkclient import ForkClient, launch
-from outlast.controller.forkprotocol import ServerSetup
-from outlast.controller.pidfiles import node_pids
 from outlast.snapshot.identity import Attempt
 
 WAIT = 20.0

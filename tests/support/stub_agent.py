@@ -15,8 +15,8 @@ from typing import Any
 
 import ray
 
+from outlast import messages as m
 from outlast.config import CONTROLLER_ACTOR, agent_actor
-from outlast.controller import messages as m
 from outlast.snapshot.identity import Attempt
 from outlast.snapshot.restore import Inventory
 

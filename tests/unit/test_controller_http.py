@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from outlast.controller import messages as m
+from outlast import messages as m
 from outlast.controller.http import Api, make_app, serving
 from support.controller_world import World, node_config, until, world
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from outlast import messages as m
 from outlast.clock import SystemClock
 from outlast.controller import link
-from outlast.controller import messages as m
 from outlast.controller.driver import Driver, Logs
 from outlast.controller.link import AgentDied
 from outlast.errors import RequestError

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outlast.controller import messages as m
+from outlast import messages as m
 from outlast.controller.machine import Machine
 from outlast.controller.phases import OVER, TRANSITIONS, Phase
 from outlast.controller.settings import MachineConfig

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from outlast.controller.events import Joined, RankDone, RankExited, RankReady
-from outlast.controller.instructions import Stop
 from outlast.controller.job import Job
 from outlast.controller.phases import Phase
 from outlast.controller.progress import Progress
 from outlast.controller.recovery import Restored, seat_groups, unprotected
 from outlast.controller.settings import MachineConfig
 from outlast.controller.snapshots import SnapshotCycle
+from outlast.messages.events import Joined, RankDone, RankExited, RankReady
+from outlast.messages.instructions import Stop
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.placement import Group
 from outlast.snapshot.restore import HeldImage, Inventory
@@ -115,6 +115,7 @@ def gathered(job: Job, gathering: Gathering, now: float) -> None:
 def _adopt(job: Job, gathering: Gathering, attempt: Attempt, seats: dict[int, str], now: float) -> None:
     """The ranks of ``attempt`` run: let them."""
     job.attempt, job.restart_count = attempt, gathering.restart_count()
+    job.story.last_attempt = attempt.number
     job.members.seat_all(seats)
     job.progress = Progress(now)
     placed = seat_groups(job.config, job.members, seats)

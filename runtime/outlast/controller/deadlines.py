@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 
 from outlast.controller.faults import Symptom
-from outlast.controller.instructions import DumpStacks, Load
 from outlast.controller.job import Job
 from outlast.controller.phases import Phase
+from outlast.messages.instructions import DumpStacks, Load
 
 STRAGGLERS_EVERY_S = 5.0
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
+from outlast import messages as m
 from outlast.clock import Clock
 from outlast.config import ControllerConfig, NodeConfig
-from outlast.controller import messages as m
 from outlast.controller.link import AgentLink, Agents
 from outlast.controller.registry import NodeRegistry, write_private_json
 from outlast.errors import RequestError, TransferError

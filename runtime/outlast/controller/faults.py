@@ -8,7 +8,7 @@ from signal import SIGABRT, SIGKILL, Signals
 from typing import Literal
 
 from outlast.controller import policy
-from outlast.controller.events import ErrorInfo, RankExited
+from outlast.messages.events import ErrorInfo, RankExited
 
 Kind = Literal["rank-exit", "rank-error", "node-lost", "agent-lost", "hang", "start-timeout"]
 

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from outlast.controller.detector import AwakeClock
 from outlast.controller.faults import Symptom, first_cause
-from outlast.controller.instructions import Emit, Finish, GiveUp, Instruction, Load, Stop
 from outlast.controller.membership import Membership, Node
 from outlast.controller.phases import LIVE, OVER, PREPARING, TRANSITIONS, Phase
 from outlast.controller.policy import RestartBudget
@@ -26,6 +25,7 @@ from outlast.controller.recovery import Launch, Preparation, plan_launch, start_
 from outlast.controller.settings import MachineConfig
 from outlast.controller.snapshots import SnapshotCycle, SnapshotTotals
 from outlast.controller.story import Story
+from outlast.messages.instructions import Emit, Finish, GiveUp, Instruction, Load, Stop
 from outlast.snapshot.identity import Attempt
 
 Outcome = Literal["succeeded", "failed", "stopped"]

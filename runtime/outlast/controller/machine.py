@@ -13,16 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from outlast.controller import events as e
 from outlast.controller.adoption import Gathering, gathered
 from outlast.controller.deadlines import due
 from outlast.controller.faults import Symptom, rank_symptom
-from outlast.controller.instructions import Instruction, Register
 from outlast.controller.job import Job
 from outlast.controller.membership import Node
 from outlast.controller.phases import LIVE, PREPARING, Phase
 from outlast.controller.settings import MachineConfig
 from outlast.controller.status import status_of
+from outlast.messages import events as e
+from outlast.messages.instructions import Instruction, Register
 from outlast.snapshot.identity import Attempt
 
 REGISTER_EVERY_S = 1.0

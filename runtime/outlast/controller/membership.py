@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from outlast.controller.detector import Watch
-from outlast.controller.events import Address, Joined, Stopped
 from outlast.controller.policy import Candidate
 from outlast.controller.settings import MachineConfig
+from outlast.messages.events import Address, Joined, Stopped
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.restore import HeldImage, Inventory
 

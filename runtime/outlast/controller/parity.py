@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from outlast.controller.instructions import Encode, Instruction
 from outlast.controller.membership import Membership
+from outlast.messages.instructions import Encode, Instruction
 from outlast.snapshot.identity import Generation
 from outlast.snapshot.placement import Group
 

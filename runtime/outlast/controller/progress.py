@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from outlast.controller import policy
-from outlast.controller.events import Heartbeat
+from outlast.messages.events import Heartbeat
 
 AFTER_LAST_STEP_S = 300.0
 """After its last step a script validates and saves: that is no hang before so long."""

@@ -12,8 +12,8 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
+from outlast.agent.actor import AgentActor
 from outlast.config import NodeConfig, agent_actor
-from outlast.controller.agent_actor import AgentActor
 from outlast.controller.link import AgentDied
 from outlast.errors import TransferError
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from outlast.controller.instructions import Instruction, Start, Stop
 from outlast.controller.membership import Membership, Node
 from outlast.controller.policy import choose_seats
 from outlast.controller.settings import MachineConfig
+from outlast.messages.instructions import Instruction, Start, Stop
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.placement import Group, groups
 from outlast.snapshot.restore import Inventory, RestorePlan, candidates, lacking_parity
@@ -98,7 +98,7 @@ def seat_groups(config: MachineConfig, members: Membership, seats: dict[int, str
 def _newest(
     inventories: Sequence[Inventory], seats: dict[int, str], procs: int
 ) -> tuple[RestorePlan | None, tuple[str, ...]]:
-    reasons = []
+    reasons: list[str] = []
     for generation, found in candidates(inventories, seats, procs):
         if isinstance(found, RestorePlan):
             return found, tuple(reasons)

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from outlast.controller import policy
-from outlast.controller.events import CommitAcked, Copied, Encoded, Missed, Planned
-from outlast.controller.instructions import Abort, Commit, Emit, Instruction, Permit
 from outlast.controller.membership import Membership, Node
 from outlast.controller.parity import ParityRound
 from outlast.controller.progress import Progress
 from outlast.controller.recovery import Restored
 from outlast.controller.settings import MachineConfig
+from outlast.messages.events import CommitAcked, Copied, Encoded, Missed, Planned
+from outlast.messages.instructions import Abort, Commit, Emit, Instruction, Permit
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.placement import Group
 

@@ -28,6 +28,7 @@ def status_of(job: Job, now: float) -> dict[str, Any]:
         "total": progress.total,
         "metrics": progress.metrics,
         "step_s": None if progress.step_s is None else round(progress.step_s, 4),
+        "attempts": story.last_attempt,
         "attempt": job.attempt.number if job.attempt else 0,
         "incarnation": job.attempt.incarnation if job.attempt else None,
         "restarts": dict(story.restarts),

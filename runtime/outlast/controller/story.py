@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from outlast.controller.faults import Symptom
-from outlast.controller.instructions import Emit
 from outlast.controller.recovery import Launch
+from outlast.messages.instructions import Emit
 from outlast.snapshot.identity import Generation
 from outlast.telemetry.goodput import Ledger, RecoveryRecord
 
@@ -27,6 +27,8 @@ class Story:
         self.restarts: Counter[str] = Counter()
         self.failures: deque[Symptom] = deque(maxlen=LAST_FAILURES)
         self.best_step = 0
+        self.last_attempt = 0
+        """The newest attempt whose ranks were started."""
         self._running = False
         self._told = 0
         self._stall: tuple[Generation | None, float] = (None, 0.0)
@@ -72,6 +74,7 @@ class Story:
 
     def launched(self, launch: Launch, world: int, now: float) -> None:
         """Ranks start."""
+        self.last_attempt = launch.attempt.number
         self.ledger.enter("restore", now)
         self._starting_at = now
         if self.open is not None:

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from outlast.agent.forkprotocol import ServerSetup
+from outlast.agent.pidfiles import node_pids
 from outlast.config import Isolation, NodeConfig
-from outlast.controller.forkprotocol import ServerSetup
-from outlast.controller.pidfiles import node_pids
 from outlast.errors import OutlastError
 from outlast.local import processes
 from outlast.local.faults import Fault, boundary_steps
@@ -108,7 +108,7 @@ class LocalNodes:
         """Start the process that all others are forked from. Raises OutlastError naming its log."""
         log = self._folders.logs / "forkserver.log"
         socket = self._folders.zygote_socket
-        command = [sys.executable, "-m", "outlast.controller.forkserver", "--socket", str(socket)]
+        command = [sys.executable, "-m", "outlast.agent.forkserver", "--socket", str(socket)]
         env = {**self._template.env, "PYTHONHASHSEED": "0"}
         self._zygote = processes.launch(command, env, log, self._template.cwd)
         for _ in range(int(READY_LIMIT_S / 0.05)):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from outlast.controller.isolation import Isolate
+from outlast.agent.isolation import Isolate
 
 Kind = Literal["script", "module", "exec", "call"]
 Lifetime = Literal["client", "server"]

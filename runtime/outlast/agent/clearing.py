@@ -7,8 +7,8 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from outlast.controller.forkclient import ForkClient
-from outlast.controller.ranks import Ranks
+from outlast.agent.forkclient import ForkClient
+from outlast.agent.ranks import Ranks
 from outlast.errors import RequestError
 
 _ROLE = "rank-"

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from outlast.agent.forkclient import Exit, ForkClient
+from outlast.agent.forkprotocol import Spawn
+from outlast.agent.rank_process import isolate_of
 from outlast.clock import Clock
 from outlast.config import NodeConfig
-from outlast.controller.events import Address
-from outlast.controller.forkclient import Exit, ForkClient
-from outlast.controller.forkprotocol import Spawn
-from outlast.controller.rank_process import isolate_of
 from outlast.errors import RequestError, TransferError
+from outlast.messages.events import Address
 from outlast.snapshot.wire import KeeperClient
 
 KEEPER = "keeper"

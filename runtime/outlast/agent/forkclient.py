@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outlast.controller.forkprotocol import DEFAULT_PRELOAD, ServerSetup, Spawn
+from outlast.agent.forkprotocol import DEFAULT_PRELOAD, ServerSetup, Spawn
 from outlast.errors import RequestError, TransferError
 
 _RETRY_S = 0.02
@@ -72,7 +72,7 @@ def launch(
 
     All its children share its hash seed, 0. Its output is appended to ``log``. ``env`` defaults to this process's.
     """
-    command = [sys.executable, "-m", "outlast.controller.forkserver", "--socket", path, "--preload", ",".join(preload)]
+    command = [sys.executable, "-m", "outlast.agent.forkserver", "--socket", path, "--preload", ",".join(preload)]
     command += ["--pid-dir", pid_dir] if pid_dir else []
     command += ["--survive-parent"] if survive_parent else []
     environment = {**(os.environ if env is None else env), "PYTHONHASHSEED": "0"}

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from outlast.agent.forkprotocol import Spawn, program
+from outlast.agent.isolation import Isolate
 from outlast.api import TrainingJob
 from outlast.config import NodeConfig
-from outlast.controller.events import ErrorInfo
-from outlast.controller.forkprotocol import Spawn, program
-from outlast.controller.instructions import Start
-from outlast.controller.isolation import Isolate
+from outlast.messages.events import ErrorInfo
+from outlast.messages.instructions import Start
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from outlast.controller import messages as m
-from outlast.controller.keeper_host import KeeperHost
-from outlast.controller.reactor import Reactor
+from outlast import messages as m
+from outlast.agent.keeper_host import KeeperHost
+from outlast.agent.reactor import Reactor
 from outlast.errors import CapacityError, OutlastError, StaleAttemptError, TransferError
 from outlast.snapshot.identity import Attempt
 from outlast.snapshot.restore import HeldImage, Inventory, RankRestore

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from outlast.controller.events import Address
+from outlast.messages.events import Address
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.restore import RestorePlan
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from outlast.controller.forkchild import STACKS_SIGNAL
+from outlast.agent.forkchild import STACKS_SIGNAL
 
 DUMP_S = 5.0
 """How long looking at one process may take."""

@@ -20,8 +20,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from outlast.agent.node_agent import NodeAgent
 from outlast.config import CONTROLLER_ACTOR, NodeConfig
-from outlast.controller.agent import NodeAgent
 
 NOTIFY_S = 5.0
 """How long the controller may take to acknowledge events."""

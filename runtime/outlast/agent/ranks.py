@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from outlast import messages as m
+from outlast.agent.forkclient import Exit, ForkClient
+from outlast.agent.rank_process import RankFiles, link_path, rank_spawn, read_error_file
+from outlast.agent.ranklink import Message, RankLink
+from outlast.agent.stacks import Subject
 from outlast.api import TrainingJob
 from outlast.config import NodeConfig
-from outlast.controller import messages as m
-from outlast.controller.forkclient import Exit, ForkClient
-from outlast.controller.rank_process import RankFiles, link_path, rank_spawn, read_error_file
-from outlast.controller.ranklink import Message, RankLink
-from outlast.controller.stacks import Subject
 from outlast.errors import RequestError
 from outlast.snapshot.identity import Attempt
 

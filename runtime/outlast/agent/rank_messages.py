@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from outlast import messages as m
 from outlast.api import TrainingJob
-from outlast.controller import messages as m
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.placement import groups
 from outlast.snapshot.restore import RankRestore

@@ -26,8 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from outlast.controller import isolation
-from outlast.controller.forkprotocol import Spawn
+from outlast.agent import isolation
+from outlast.agent.forkprotocol import Spawn
 
 STACKS_SIGNAL = signal.SIGUSR2
 """Makes a Python child write the stacks of its threads to its stderr."""

@@ -2,7 +2,7 @@
 
 ::
 
-    python -m outlast.controller.forkserver --socket PATH [--preload numpy,torch]
+    python -m outlast.agent.forkserver --socket PATH [--preload numpy,torch]
 
 A client talks newline-delimited JSON over the Unix socket. Each request may carry ``req``, which its reply repeats.
 
@@ -35,10 +35,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from outlast.controller import isolation
-from outlast.controller.forkchild import become, redirect, separate
-from outlast.controller.forkprotocol import DEFAULT_PRELOAD, ServerSetup, Spawn, preload
-from outlast.controller.pidfiles import remove_pid, write_pid
+from outlast.agent import isolation
+from outlast.agent.forkchild import become, redirect, separate
+from outlast.agent.forkprotocol import DEFAULT_PRELOAD, ServerSetup, Spawn, preload
+from outlast.agent.pidfiles import remove_pid, write_pid
 from outlast.errors import RequestError
 
 __all__ = ["DEFAULT_PRELOAD", "ForkServer", "ServerSetup", "listen", "main"]
@@ -361,7 +361,7 @@ def _children_of_this_process() -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, preload, serve; a fork ends here as what it was made for."""
-    parser = argparse.ArgumentParser(prog="outlast.controller.forkserver", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="outlast.agent.forkserver", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--socket", required=True, help="where to listen")
     parser.add_argument("--preload", default=",".join(DEFAULT_PRELOAD), help="modules to import, separated by commas")
     parser.add_argument("--pid-dir", default="", help="where to write pid files")

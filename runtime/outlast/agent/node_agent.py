@@ -25,22 +25,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from outlast import messages as m
+from outlast.agent import attempt_record, stacks
+from outlast.agent.attempt_record import AttemptRecord
+from outlast.agent.clearing import Clearing
+from outlast.agent.forkclient import Exit, ForkClient
+from outlast.agent.keeper_calls import KeeperTasks
+from outlast.agent.keeper_host import KEEPER, KeeperHost, KeeperWatch, Serving
+from outlast.agent.pidfiles import remove_pid, write_pid
+from outlast.agent.portholder import PortHolder
+from outlast.agent.rank_messages import SLOTS, permit, protection, restore_message
+from outlast.agent.rank_news import RankNews, Send
+from outlast.agent.ranks import Ranks
+from outlast.agent.reactor import Reactor
 from outlast.api import TrainingJob
 from outlast.clock import Clock, SystemClock
 from outlast.config import NodeConfig
-from outlast.controller import attempt_record, stacks
-from outlast.controller import messages as m
-from outlast.controller.agent_keeper import KeeperTasks
-from outlast.controller.attempt_record import AttemptRecord
-from outlast.controller.clearing import Clearing
-from outlast.controller.forkclient import Exit, ForkClient
-from outlast.controller.keeper_host import KEEPER, KeeperHost, KeeperWatch, Serving
-from outlast.controller.pidfiles import remove_pid, write_pid
-from outlast.controller.portholder import PortHolder
-from outlast.controller.rank_messages import SLOTS, permit, protection, restore_message
-from outlast.controller.rank_news import RankNews, Send
-from outlast.controller.ranks import Ranks
-from outlast.controller.reactor import Reactor
 from outlast.errors import OutlastError, RequestError
 from outlast.snapshot.identity import Attempt
 from outlast.snapshot.restore import Inventory

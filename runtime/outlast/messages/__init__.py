@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from outlast.controller import codec
-from outlast.controller.events import (
+from outlast.messages import codec
+from outlast.messages.events import (
     Address,
     Busy,
     Capacity,
@@ -44,7 +44,7 @@ from outlast.controller.events import (
     StopRequested,
     Tick,
 )
-from outlast.controller.instructions import (
+from outlast.messages.instructions import (
     Abort,
     Commit,
     DumpStacks,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from outlast import messages as m
+from outlast.agent.rank_messages import Speaker, error_of, event_of
+from outlast.agent.ranklink import Message
+from outlast.agent.ranks import Rank, Ranks
+from outlast.agent.reactor import Reactor
 from outlast.clock import Clock
-from outlast.controller import messages as m
-from outlast.controller.rank_messages import Speaker, error_of, event_of
-from outlast.controller.ranklink import Message
-from outlast.controller.ranks import Rank, Ranks
-from outlast.controller.reactor import Reactor
 
 ERROR_GRACE_S = 5.0
 """How long a rank that reported an exception may take to end by itself."""
