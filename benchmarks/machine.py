@@ -1,6 +1,6 @@
 """The controller's machine with 10,000 simulated nodes: events handled a second, losses and recoveries among them.
 
-    PYTHONPATH=runtime:tests python benchmarks/machine.py [--nodes 10000] [--losses 3] [--seconds 20]
+    python benchmarks/machine.py [--nodes 10000] [--losses 3] [--seconds 20]
 
 Nodes beat four times a second, snapshots are copied, encoded and committed, nodes are lost one after the other, each
 with the collateral errors of all others, a full stop, a restore plan and a restart. Only the time inside
@@ -14,7 +14,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import pathlib
+import sys
 import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
 
 from outlast import messages as m
 from outlast.controller.settings import MachineConfig

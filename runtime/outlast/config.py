@@ -1,9 +1,9 @@
 """What one process of a run tells another at its start: the controller's and each node's configuration.
 
 ``ControllerConfig`` goes from the supervisor to the controller (``outlast.controller.launch --config FILE``),
-``NodeConfig`` from the supervisor through ``POST /nodes`` to the controller, which keeps it and hands it to the node's
-agent. Both are JSON on the way and hold paths as strings, so that they read the same on both sides. Secrets are named
-by file, never carried.
+``NodeConfig`` from the supervisor to the controller (in ``nodes_file`` before its first start, by ``POST /nodes`` after
+it), which keeps it and hands it to the node's agent. Both are JSON on the way and hold paths as strings,
+so that they read the same on both sides. Secrets are named by file, never carried.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ControllerConfig(_Config):
 
     @property
     def nodes_file(self) -> Path:
-        """JSON {node: NodeConfig} of every node that was registered."""
+        """JSON {"nodes": [NodeConfig, ...]} of every node that was registered."""
         return self.control_dir / "nodes.json"
 
     @property

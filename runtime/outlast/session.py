@@ -50,6 +50,7 @@ from outlast.rank.snapshots import RankSnapshots
 from outlast.rank.sources import open_shards
 
 RESTORE_DEADLINE_S = 600.0
+WEIGHTS_LIMIT_S = 1800.0
 
 
 class Run:
@@ -223,7 +224,7 @@ class Run:
             return
         modules = self._collector.modules
         folder = os.environ.get("OUTLAST_RUN_DIR") if isinstance(self._link, AgentLink) else None
-        with self.busy("writing the weights"):
+        with self.busy("writing the weights", limit=WEIGHTS_LIMIT_S):
             digest = write_weights(modules, pathlib.Path(folder) / "final" if folder else None, self.rank)
             dist.barrier()
         self._link.send("done", digest=digest, steps=self.step, environment=self._environment)

@@ -98,6 +98,9 @@ CASES = [
              (Expected("node", 12, decoded(1 if part == "parity" else 2)),))
         for part in ("header", "data", "parity", "trailer")
     ),
+    Case("corrupt, and the keepers that repair it crash",
+         ("corrupt@17:1/data", "rank-crash@17:0", "keeper-crash@17.restart:2", "keeper-crash@17.restart:3"),
+         (Expected("rank 0", 12, {"memory-local": 3, "memory-decode": 1}),)),
     Case("ddp", ("node-loss@17:1", "rank-crash@28:3"), (Expected("lost", 12, decoded(1)), Expected("rank 3", 12, LOCAL)),
          arguments=("--parallel", "ddp", "--width", "384", "--work", "10", "--global-batch", "256")),
     Case("hsdp", ("node-loss@17:1", "rank-crash@28:3"), (Expected("lost", 12, decoded(1)), Expected("rank 3", 12, LOCAL)),
@@ -206,3 +209,10 @@ def test_a_random_soak_ends_identical(tmp_path: pathlib.Path, undisturbed: Calla
     outcome = trainctl_run(spec, tmp_path, faults, timeout=300 + 120 * minutes)
     assert outcome.status == 0, f"seed {seed}, {faults}:\n{outcome.output}"
     assert outcome.digest == undisturbed(spec).digest, f"seed {seed}, {faults}"
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_ctrl_c_stops_and_leaves_nothing(tmp_path: pathlib.Path, signals: int) -> None:
+    spec = job("train.py", *FSDP, "--steps", "100000")
+    outcome = trainctl_run(spec, tmp_path, interrupt=("snapshot-committed", signals))
+    assert outcome.status == 130, outcome.output

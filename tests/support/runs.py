@@ -6,9 +6,11 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +78,7 @@ def trainctl_run(
     faults: Sequence[str] = (),
     options: Sequence[str] = (),
     timeout: float = 240,
+    interrupt: tuple[str, int] | None = None,
 ) -> Outcome:
     """``trainctl run`` in a process of its own; afterwards nothing of it may be left."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +97,8 @@ def trainctl_run(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         )
         try:
+            if interrupt is not None:
+                _interrupt(process, folder / "output.txt", *interrupt)
             status = process.wait(timeout)
         except subprocess.TimeoutExpired:
             process.terminate()
@@ -107,6 +112,17 @@ def trainctl_run(
     return Outcome(
         run, status, (folder / "output.txt").read_text(), json.loads(report.read_text()) if report.exists() else {}
     )
+
+
+def _interrupt(process: subprocess.Popen[bytes], output: pathlib.Path, after: str, times: int) -> None:
+    """Ctrl-C, as often as said, once the run has told of an event called ``after``."""
+    deadline = time.monotonic() + 120
+    while after not in output.read_text():
+        assert process.poll() is None, output.read_text()
+        assert time.monotonic() < deadline, f"no {after} in 120 s:\n{tail(output)}"
+        time.sleep(0.05)
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
 
 
 def tail(path: pathlib.Path, lines: int = 40) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from outlast.errors import StateError
+from outlast.errors import ImageError, StateError
 from outlast.protect import rng
 from outlast.protect.capture import Capture, Seat
 from outlast.protect.leaves import Collector, clean
@@ -96,7 +96,7 @@ def test_everything_comes_back_bit_for_bit_and_training_goes_on_alike(tmp_path: 
     again = make()
     torch.rand(7)
     random.random()
-    shard = LocalShard(tmp_path / "slot-0-0.img")
+    shard = LocalShard(tmp_path / "slot-0-0.img", Generation(1, 5, "ab" * 8))
     state = reload(Collector(again), Shards(shard, lambda rank: pytest.fail(f"asked for rank {rank}"), 0))
     rng.restore(state["rng"])
     assert state["step"] == 5
@@ -112,7 +112,9 @@ def test_a_changed_script_is_refused_by_name(tmp_path: pathlib.Path) -> None:
     snapshot(objects, tmp_path)
     again = make()
     again["model"].extra = nn.Linear(2, 2)
-    shards = Shards(LocalShard(tmp_path / "slot-0-0.img"), lambda rank: pytest.fail("no"), 0)
+    shards = Shards(
+        LocalShard(tmp_path / "slot-0-0.img", Generation(1, 5, "ab" * 8)), lambda rank: pytest.fail("no"), 0
+    )
     with pytest.raises(StateError, match=r"model/extra\.weight is in the script but not in the snapshot"):
         reload(Collector(again), shards)
     other = make()
@@ -184,6 +186,73 @@ def test_state_that_outgrows_its_room_gets_a_new_layout(tmp_path: pathlib.Path) 
         capture.start(moment, Generation(1, step, "cd" * 8), step % 2, fresh=False).wait(60)
         fresh: dict[str, object] = {"log": None}
         reload(Collector({"model": copy.deepcopy(model), "notes": fresh}),
-               Shards(LocalShard(tmp_path / f"slot-0-{step % 2}.img"), lambda r: pytest.fail("no"), 0))  # fmt: skip
+               Shards(LocalShard(tmp_path / f"slot-0-{step % 2}.img", Generation(1, step, "cd" * 8)), lambda r: pytest.fail("no"), 0))  # fmt: skip
         assert fresh == notes
     capture.close()
+
+
+def test_bytes_that_do_not_verify_are_not_loaded(tmp_path: pathlib.Path) -> None:
+    objects = make()
+    generation = snapshot(objects, tmp_path)
+    path = tmp_path / "slot-0-0.img"
+    with pytest.raises(ImageError, match="holds generation"):
+        LocalShard(path, Generation(2, 5, "ef" * 8))
+    with path.open("r+b") as file:
+        file.seek(300_000 if path.stat().st_size > 400_000 else path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(ImageError, match="do not verify"):
+        LocalShard(path, generation)
+
+
+def test_tensors_that_would_share_a_name_are_refused() -> None:
+    for notes in ({"a/b": torch.ones(1), "a": {"b": torch.zeros(1)}}, {1: torch.ones(1), "1": torch.zeros(1)}):
+        with pytest.raises(StateError, match="two tensors of the state are both called"):
+            Collector({"notes": notes}).collect()
+
+
+def again_from(objects: dict[str, object], fresh: dict[str, object], folder: pathlib.Path) -> None:
+    generation = snapshot(objects, folder)
+    reload(Collector(fresh), Shards(LocalShard(folder / "slot-0-0.img", generation), lambda r: pytest.fail("no"), 0))
+
+
+def test_fused_optimizers_over_channels_last_go_on_alike(tmp_path: pathlib.Path) -> None:
+    def build() -> dict[str, object]:
+        torch.manual_seed(1)
+        model = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+        return {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)}
+
+    def step(objects: dict[str, object]) -> None:
+        x = torch.sin(torch.arange(2 * 3 * 6 * 6.0)).reshape(2, 3, 6, 6)
+        objects["model"](x).square().mean().backward()
+        objects["optimizer"].step()
+        objects["optimizer"].zero_grad()
+
+    objects, fresh = build(), build()
+    step(objects)
+    again_from(objects, fresh, tmp_path)
+    step(objects)
+    step(fresh)
+    assert torch.equal(objects["model"].weight, fresh["model"].weight)
+
+
+def test_state_of_an_optimizer_as_a_whole_and_late_buffers_come_back(tmp_path: pathlib.Path) -> None:
+    class Cached(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.register_buffer("cache", None)
+
+    def build() -> dict[str, object]:
+        model = Cached()
+        return {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+
+    objects, fresh = build(), build()
+    objects["model"].cache = torch.arange(3.0)
+    objects["optimizer"].state["global"] = {"count": 7, "ema": torch.arange(2.0)}
+    again_from(objects, fresh, tmp_path)
+    assert torch.equal(fresh["model"].cache, torch.arange(3.0))
+    assert fresh["optimizer"].state["global"]["count"] == 7
+    assert torch.equal(fresh["optimizer"].state["global"]["ema"], torch.arange(2.0))
+    with pytest.raises(StateError, match=r"optimizer= is in the snapshot but not protected now"):
+        again_from(objects, {"model": build()["model"]}, tmp_path)

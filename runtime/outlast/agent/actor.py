@@ -1,7 +1,7 @@
 """A node's agent as a Ray actor: events go to the controller's actor, instructions come from it.
 
 The actor is detached and Ray starts it again when it dies; a node whose forkserver is gone has no use for one, so such
-an actor ends for good. Nothing here decides anything: see ``agent``.
+an actor ends for good. Nothing here decides anything: see ``node_agent``.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _worth_telling(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class AgentActor:
-    """Made by ``controller.ray_agents`` from a NodeConfig in JSON. Both calls return at once.
+    """Made by ``outlast.controller.ray_agents`` from a NodeConfig in JSON. Both calls return at once.
 
     Raises TransferError when the node's forkserver is not there: then the node is lost, and Ray makes no other.
     """

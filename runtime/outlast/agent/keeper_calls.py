@@ -9,6 +9,7 @@ from typing import Any
 from outlast import messages as m
 from outlast.agent.keeper_host import KeeperHost
 from outlast.agent.reactor import Reactor
+from outlast.clock import Clock
 from outlast.errors import CapacityError, OutlastError, StaleAttemptError, TransferError
 from outlast.snapshot.identity import Attempt
 from outlast.snapshot.restore import HeldImage, Inventory, RankRestore
@@ -25,8 +26,10 @@ ENCODE_S = 300.0
 class KeeperTasks:
     """One node's requests. All methods but ``status`` and ``held`` are called on the reactor's thread."""
 
-    def __init__(self, node: str, host: KeeperHost, reactor: Reactor, emit: Callable[[m.Event], None]) -> None:
-        self._node, self._host, self._reactor, self._emit = node, host, reactor, emit
+    def __init__(
+        self, node: str, host: KeeperHost, reactor: Reactor, emit: Callable[[m.Event], None], clock: Clock
+    ) -> None:
+        self._node, self._host, self._reactor, self._emit, self._clock = node, host, reactor, emit, clock
 
     def status(self) -> dict[str, Any]:
         """What the keeper has, as it says itself. Blocks until there is a keeper; raises TransferError."""
@@ -78,27 +81,34 @@ class KeeperTasks:
         return self._call("fence", CALL_S, attempt)
 
     def rebuild(self, start: m.Start, dirty: frozenset[int]) -> None:
-        """Get back what this node lacks of the plan, all ranks at once; then tell that it is ready, in any case."""
+        """Get back what this node lacks of the plan, all ranks at once; then tell that it is ready.
+
+        What cannot be rebuilt ends the attempt, as if its rank had: nobody trains on bytes that do not verify.
+        """
         plan = start.restore
         wanted = plan.on_node(self._node) if plan is not None else ()
         lacking = [restore for restore in wanted if restore.source != "memory-local"]
         replies: list[dict[str, Any]] = []
-        left = len(lacking)
+        left, failed = len(lacking), False
 
-        def done(reply: dict[str, Any] | OutlastError) -> None:
-            nonlocal left
+        def done(restore: RankRestore, reply: dict[str, Any] | OutlastError) -> None:
+            nonlocal left, failed
             left -= 1
             if isinstance(reply, OutlastError):
+                failed = True
                 self._complain("rebuild-failed", reply)
+                told = m.ErrorInfo(self._clock.wall(), type(reply).__name__, f"its state could not be rebuilt: {reply}")
+                self._emit(m.RankExited(self._node, start.attempt, restore.rank, error=told, time=told.time))
             else:
                 replies.append(reply)
-            if left == 0:
+            if left == 0 and not failed:
                 self._emit(_ready(self._node, start.attempt, replies))
 
         if not lacking:
             self._emit(_ready(self._node, start.attempt, replies))
         for restore in lacking:
-            self._reactor.work(partial(self._rebuild, start, restore, restore.local_rank in dirty), done)
+            fresh = restore.local_rank in dirty
+            self._reactor.work(partial(self._rebuild, start, restore, fresh), partial(done, restore))
 
     def _rebuild(self, start: m.Start, restore: RankRestore, fresh: bool) -> dict[str, Any]:
         assert start.restore is not None

@@ -82,7 +82,7 @@ class NodeAgent:
             timeout=_CONNECT_S,
         )
         self._host = KeeperHost(config, self._job.spec.snapshot.max_memory, self._forks, self._clock)
-        self._keeper = KeeperTasks(config.node, self._host, self._reactor, self._emit)
+        self._keeper = KeeperTasks(config.node, self._host, self._reactor, self._emit, self._clock)
         self._news = RankNews(config.node, self._reactor, send, self._clock)
         self._ranks: Ranks | None = None
         self._clearing: Clearing | None = None

@@ -1,8 +1,8 @@
-"""The agent's end of its ranks' connections: a Unix socket, newline-delimited JSON (the ranks' end: ``rank.link``).
+"""The agent's end of its ranks' connections: a Unix socket, newline-delimited JSON.
 
-There is one such server for each attempt, at a path of its own: a rank of another attempt cannot reach it. A rank says
-``hello`` first; what comes before is nobody's and ends the connection, and so does a second hello of a rank that is
-still connected. Messages are handed on in order, from one thread.
+The ranks' end is ``outlast.rank.link``. There is one such server for each attempt, at a path of its own: a rank of
+another attempt cannot reach it. A rank says ``hello`` first; what comes before is nobody's and ends the connection, and
+so does a second hello of a rank that is still connected. Messages are handed on in order, from one thread.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ class Rank:
     told: bool = False
 
     def step(self, said: Mapping[str, Any]) -> None:
-        """Take note of a finished step."""
+        """Take note of a finished step. One after the last means that the script trains on: it is not done."""
+        self.done = None
         self.steps, self.seconds = int(said["step"]), float(said["seconds"])
         self.own_seconds = float(said.get("own_seconds", said["seconds"]))
 

@@ -195,7 +195,8 @@ class Machine:
     def _capacity(self, event: e.Capacity, now: float) -> None:
         if self._alive(event.node, now) is not None:
             where = event.node if event.rank is None else f"rank {event.rank} on {event.node}"
-            self.job.finish("failed", f"{where}: {event.text} ({event.missing_bytes} bytes are missing)", now)
+            missing = f" ({event.missing_bytes} bytes are missing)" if event.missing_bytes else ""
+            self.job.finish("failed", f"{where}: {event.text}{missing}", now)
 
     def _note(self, event: e.Note, now: float) -> None:
         if self._alive(event.node, now) is not None:

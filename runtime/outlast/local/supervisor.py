@@ -247,8 +247,10 @@ class Supervisor:
     async def _clean(self) -> None:
         """Kill every descendant and remove the run's sockets and memory."""
         await self._gate.close()
-        await processes.kill_all(lambda: processes.descendants(os.getpid()))
-        self._folders.remove()
+        try:
+            await processes.kill_all(lambda: processes.descendants(os.getpid()))
+        finally:
+            self._folders.remove()
 
     def _known_children(self) -> list[int]:
         """Children that are waited for by those who started them, and are not Ray's."""

@@ -1,13 +1,13 @@
 """One snapshot of one rank: planned at most once per set of storages, staged at the boundary, copied behind training.
 
 The boundary stages what anything may change (eager leaves, JSON state); the copier then fills the image in the
-background while forward and backward run; whoever is about to change parameters waits on ``Window.wait`` first (lazy
-copy after DataStates-LLM). ``Capture`` itself touches neither the network nor the job's control.
+background while forward and backward run; whoever is about to change parameters waits first (lazy copy after
+DataStates-LLM; the waiting is ``outlast.rank.snapshots.Window``'s). ``Capture`` itself touches neither the network nor
+the job's control.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import threading
@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from outlast.errors import CapacityError
-from outlast.protect.leaves import Collected, Collector, Leaf
+from outlast.protect.leaves import Collected, Collector, Leaf, dump
 from outlast.protect.plan import STATE, Cut, Part, make_parts, state_capacity, state_entry
 from outlast.protect.replicas import bytes_of
-from outlast.protect.tree import Json, flatten
+from outlast.protect.tree import flatten
 from outlast.snapshot.copier import Copier, CopyTicket, Piece
 from outlast.snapshot.identity import Generation
 from outlast.snapshot.image import ImageFile, Layout, plan_layout
@@ -71,6 +71,9 @@ class SnapshotPlan:
     parts: tuple[Part, ...]
     layout: Layout
     cut: Cut
+    eager: Mapping[str, Leaf]
+    pieces: tuple[Piece, ...]
+    """What the copier reads of lazy leaves: the same objects for as long as the plan holds."""
 
 
 class Capture:
@@ -89,10 +92,11 @@ class Capture:
         """Look at all protected objects now; ``extra`` (the session's own state) is stored beside them."""
         collected = self.collector.collect()
         tensors: list[tuple[str, torch.Tensor]] = []
-        tree: Json = {"objects": collected.state, "session": flatten(dict(extra), "__session__", tensors)}
+        session = dump(flatten(dict(extra), "__session__", tensors))
         for name, tensor in tensors:
             collected.leaves[name] = Leaf(name, tensor, False, tuple(tensor.shape), (0,) * tensor.dim(), False)
-        return Moment(collected, json.dumps(tree, separators=(",", ":")).encode())
+        objects = ",".join(f"{dump(key)}:{text}" for key, text in collected.state.items())
+        return Moment(collected, f'{{"objects":{{{objects}}},"session":{session}}}'.encode())
 
     def needs_plan(self, moment: Moment) -> bool:
         """Whether ranks must agree (again) on how replicated state is cut."""
@@ -103,7 +107,13 @@ class Capture:
         parts = tuple(make_parts(moment.leaves, cut, self.seat.rank))
         entries = [state_entry(state_capacity(len(moment.state))), *(part.entry() for part in parts)]
         layout = plan_layout(entries, self.seat.meta())
-        self.plan = SnapshotPlan(moment.collected.signature(), parts, layout, cut)
+        eager = {part.leaf.name: part.leaf for part in parts if not part.leaf.lazy}
+        pieces = tuple(
+            Piece(part.leaf.name, part.leaf.tensor, part.start, part.stop)
+            for part in parts
+            if part.leaf.lazy and part.stop > part.start
+        )
+        self.plan = SnapshotPlan(moment.collected.signature(), parts, layout, cut, eager, pieces)
         return self.plan
 
     def start(self, moment: Moment, generation: Generation, slot: int, *, fresh: bool) -> CopyTicket:
@@ -111,23 +121,16 @@ class Capture:
         plan = self._current_plan(moment)
         image = self._image(slot, plan.layout, fresh=fresh)
         eager: dict[str, Any] = {STATE: self._state_blob(moment.state, plan.layout.entry(STATE).nbytes)}
-        lazy = []
-        for part in plan.parts:
-            leaf = moment.leaves[part.leaf.name]
-            if not leaf.lazy:
-                eager[leaf.name] = self._stage(leaf)
-            elif part.stop > part.start:
-                lazy.append(Piece(leaf.name, leaf.tensor, part.start, part.stop))
-        return self.copier.start(image, generation, eager, lazy)
+        for name in plan.eager:
+            eager[name] = self._stage(moment.leaves[name])
+        return self.copier.start(image, generation, eager, plan.pieces)
 
     def _current_plan(self, moment: Moment) -> SnapshotPlan:
         """The plan, laid out anew when eager state changed its shape or outgrew its room (the cut stays)."""
         plan = self.plan
         assert plan is not None
         leaves = moment.leaves
-        same = len(plan.parts) == len(leaves) and all(
-            _fits(part.leaf, leaves.get(part.leaf.name)) for part in plan.parts
-        )
+        same = len(plan.parts) == len(leaves) and all(_fits(plan.eager[name], leaves.get(name)) for name in plan.eager)
         if same and len(moment.state) + 8 <= plan.layout.entry(STATE).nbytes:
             return plan
         return self.make_plan(moment, plan.cut)

@@ -38,7 +38,10 @@ def bucket_order(ddp: DistributedDataParallel) -> list[list[int]]:
 
 
 def set_bucket_order(ddp: DistributedDataParallel, order: list[list[int]]) -> None:
-    """Give ``ddp`` a new reducer with these buckets; its first backward then adds in that order already."""
+    """Give ``ddp`` a new reducer with these buckets; its first backward then adds in that order already.
+
+    Communication hooks go with it (Python's; built-in ones are recorded nowhere: register them after ``protect``).
+    """
     if not order or order == bucket_order(ddp):
         return
     module: Any = torch.distributed
@@ -56,6 +59,8 @@ def set_bucket_order(ddp: DistributedDataParallel, order: list[list[int]]) -> No
         ddp._ddp_init_helper(parameters, expect_sparse, names, ddp.static_graph)  # type: ignore[no-untyped-call]
     finally:
         module._compute_bucket_assignment_by_size = original
+    for hook, state in ddp._comm_hooks:
+        module._register_comm_hook(ddp.reducer, state, hook)
 
 
 def rebuild_buckets(ddp: DistributedDataParallel) -> bool:

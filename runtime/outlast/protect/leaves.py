@@ -8,6 +8,7 @@ copied at the boundary. Names do not depend on wrappers, ranks or the world size
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -68,7 +69,8 @@ class Collected:
     """All leaves of the protected objects at one moment, and the JSON state around them."""
 
     leaves: dict[str, Leaf] = field(default_factory=dict)
-    state: dict[str, Json] = field(default_factory=dict)
+    state: dict[str, str] = field(default_factory=dict)
+    """JSON text by object: most of it is the same every time and is not written anew."""
 
     def signature(self) -> tuple[Leaf, ...]:
         """Changes when a lazy tensor appears, goes, or moves to another storage (leaves compare by identity)."""
@@ -131,19 +133,21 @@ class Collector:
         reshard(self.modules)
         self.parameters: dict[int, tuple[str, torch.Tensor]] = {}
         self.buffers: dict[str, torch.Tensor] = {}
-        self._memo: dict[str, tuple[torch.Tensor, Leaf]] = {}
+        self._memo: dict[str, tuple[torch.Tensor, bool, Leaf]] = {}
+        self._states: dict[str, _OptimizerStates] = {}
+        self._parts = {key: list(module.named_modules()) for key, module in self.modules.items()}
         self._index_modules()
 
     def _leaf(self, name: str, tensor: torch.Tensor, *, lazy: bool) -> Leaf:
         """``make_leaf``, or the leaf made before when the tensor is the same and lies where it lay."""
         known = self._memo.get(name)
-        if known is not None and known[0] is tensor:
-            leaf = known[1]
+        if known is not None and known[0] is tensor and known[1] == lazy:
+            leaf = known[2]
             local = getattr(tensor, "_local_tensor", tensor)
             if local.data_ptr() == leaf.tensor.data_ptr() and local.shape == leaf.tensor.shape and not tensor.is_meta:
                 return leaf
         leaf = make_leaf(name, tensor, lazy=lazy)
-        self._memo[name] = (tensor, leaf)
+        self._memo[name] = (tensor, lazy, leaf)
         return leaf
 
     def _index_modules(self) -> None:
@@ -171,52 +175,97 @@ class Collector:
         }
         for name, parameter in self.parameters.values():
             found.leaves[name] = self._leaf(name, parameter, lazy=id(parameter) in stepped)
-        for key, module in self.modules.items():
-            self._collect_module(key, module, found)
+        for key in self.modules:
+            self._collect_module(key, found)
         for key in self.optimizers:
             self._collect_optimizer(key, found)
         for key, value in self.others.items():
             content = value.state_dict() if isinstance(value, Stateful) else value
-            found.state[key] = self._tree(content, key, found, lazy=False)
+            found.state[key] = dump(self._tree(content, key, found, lazy=False))
         return found
 
-    def _collect_module(self, key: str, module: nn.Module, found: Collected) -> None:
-        for name, buffer in module.named_buffers():
-            full = f"{key}/{clean(name)}"
-            found.leaves[full] = self._leaf(full, buffer, lazy=False)
-        extra = {
-            clean(name): part.get_extra_state()
-            for name, part in module.named_modules()
-            if type(part).get_extra_state is not nn.Module.get_extra_state
-        }
+    def _collect_module(self, key: str, found: Collected) -> None:
+        extra = {}
+        for path, part in self._parts[key]:
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    full = f"{key}/{clean(f'{path}.{name}' if path else name)}"
+                    found.leaves.setdefault(full, self._leaf(full, buffer, lazy=False))
+            if type(part).get_extra_state is not nn.Module.get_extra_state:
+                extra[clean(path)] = part.get_extra_state()
         if extra:
-            found.state[key] = self._tree(extra, f"{key}/extra", found, lazy=False)
+            found.state[key] = dump(self._tree(extra, f"{key}/extra", found, lazy=False))
 
     def _collect_optimizer(self, key: str, found: Collected) -> None:
         optimizer = self.optimizers[key]
-        states: dict[str, Json] = {}
-        for name, parameter in self.parameters_of(key):
-            if id(parameter) not in self.parameters and name not in found.leaves:
-                found.leaves[name] = self._leaf(name, parameter, lazy=True)
-            if parameter in optimizer.state:
-                states[name] = self._state_tree(optimizer.state[parameter], f"{key}/state/{name}", found)
+        known = self._states.get(key)
+        if known is None or not known.hold(optimizer):
+            known = self._states[key] = self._optimizer_states(key)
+        found.leaves |= known.leaves
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        found.state[key] = {"states": states, "groups": self._tree(groups, f"{key}/groups", found, lazy=False)}
+        others = {k: v for k, v in optimizer.state.items() if not isinstance(k, torch.Tensor)}
+        text = dump(self._tree(groups, f"{key}/groups", found, lazy=False))
+        other = dump(self._tree(others, f"{key}/others", found, lazy=False))
+        found.state[key] = f'{{"states":{known.text},"groups":{text},"others":{other}}}'
 
-    def _state_tree(self, state: Mapping[Any, object], path: str, found: Collected) -> Json:
-        """The tree of one parameter's state; the usual kind, tensors under plain names, without a walk."""
-        if not all(isinstance(value, torch.Tensor) and type(key) is str for key, value in state.items()):
-            return self._tree(state, path, found, lazy=True)
-        tree = {}
-        for key, tensor in state.items():
-            name = f"{path}/{key}"
-            found.leaves[name] = self._leaf(name, tensor, lazy=True)  # type: ignore[arg-type]
-            tree[key] = {"$tensor": name}
-        return tree
+    def _optimizer_states(self, key: str) -> _OptimizerStates:
+        found, states, seen = Collected(), {}, []
+        optimizer = self.optimizers[key]
+        for name, parameter in self.parameters_of(key):
+            if id(parameter) not in self.parameters:
+                found.leaves[name] = self._leaf(name, parameter, lazy=True)
+            seen.append((parameter, optimizer.state.get(parameter)))
+            if parameter in optimizer.state:
+                states[name] = self._tree(optimizer.state[parameter], f"{key}/state/{name}", found, lazy=True)
+        return _OptimizerStates(found.leaves, dump(states), seen)
 
     def _tree(self, value: object, path: str, found: Collected, *, lazy: bool) -> Json:
         tensors: list[tuple[str, torch.Tensor]] = []
         tree = flatten(value, path, tensors)
         for name, tensor in tensors:
-            found.leaves[name] = self._leaf(name, tensor, lazy=lazy)
+            leaf = self._leaf(name, tensor, lazy=lazy)
+            if found.leaves.setdefault(name, leaf) is not leaf:
+                raise StateError(f"two tensors of the state are both called {name!r}: rename a key")
         return tree
+
+
+def dump(value: Json) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+class _OptimizerStates:
+    """What was found in one optimizer's states, good for as long as nothing but bytes has changed there.
+
+    States that hold anything else than tensors (a counter, a list) have to be looked at every time.
+    """
+
+    def __init__(
+        self, leaves: dict[str, Leaf], text: str, seen: list[tuple[torch.Tensor, dict[str, Any] | None]]
+    ) -> None:
+        self.leaves, self.text = leaves, text
+        plain = all(isinstance(value, torch.Tensor) for _, state in seen for value in (state or {}).values())
+        self._seen = [(p, _pointer(p), state, len(state or {})) for p, state in seen] if plain else None
+        self._tensors: list[tuple[dict[str, Any], str, torch.Tensor, int]] = [
+            (state, key, tensor, _pointer(tensor))
+            for _, state in seen
+            if plain and state
+            for key, tensor in state.items()
+        ]
+
+    def hold(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the same tensors are in the same places, in the same storages."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self._seen is None or len(parameters) != len(self._seen):
+            return False
+        for live, (parameter, pointer, state, size) in zip(parameters, self._seen, strict=True):
+            if live is not parameter or _pointer(live) != pointer:
+                return False
+            if optimizer.state.get(live) is not state or len(state or ()) != size:
+                return False
+        return all(
+            state.get(key) is tensor and _pointer(tensor) == place for state, key, tensor, place in self._tensors
+        )
+
+
+def _pointer(tensor: torch.Tensor) -> int:
+    return int(getattr(tensor, "_local_tensor", tensor).data_ptr())

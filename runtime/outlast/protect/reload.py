@@ -8,7 +8,7 @@ were (dtype included), the rest through ``load_state_dict``.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from outlast.errors import StateError
+from outlast.errors import ImageError, StateError
 from outlast.protect.leaves import Collector, Stateful, clean, local_of, make_leaf
 from outlast.protect.plan import STATE, decode_state, part_range
 from outlast.protect.tree import Json, unflatten
+from outlast.snapshot.identity import Generation
 from outlast.snapshot.image import ImageFile, Layout
 
 
@@ -32,10 +33,15 @@ class ShardReader(Protocol):
 
 
 class LocalShard:
-    """This node's own image file, verified by its keeper before the attempt began."""
+    """This node's own image file of one generation, verified once more: nobody trains on bytes that were not."""
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: pathlib.Path, generation: Generation) -> None:
+        """Raises ImageError when the file is of another generation, or not sealed, or any block does not verify."""
         self._image = ImageFile.open(path)
+        if self._image.generation != generation:
+            raise ImageError(f"{path} holds generation {self._image.generation}, not {generation}")
+        if not all(self._image.verify()):
+            raise ImageError(f"{path} has blocks that do not verify")
 
     def layout(self) -> Layout:
         return self._image.layout
@@ -103,8 +109,11 @@ def reload(collector: Collector, shards: Shards) -> dict[str, Any]:
     for name, parameter in collector.parameters.values():
         _copy_in(name, parameter, shards)
     for key, module in collector.modules.items():
-        for name, buffer in module.named_buffers():
-            _copy_in(f"{key}/{clean(name)}", buffer, shards)
+        for part, place, name, buffer in _buffers(module):
+            if buffer is not None:
+                _copy_in(f"{key}/{name}", buffer, shards)
+            elif f"{key}/{name}" in shards.names():
+                part._buffers[place] = shards.tensor(f"{key}/{name}")  # one that the first forward would make
         if key in state["objects"]:
             _load_extra_state(module, unflatten(state["objects"][key], shards.tensor))
     for key in collector.optimizers:
@@ -121,13 +130,25 @@ def _check_objects(collector: Collector, saved: Mapping[str, Json], names: Mappi
     modules = {f"{key}/" for key in collector.modules}
     expected = {name for name, _ in collector.parameters.values()}
     expected |= {f"{key}/{clean(n)}" for key, module in collector.modules.items() for n, _ in module.named_buffers()}
+    late = {
+        f"{k}/{n}" for k, module in collector.modules.items() for _, _, n, buffer in _buffers(module) if buffer is None
+    }
     held = {n for n in names if any(n.startswith(prefix) and not n.startswith(f"{prefix}extra/") for prefix in modules)}
     problems = [f"protect({name}=...) is not in the snapshot" for name in missing]
     problems += [f"{name} is in the script but not in the snapshot" for name in sorted(expected - held)]
-    problems += [f"{name} is in the snapshot but not in the script" for name in sorted(held - expected)]
+    problems += [f"{name} is in the snapshot but not in the script" for name in sorted(held - expected - late)]
+    keys = {name.split("/", 1)[0] for name in names if not name.startswith("__")} | set(saved)
+    problems += [f"{key}= is in the snapshot but not protected now" for key in sorted(keys - set(collector.objects))]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise StateError(f"the script does not fit the snapshot: {shown}. Was the script changed between attempts?")
+
+
+def _buffers(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, str, torch.Tensor | None]]:
+    """(owner, its name there, full clean name, buffer) of every buffer, those that are None yet too."""
+    for path, part in module.named_modules():
+        for place, buffer in part._buffers.items():
+            yield part, place, clean(f"{path}.{place}" if path else place), buffer
 
 
 def _copy_in(name: str, live: torch.Tensor, shards: Shards) -> None:
@@ -159,6 +180,7 @@ def _load_optimizer(collector: Collector, key: str, saved: Json, shards: Shards)
             else:
                 live[option] = value
     optimizer.state.clear()
+    optimizer.state.update(unflatten(saved["others"], shards.tensor))
     for name, parameter in collector.parameters_of(key):
         if id(parameter) not in collector.parameters:
             _copy_in(name, parameter, shards)
@@ -171,6 +193,8 @@ def _optimizer_tensor(name: str, parameter: torch.Tensor, shards: Shards) -> tor
     """A tensor of an optimizer's state as it was: its dtype, its device, a DTensor again if it was one."""
     info = shards.own.layout().entry(name).info
     saved = shards.tensor(name)
+    if not info["distributed"] and saved.shape == parameter.shape:
+        saved = torch.empty_like(parameter, dtype=saved.dtype, device="cpu").copy_(saved)  # strides as the parameter's
     if info["distributed"]:
         from torch.distributed.tensor import DTensor
 

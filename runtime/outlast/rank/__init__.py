@@ -4,5 +4,6 @@
 ``snapshots``   permits obeyed at boundaries, windows kept until the optimizer's next step, results reported
 ``batches``     micro-batches of global steps out of any loader, with the position consumed
 ``environment`` what decides bits besides code and data
-``gate``        where an injected fault stops a rank
+``sources``     where a restore reads each rank's image from
+``gate`` ``slowdown``  where an injected fault stops a rank, or slows it
 """

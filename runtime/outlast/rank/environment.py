@@ -1,4 +1,4 @@
-"""What decides bits besides code, data and state: recorded in reports, compared on every restart."""
+"""What decides bits besides code, data and state: recorded in reports, compared when a snapshot is restored."""
 
 from __future__ import annotations
 

@@ -10,17 +10,18 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from outlast.errors import CapacityError, OutlastError, SnapshotError
-from outlast.protect.capture import Capture, Moment
+from outlast.protect.capture import Capture, Moment, SnapshotPlan
 from outlast.protect.plan import rotating_sample
 from outlast.protect.replicas import ReplicaVote, digest
 from outlast.rank.link import AgentLink
+from outlast.snapshot.copier import CopyTicket
 from outlast.snapshot.identity import Generation
 
 WINDOW_DEADLINE_S = 600.0
@@ -69,7 +70,8 @@ class RankSnapshots:
         check: bool,
     ) -> None:
         self.link, self.capture, self.extra, self.fits, self.check = link, capture, extra, fits, check
-        self._failure: CapacityError | None = None
+        self._failure: OutlastError | None = None
+        self._distrusted: set[str] = set()  # leaves that were found to differ between replicas once
         self.window: Window | None = None
         self._vote: ReplicaVote | None = None
         self._work: queue.SimpleQueue[tuple[str, Callable[[], None]]] = queue.SimpleQueue()
@@ -116,7 +118,8 @@ class RankSnapshots:
 
     def _agree(self, window: Window, moment: Moment) -> None:
         try:
-            digests = {leaf.key: digest(leaf.tensor) for leaf in moment.leaves.values() if leaf.lazy}
+            lazy = [leaf for leaf in moment.leaves.values() if leaf.lazy]
+            digests = {leaf.key: None if leaf.key in self._distrusted else digest(leaf.tensor) for leaf in lazy}
         finally:
             window.closed.set()
         world = self.capture.seat.world
@@ -156,37 +159,56 @@ class RankSnapshots:
         self._turn += 1
 
         def finish() -> None:
-            try:
-                ticket.wait(WINDOW_DEADLINE_S)
-                by_key = {leaf.key: leaf for leaf in moment.leaves.values() if leaf.lazy}
-                sampled = {key: digest(by_key[key].tensor) or "" for key, _ in sample if key in by_key}
-                changed = (
-                    [name for name, value in self._digests(moment).items() if before.get(name) != value]
-                    if self.check
-                    else []
-                )
-            finally:
-                window.closed.set()
-            self.link.send(
-                "copied", generation=str(window.generation), slot=int(permit["slot"]), bytes=ticket.copied_bytes,
-                length=plan.layout.total_bytes, stall_s=window.stall_so_far(), copy_s=ticket.seconds,
-            )  # fmt: skip
-            if changed:
-                self._note(
-                    "state-changed",
-                    f"changed during the copy by something else than an optimizer: {', '.join(changed)}",
-                )
-            for key, replicas in sample:
-                if key in sampled:
-                    self._compare(window, key, sampled[key], replicas)
+            self._finish(window, moment, ticket, int(permit["slot"]), plan, sample, before)
 
         self._work.put((str(window.generation), finish))
 
-    def _compare(self, window: Window, key: str, mine: str, replicas: tuple[int, ...]) -> None:
+    def _finish(
+        self,
+        window: Window,
+        moment: Moment,
+        ticket: CopyTicket,
+        slot: int,
+        plan: SnapshotPlan,
+        sample: Sequence[tuple[str, tuple[int, ...]]],
+        before: Mapping[str, str | None],
+    ) -> None:
+        try:
+            ticket.wait(WINDOW_DEADLINE_S)
+        except TimeoutError as error:  # it is still reading: the window stays shut, and the loop ends with this
+            self._failure = SnapshotError(str(error))
+            raise
+        except BaseException:
+            window.closed.set()
+            raise
+        by_key = {leaf.key: leaf for leaf in moment.leaves.values() if leaf.lazy} if sample else {}
+        sampled = {key: digest(by_key[key].tensor) or "" for key, _ in sample if key in by_key}
+        after = self._digests(moment) if self.check else {}
+        window.closed.set()
+        changed = [name for name, value in after.items() if before.get(name) != value]
+        if changed:
+            text = f"changed during the copy by something else than an optimizer: {', '.join(changed)}"
+            self._note("state-changed", text)
+        for key, replicas in sample:
+            if key in sampled and not self._agreeing(window, key, sampled[key], replicas):
+                self._distrusted |= {key for key, members in plan.cut.items() if members == replicas}
+                self.link.send("missed", generation=str(window.generation), reason="replan")
+                return
+        self.link.send(
+            "copied", generation=str(window.generation), slot=slot, bytes=ticket.copied_bytes,
+            length=plan.layout.total_bytes, stall_s=window.stall_so_far(), copy_s=ticket.seconds,
+        )  # fmt: skip
+
+    def _agreeing(self, window: Window, key: str, mine: str, replicas: tuple[int, ...]) -> bool:
+        """Whether the replicas still hold ``key`` alike; only the first of them compares and can know."""
         others = self._voter().differing(f"sample/{window.generation}", key, mine, replicas, window.given_up)
         if others:
             name = key.split("@")[0]
-            self._note("silent-corruption", f"replicas of {name} differ: ranks {others} against rank {replicas[0]}")
+            text = (
+                f"replicas of {name} differ: ranks {others} against rank {replicas[0]}; each is kept whole from now on"
+            )
+            self._note("silent-corruption", text)
+        return not others
 
     @staticmethod
     def _digests(moment: Moment) -> dict[str, str | None]:

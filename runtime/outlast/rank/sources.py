@@ -10,6 +10,7 @@ from typing import Any
 
 from outlast.errors import StateError
 from outlast.protect.reload import LocalShard, ShardReader, Shards
+from outlast.snapshot.identity import Generation
 from outlast.snapshot.layout import Layout
 from outlast.snapshot.wire import KeeperClient
 
@@ -17,8 +18,8 @@ from outlast.snapshot.wire import KeeperClient
 class RemoteShard:
     """Another rank's image, read through the keeper that holds it."""
 
-    def __init__(self, client: KeeperClient, generation: str, local_rank: int) -> None:
-        self._client, self._generation, self._local_rank = client, generation, local_rank
+    def __init__(self, client: KeeperClient, generation: str, local_rank: int, seat: int) -> None:
+        self._client, self._generation, self._local_rank, self._seat = client, generation, local_rank, seat
         self._layout: Layout | None = None
 
     def layout(self) -> Layout:
@@ -33,15 +34,14 @@ class RemoteShard:
         return bytes(buffer)
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        self._client.read(
-            kind="shard", local_rank=self._local_rank, generation=self._generation, offset=offset, out=target
-        )
+        self._client.read("shard", self._local_rank, self._generation, offset=offset, out=target, seat=self._seat)
 
 
 @contextlib.contextmanager
 def open_shards(message: Mapping[str, Any], rank: int) -> Iterator[Shards]:
     """The generation of a ``restore`` message; closes files and connections afterwards."""
-    images, generation = message["images"], message["plan"]["generation"]
+    images, text = message["images"], message["plan"]["generation"]
+    generation = Generation.parse(text)
     token = pathlib.Path(os.environ["OUTLAST_TOKEN_FILE"]).read_text().strip()
     own = images.get(str(rank), {})
     if "path" not in own:
@@ -51,12 +51,12 @@ def open_shards(message: Mapping[str, Any], rank: int) -> Iterator[Shards]:
         def open_shard(other: int) -> ShardReader:
             where = images[str(other)]
             if "path" in where:
-                shard = LocalShard(pathlib.Path(where["path"]))
+                shard = LocalShard(pathlib.Path(where["path"]), generation)
                 stack.callback(shard.close)
                 return shard
             client = stack.enter_context(contextlib.closing(KeeperClient(where["host"], where["port"], token, 60.0)))
-            return RemoteShard(client, generation, int(where["local_rank"]))
+            return RemoteShard(client, text, int(where["local_rank"]), int(where["seat"]))
 
-        first = LocalShard(pathlib.Path(own["path"]))
+        first = LocalShard(pathlib.Path(own["path"]), generation)
         stack.callback(first.close)
         yield Shards(first, open_shard, rank)

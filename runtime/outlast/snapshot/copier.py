@@ -163,6 +163,7 @@ class _Template:
             rows.append((offset, image.address + offset if name is not None else 0, nbytes))
         self._table = make_segments(rows)
         self._needed = frozenset(name for name, nbytes in self._bytes_of.items() if nbytes)
+        self._last: tuple[Sequence[Piece], frozenset[str], _Job] | None = None
 
     def job(
         self, image: ImageFile, generation: Generation, eager: Mapping[str, BytesLike], lazy: Sequence[Piece]

@@ -93,16 +93,25 @@ class Rebuilding:
         self._peers.shutdown()
 
     def _repair(self) -> None:
-        """Decode the bad blocks of the node's own image, in place."""
+        """Decode the bad blocks of the node's own image, in place. What fails to verify then counts as absent."""
         image = ImageFile.open(self._store.path(self._request.place), writable=True)
         self._check_identity(image)
-        self._decode(image.view)
+        repaired = False
+        try:
+            self._decode(image.view)
+            self._check_repaired(image)
+            repaired = True
+        finally:
+            if not repaired:
+                image.unseal()
+            image.close()
+
+    def _check_repaired(self, image: ImageFile) -> None:
         expected = image.checksums()
         for block in self._own_bad_blocks():
             stop = min((block + 1) * BLOCK, image.layout.trailer_offset)
             if block_checksums(image.view(block * BLOCK, stop - block * BLOCK))[0] != expected[block]:
                 raise ImageError(f"{self._request.name}: block {block} does not verify after its repair")
-        image.close()
 
     def _own_bad_blocks(self) -> Sequence[int]:
         restore = self._request.restore

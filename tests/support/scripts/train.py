@@ -73,9 +73,19 @@ class Rich(nn.Module):
         return (self.tied_in(h) + self.tied_out(torch.relu(h))) * self.scale16.float() * self.late
 
 
+def average_in_double(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """A communication hook of the script's own: it must be in force after a restart too."""
+    buffer = bucket.buffer()
+    wide = buffer.double() / dist.get_world_size()
+    work = dist.all_reduce(wide, async_op=True)
+    return work.get_future().then(lambda done: buffer.copy_(done.value()[0]))
+
+
 def wrap(model: nn.Module, parallel: str, world: int) -> nn.Module:
     if parallel == "ddp":
-        return DistributedDataParallel(model, bucket_cap_mb=0.05)
+        wrapped = DistributedDataParallel(model, bucket_cap_mb=0.05)
+        wrapped.register_comm_hook(None, average_in_double)
+        return wrapped
     if parallel in ("fsdp", "hsdp"):
         shape = (world,) if parallel == "fsdp" else (2, world // 2)
         names = ("shard",) if parallel == "fsdp" else ("replicate", "shard")
