@@ -73,7 +73,7 @@ class Rich(nn.Module):
         return (self.tied_in(h) + self.tied_out(torch.relu(h))) * self.scale16.float() * self.late
 
 
-def average_in_double(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def average_in_double(_, bucket):  # without annotations: DDP checks them, and cannot read them as text
     """A communication hook of the script's own: it must be in force after a restart too."""
     buffer = bucket.buffer()
     wide = buffer.double() / dist.get_world_size()
