@@ -74,9 +74,10 @@ class TorchSave(Variant):
 
 class Dcp(Variant):
     def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: pathlib.Path, stager: bool
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: pathlib.Path, stager: bool, group: Any
     ) -> None:
         self.model, self.optimizer, self.folder = model, optimizer, folder
+        self.group = group
         self.options: dict[str, Any] = {}
         if stager:
             self.options["async_stager"] = DefaultStager(StagingOptions(False, False, True, False))
@@ -88,7 +89,7 @@ class Dcp(Variant):
         answer = dcp.async_save(
             {"model": model, "optimizer": optimizer},
             storage_writer=dcp.FileSystemWriter(str(self.folder), overwrite=True),
-            process_group=GROUP,
+            process_group=self.group,
             **self.options,
         )
         self.staging = getattr(answer, "staging_completion", None)
@@ -102,15 +103,11 @@ class Dcp(Variant):
         self.pending.result()
 
 
-GROUP: Any = None
-
-
 def worker(rank: int, rounds: int, width: int, folder: str, results: Any) -> None:
-    global GROUP
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    GROUP = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo")
     torch.manual_seed(0)
     model = GPT(Size(8, width, 16), 64)
     mesh = init_device_mesh("cpu", (WORLD,))
@@ -141,8 +138,8 @@ def worker(rank: int, rounds: int, width: int, folder: str, results: Any) -> Non
         "none": Variant(),
         "outlast": Outlast({"model": model, "optimizer": optimizer}, shm, rank),
         "torch.save": TorchSave(model, optimizer, home, rank),
-        "dcp async_save": Dcp(model, optimizer, home / "dcp1", stager=False),
-        "dcp async_save, async stager": Dcp(model, optimizer, home / "dcp2", stager=True),
+        "dcp async_save": Dcp(model, optimizer, home / "dcp1", False, group),
+        "dcp async_save, async stager": Dcp(model, optimizer, home / "dcp2", True, group),
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for number in range(rounds + 1):

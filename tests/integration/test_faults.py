@@ -147,6 +147,21 @@ def check_recoveries(outcome: Outcome, expected: tuple[Expected, ...]) -> None:
             assert recovery["restored_step"] == wanted.restored
 
 
+def test_replicas_that_come_to_differ_are_kept_apart(
+    tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]
+) -> None:
+    arguments = ("--parallel", "plain", "--apart-from", "12", "--width", "384", "--work", "10", "--global-batch", "256")
+    spec = job("train.py", *arguments, "--steps", str(STEPS))
+    reference = undisturbed(spec)
+    outcome = trainctl_run(spec, tmp_path, ["node-loss@33:3"])
+    assert outcome.status == 0, outcome.output
+    for run in (reference, outcome):
+        assert any("ranks [1, 2, 3] against rank 0" in event["text"] for event in run.events("silent-corruption"))
+    check_recoveries(outcome, (Expected("node-3", 16, decoded(1)),))
+    assert outcome.recoveries[0]["restored_step"] > 12
+    assert outcome.digest == reference.digest
+
+
 def test_a_straggler_is_named(tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]) -> None:
     spec = job("train.py", *FSDP, "--steps", str(STEPS))
     outcome = trainctl_run(spec, tmp_path, ["straggler@4:2*4"])

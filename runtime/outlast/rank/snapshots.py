@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +54,18 @@ class Window:
         return self.stalled_s + (time.perf_counter() - waiting if waiting is not None else 0.0)
 
 
+@dataclass(frozen=True)
+class _Copying:
+    """One copy under way. ``before``: digests of lazy leaves at the boundary, where they are checked."""
+
+    window: Window
+    moment: Moment
+    ticket: CopyTicket
+    slot: int
+    plan: SnapshotPlan
+    before: Mapping[str, str | None]
+
+
 class RankSnapshots:
     """Obeys permits for one rank.
 
@@ -75,7 +88,6 @@ class RankSnapshots:
         self.window: Window | None = None
         self._vote: ReplicaVote | None = None
         self._work: queue.SimpleQueue[tuple[str, Callable[[], None]]] = queue.SimpleQueue()
-        self._turn = 0
         threading.Thread(target=self._run, name="outlast-snapshots", daemon=True).start()
         link.on_abort.append(self._abort)
         link.on_permit.append(self._prepare)
@@ -152,52 +164,48 @@ class RankSnapshots:
 
     def _copy(self, window: Window, moment: Moment, permit: Mapping[str, Any]) -> None:
         before = self._digests(moment) if self.check else {}
-        ticket = self.capture.start(moment, window.generation, int(permit["slot"]), fresh=bool(permit.get("fresh")))
+        slot = int(permit["slot"])
+        ticket = self.capture.start(moment, window.generation, slot, fresh=bool(permit.get("fresh")))
         plan = self.capture.plan
         assert plan is not None
-        sample = rotating_sample(plan.cut, self._turn)
-        self._turn += 1
+        copying = _Copying(window, moment, ticket, slot, plan, before)
+        self._work.put((str(window.generation), lambda: self._finish(copying)))
 
-        def finish() -> None:
-            self._finish(window, moment, ticket, int(permit["slot"]), plan, sample, before)
-
-        self._work.put((str(window.generation), finish))
-
-    def _finish(
-        self,
-        window: Window,
-        moment: Moment,
-        ticket: CopyTicket,
-        slot: int,
-        plan: SnapshotPlan,
-        sample: Sequence[tuple[str, tuple[int, ...]]],
-        before: Mapping[str, str | None],
-    ) -> None:
-        try:
-            ticket.wait(WINDOW_DEADLINE_S)
-        except TimeoutError as error:  # it is still reading: the window stays shut, and the loop ends with this
-            self._failure = SnapshotError(str(error))
-            raise
-        except BaseException:
-            window.closed.set()
-            raise
-        by_key = {leaf.key: leaf for leaf in moment.leaves.values() if leaf.lazy} if sample else {}
-        sampled = {key: digest(by_key[key].tensor) or "" for key, _ in sample if key in by_key}
-        after = self._digests(moment) if self.check else {}
-        window.closed.set()
-        changed = [name for name, value in after.items() if before.get(name) != value]
+    def _finish(self, copying: _Copying) -> None:
+        """Wait for the copy, compare a sample of replicas, and report."""
+        window, plan = copying.window, copying.plan
+        # The same choice on every replica, another one each time, whatever permits a rank has missed.
+        sample = rotating_sample(plan.cut, zlib.crc32(str(window.generation).encode()))
+        digests, changed = self._read_out(copying, [key for key, _ in sample])
         if changed:
             text = f"changed during the copy by something else than an optimizer: {', '.join(changed)}"
             self._note("state-changed", text)
         for key, replicas in sample:
-            if key in sampled and not self._agreeing(window, key, sampled[key], replicas):
+            if not self._agreeing(window, key, digests[key], replicas):
                 self._distrusted |= {key for key, members in plan.cut.items() if members == replicas}
                 self.link.send("missed", generation=str(window.generation), reason="replan")
                 return
         self.link.send(
-            "copied", generation=str(window.generation), slot=slot, bytes=ticket.copied_bytes,
-            length=plan.layout.total_bytes, stall_s=window.stall_so_far(), copy_s=ticket.seconds,
+            "copied", generation=str(window.generation), slot=copying.slot, bytes=copying.ticket.copied_bytes,
+            length=plan.layout.total_bytes, stall_s=window.stall_so_far(), copy_s=copying.ticket.seconds,
         )  # fmt: skip
+
+    def _read_out(self, copying: _Copying, keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+        """Everything that needs the lazy leaves as they were; closes the window. Digests, and names that changed."""
+        still_reading = False
+        try:
+            copying.ticket.wait(WINDOW_DEADLINE_S)
+            by_key = {leaf.key: leaf for leaf in copying.moment.leaves.values() if leaf.lazy} if keys else {}
+            digests = {key: digest(by_key[key].tensor) or "" for key in keys}
+            after = self._digests(copying.moment) if self.check else {}
+        except TimeoutError as error:  # the copy goes on: the window stays shut, and the loop ends with this
+            still_reading = True
+            self._failure = SnapshotError(str(error))
+            raise
+        finally:
+            if not still_reading:
+                copying.window.closed.set()
+        return digests, [name for name, value in after.items() if copying.before.get(name) != value]
 
     def _agreeing(self, window: Window, key: str, mine: str, replicas: tuple[int, ...]) -> bool:
         """Whether the replicas still hold ``key`` alike; only the first of them compares and can know."""

@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--global-batch", type=int, default=64)
     parser.add_argument("--micro-batch", type=int, default=None)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--apart-from", type=int, default=10**9, help="plain: ranks stop averaging at this step")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
 
@@ -143,7 +144,7 @@ def main() -> None:
         (loss * run.weight).backward()
         if not run.last:
             continue
-        if args.parallel == "plain":
+        if args.parallel == "plain" and run.step < args.apart_from:
             average_gradients(model)
         optimizer.step()
         if rich and run.step >= args.steps // 3:
