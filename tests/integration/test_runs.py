@@ -70,19 +70,19 @@ CASES = [
             Expected("rank 2", 7, LOCAL),
             Expected("rank 1", 8, LOCAL),
             Expected("hang", 9, LOCAL),
-            Expected("node-0", 9, LOCAL),
+            Expected("seat 0", 9, LOCAL),
         ),
     ),
     Case("keeper and controller", ("keeper-crash@12:1", "controller-crash@20"), ()),
-    Case("node lost", ("node-loss@17:1",), (Expected("node-1", 12, decoded(1)),)),
+    Case("node lost", ("node-loss@17:1",), (Expected("seat 1", 12, decoded(1)),)),
     Case("two nodes of a group at once", ("node-loss@17:1", "node-loss@17:2"), (Expected("lost", 12, decoded(2)),),
          spec={"workers": {"spares": 2}}),
     Case("node lost during a recovery", ("rank-crash@17:0", "node-loss@17.restart:2"), (Expected("", 12, decoded(1)),)),
-    Case("node lost during the copy", ("node-loss@14.copy:1",), (Expected("node-1", 16, decoded(1)),)),
-    Case("node lost during the encoding", ("node-loss@14.encode:1",), (Expected("node-1", 16, decoded(1)),)),
+    Case("node lost during the copy", ("node-loss@14.copy:1",), (Expected("seat 1", 16, decoded(1)),)),
+    Case("node lost during the encoding", ("node-loss@14.encode:1",), (Expected("seat 1", 16, decoded(1)),)),
     Case("head lost", ("head-loss@17",), (Expected("head", 12, LOCAL),)),
     Case("head and node lost together", ("head-loss@17", "node-loss@17:3"), (Expected("head", 12, decoded(1)),)),
-    Case("node paused", ("node-pause@12:2",), (Expected("node-2", 9, decoded(1)),), arguments=(*FSDP, "--steps", "120")),
+    Case("node paused", ("node-pause@12:2",), (Expected("seat 2", 9, decoded(1)),), arguments=(*FSDP, "--steps", "120")),
     Case(
         "losses one after the other",
         ("node-loss@12:0", "node-loss@22:1", "node-loss@32:2"),
@@ -157,7 +157,7 @@ def test_replicas_that_come_to_differ_are_kept_apart(
     assert outcome.status == 0, outcome.output
     for run in (reference, outcome):
         assert any("ranks [1, 2, 3] against rank 0" in event["text"] for event in run.events("silent-corruption"))
-    check_recoveries(outcome, (Expected("node-3", 16, decoded(1)),))
+    check_recoveries(outcome, (Expected("seat 3", 16, decoded(1)),))
     assert outcome.recoveries[0]["restored_step"] > 12
     assert outcome.digest == reference.digest
 
