@@ -29,7 +29,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(32)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    inputs = torch.randn(2600, 1024)
+    inputs = torch.randn(900, 1024)
 
     def step() -> None:
         model(inputs).square().mean().backward()

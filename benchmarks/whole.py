@@ -35,7 +35,7 @@ def step_lengths(folder: pathlib.Path, skip: int) -> list[float]:
 
 def overhead(base: pathlib.Path, rounds: int, steps: int) -> None:
     """Runs alternate; the mean step counts, since a snapshot lengthens only some of them."""
-    arguments = ["--size", "bench", "--steps", str(steps), "--global-batch", "16", "--validate-every", "100000"]
+    arguments = ["--size", "bench", "--steps", str(steps), "--global-batch", "8", "--validate-every", "100000"]
     lengths: dict[str, list[float]] = {"none": [], "every 10": []}
     committed = 0
     for number in range(rounds):
