@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import statistics
 import subprocess
@@ -80,7 +79,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=41)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="outlast-bench-") as folder:
-        os.environ["TMPDIR"] = folder
         if args.what == "overhead":
             overhead(pathlib.Path(folder), args.rounds, args.steps)
         else:

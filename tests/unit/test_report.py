@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import tempfile
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from outlast.local.board import Board, Replacements
+from outlast.local.folders import RunFolders
 from outlast.local.history import History
 from outlast.local.report import CAUSES, SOURCES, build_report
+
+
+def test_a_long_temporary_folder_is_not_used_for_sockets(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    folders = RunFolders.create(tmp_path / "run")
+    try:
+        assert len(str(folders.short)) <= 40
+    finally:
+        folders.remove()
 
 
 def test_an_empty_status_still_makes_a_whole_report() -> None:

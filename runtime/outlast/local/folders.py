@@ -18,6 +18,8 @@ from outlast.errors import RequestError
 TMPFS = Path("/dev/shm")
 _PREFIX = "outlast-"
 _PRIVATE = 0o700
+_LONGEST_BASE = 24
+"""A socket's path has at most 107 bytes, of which Ray's session folder below ours takes 66."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class RunFolders:
         """Make all folders and the run's token. Raises RequestError when there is no tmpfs."""
         if not os.access(TMPFS, os.W_OK):
             raise RequestError(f"{TMPFS} cannot be written: snapshots need a tmpfs there")
-        short = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        base = tempfile.gettempdir()
+        short = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base if len(base) <= _LONGEST_BASE else "/tmp"))
         folders = cls(root.resolve(), short, TMPFS / short.name)
         folders.memory.mkdir(mode=_PRIVATE)
         for folder in (folders.control, folders.logs):
