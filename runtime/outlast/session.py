@@ -51,6 +51,7 @@ from outlast.rank.sources import open_shards
 
 RESTORE_DEADLINE_S = 600.0
 WEIGHTS_LIMIT_S = 1800.0
+PORT_LIMIT_S = 10.0
 
 
 class Run:
@@ -329,10 +330,23 @@ def _join(backend: str, limit: timedelta) -> None:
     if "RANK" in os.environ:
         if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(backend, timeout=limit)
+        _rendezvous(backend, limit)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=limit)
     atexit.register(_leave)
+
+
+def _rendezvous(backend: str, limit: timedelta) -> None:
+    """``init_process_group``; rank 0 tries again for a while when a dying connection still has the store's port."""
+    until = time.monotonic() + PORT_LIMIT_S
+    while True:
+        try:
+            dist.init_process_group(backend, timeout=limit)
+            return
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.1)
 
 
 def _leave() -> None:
