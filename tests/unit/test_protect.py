@@ -256,3 +256,17 @@ def test_state_of_an_optimizer_as_a_whole_and_late_buffers_come_back(tmp_path: p
     assert torch.equal(fresh["optimizer"].state["global"]["ema"], torch.arange(2.0))
     with pytest.raises(StateError, match=r"optimizer= is in the snapshot but not protected now"):
         again_from(objects, {"model": build()["model"]}, tmp_path)
+
+
+def test_a_buffer_shared_between_modules_comes_back(tmp_path: pathlib.Path) -> None:
+    def build() -> dict[str, object]:
+        shared, model = torch.zeros(3), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        for part in model:
+            part.register_buffer("table", shared)
+        return {"model": model}
+
+    objects, fresh = build(), build()
+    objects["model"][0].table += torch.arange(3.0)
+    again_from(objects, fresh, tmp_path)
+    assert fresh["model"][0].table is fresh["model"][1].table
+    assert torch.equal(fresh["model"][1].table, torch.arange(3.0))

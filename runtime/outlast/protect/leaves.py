@@ -132,7 +132,6 @@ class Collector:
                 )
         reshard(self.modules)
         self.parameters: dict[int, tuple[str, torch.Tensor]] = {}
-        self.buffers: dict[str, torch.Tensor] = {}
         self._memo: dict[str, tuple[torch.Tensor, bool, Leaf]] = {}
         self._states: dict[str, _OptimizerStates] = {}
         self._parts = {key: list(module.named_modules()) for key, module in self.modules.items()}

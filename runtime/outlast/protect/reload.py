@@ -129,10 +129,9 @@ def _check_objects(collector: Collector, saved: Mapping[str, Json], names: Mappi
     missing = sorted(stateful - set(saved))
     modules = {f"{key}/" for key in collector.modules}
     expected = {name for name, _ in collector.parameters.values()}
-    expected |= {f"{key}/{clean(n)}" for key, module in collector.modules.items() for n, _ in module.named_buffers()}
-    late = {
-        f"{k}/{n}" for k, module in collector.modules.items() for _, _, n, buffer in _buffers(module) if buffer is None
-    }
+    buffers = [(f"{key}/{n}", b) for key, module in collector.modules.items() for _, _, n, b in _buffers(module)]
+    expected |= {name for name, buffer in buffers if buffer is not None}
+    late = {name for name, buffer in buffers if buffer is None}
     held = {n for n in names if any(n.startswith(prefix) and not n.startswith(f"{prefix}extra/") for prefix in modules)}
     problems = [f"protect({name}=...) is not in the snapshot" for name in missing]
     problems += [f"{name} is in the script but not in the snapshot" for name in sorted(expected - held)]

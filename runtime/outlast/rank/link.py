@@ -13,21 +13,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from outlast.errors import TransferError
-
-
-class Link(Protocol):
-    """What the session needs of its agent."""
-
-    def send(self, op: str, **fields: Any) -> None: ...
 
 
 class NoLink:
     """The link of a process that no agent started: messages go nowhere."""
 
-    def send(self, op: str, **fields: Any) -> None:  # noqa: ARG002 (the protocol's signature)
+    def send(self, op: str, **fields: Any) -> None:  # noqa: ARG002 (the signature of AgentLink.send)
         return None
 
 
