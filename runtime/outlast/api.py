@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from outlast.errors import SpecError
-from outlast.quantities import MemoryBytes, PositiveSeconds, Seconds, SecondsOrAuto, StepsOrAuto
+from outlast.quantities import IntervalOrAuto, MemoryBytes, PositiveSeconds, Seconds, SecondsOrAuto, StepsOrAuto
 from outlast.resource import Part, explain
 from outlast.yamlfile import read_mapping, set_field
 
@@ -32,6 +32,8 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _SET_BY_OUTLAST = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|OUTLAST_.*|PYTHONHASHSEED"
 )
+
+_STORE_URL = re.compile(r"s3://[a-z0-9][-.a-z0-9]{1,62}(/[^?#]*)?|file:///[^?#]+")
 
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
@@ -156,6 +158,38 @@ class Snapshot(Part):
     )
 
 
+class Checkpoint(Part):
+    """The object tier: snapshots made durable in object storage, in the background."""
+
+    url: str = Field(
+        description="Where checkpoints go: s3://bucket/prefix or file:///folder. "
+        "The job's own lie below it, under <namespace>/<name>/."
+    )
+    interval: IntervalOrAuto = Field(
+        default="auto",
+        description="From one checkpoint to the next: steps (100), a duration (10m), or auto: chosen by measurement.",
+    )
+    restore_from: str | None = Field(
+        default=None,
+        description="Start from another job's checkpoint: its URL with <namespace>/<name>, and @STEP for one that is "
+        "not the newest, such as s3://bucket/prefix/default/other@12000; absent: start afresh.",
+    )
+    keep_last: PositiveCount = Field(default=3, description="The newest checkpoints that are kept.")
+    keep_every_steps: PositiveCount | None = Field(
+        default=None, description="Keep also the first checkpoint at or after every multiple of so many steps."
+    )
+    bandwidth: MemoryBytes | None = Field(
+        default=None, description="The most bytes a second that a node uploads, such as 200Mi; absent: no limit."
+    )
+
+    @field_validator("url", "restore_from")
+    @classmethod
+    def _check_url(cls, url: str | None) -> str | None:
+        if url is not None and not _STORE_URL.fullmatch(url):
+            raise ValueError(f'"{url}" is no store: write s3://bucket/prefix or file:///folder')
+        return url
+
+
 class Recovery(Part):
     """When to restart, when to wait and when to give up."""
 
@@ -169,6 +203,11 @@ class Recovery(Part):
         default=60.0,
         description="How long to wait for a spare or a replacement before going on with fewer nodes; "
         "of no effect while minReplicas forbids that.",
+    )
+    grow_after: Seconds = Field(
+        default=30.0,
+        description="How long after a resize the job stays as it is before it grows into nodes that have joined; "
+        "doubles, up to 10m, each time a node is lost soon after it grew.",
     )
     start_timeout: PositiveSeconds = Field(
         default=900.0, description="How long to wait for enough nodes before the job fails."
@@ -185,7 +224,6 @@ class TrainingJobSpec(Part):
     """What is wanted."""
 
     later: ClassVar[Mapping[str, str]] = {
-        "checkpoint": "checkpoints in object storage; leave it out, snapshots in the nodes' memory need no setting",
         "diloco": "training across clusters; leave it out",
     }
 
@@ -198,6 +236,9 @@ class TrainingJobSpec(Part):
     workers: Workers = Field(default=Workers(), description="The nodes that train.")
     head: Head = Field(default=Head(), description="The Pod of the Ray head and the controller.")
     snapshot: Snapshot = Field(default=Snapshot(), description="The memory tier: how often, how protected.")
+    checkpoint: Checkpoint | None = Field(
+        default=None, description="The object tier: where and how often; absent: snapshots in memory alone."
+    )
     recovery: Recovery = Field(default=Recovery(), description="When to restart, to wait, to give up.")
     faults: Faults = Field(default=Faults(), description="Faults on purpose, for game days.")
     suspend: bool = Field(
@@ -246,6 +287,14 @@ class SnapshotStatus(Part):
     time: str = Field(description="When it was committed (RFC 3339).")
 
 
+class CheckpointStatus(Part):
+    """The newest complete checkpoint."""
+
+    step: Count = Field(description="Steps done in it.")
+    time: str = Field(description="When it was complete (RFC 3339).")
+    url: str = Field(description="Where it lies; `trainctl checkpoints` and `restoreFrom` take it.")
+
+
 class Failure(Part):
     """Something that failed, as the job's status remembers it."""
 
@@ -271,6 +320,7 @@ class TrainingJobStatus(Part):
     restarts: dict[str, int] = Field(default_factory=dict, description="How many restarts there were, by cause.")
     workers: WorkersStatus = Field(default=WorkersStatus(), description="The nodes there are.")
     snapshot: SnapshotStatus | None = Field(default=None, description="The newest committed snapshot.")
+    checkpoint: CheckpointStatus | None = Field(default=None, description="The newest complete checkpoint.")
     goodput: Annotated[float, Field(ge=0, le=1)] | None = Field(
         default=None, description="The part of the time that went into steps which count, 0 to 1."
     )
@@ -340,12 +390,6 @@ def contradictions(spec: TrainingJobSpec) -> Iterator[tuple[str, str]]:
         yield (
             "spec.workers.minReplicas",
             f"{workers.min_replicas} was given, but it must be at most replicas, which is {workers.replicas}",
-        )
-    elif workers.min_replicas is not None and workers.min_replicas < workers.replicas:
-        yield (
-            "spec.workers.minReplicas",
-            f"{workers.min_replicas} was given, but shrinking below replicas ({workers.replicas}) is not there yet: "
-            "leave it out",
         )
     for index, name in enumerate(names):
         if name in names[:index]:

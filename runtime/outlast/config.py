@@ -44,6 +44,10 @@ class ControllerConfig(_Config):
     """The port that HTTP binds to; 0: any free one. What it became is in control/http.json."""
     token_file: str
     """A file that holds the job's bearer token, mode 0600."""
+    store_identity: str = ""
+    """Marks the job's checkpoints as its own: the same for all controllers of one job, another for each job."""
+    resume: bool = False
+    """Whether to go on from what the store holds under the job's name, whosever mark it bears; else refused."""
     tick_s: float = Field(default=0.1, gt=0)
     """Seconds between two ticks of the machine."""
 
@@ -119,4 +123,6 @@ class NodeConfig(_Config):
     """The socket at which ranks ask before a step of ``fault_steps``; None: no faults."""
     fault_steps: tuple[int, ...] = ()
     """The steps (0-based) before which ranks ask the gate."""
+    grace_s: float = Field(default=30.0, gt=0)
+    """Seconds from SIGTERM to the node until it is taken away: the time for handing over."""
     isolate: Isolation | None = None

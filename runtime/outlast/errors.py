@@ -12,6 +12,13 @@
     │   ├── ImageError                  an image cannot be parsed or does not verify
     │   ├── StateError                  a protected object's state cannot be captured or restored
     │   └── UnrecoverableError          no generation can be rebuilt from what is left
+    ├── StoreError                      the object store could not do what was asked
+    │   ├── StoreUnavailable            503, throttling, timeouts, lost connections: was retried, may be again later
+    │   ├── StoreDenied                 403, no such bucket, wrong configuration: says the remedy, never retried
+    │   ├── ObjectMissing               there is no object of that key
+    │   └── PreconditionFailed          a conditional put found another object than expected
+    ├── CheckpointError                 a checkpoint's manifest or objects do not hold together
+    ├── ClaimLost                       another controller has claimed the job's checkpoints: this one must stop
     └── TransferError                   a peer did not answer in time or answered nonsense: may be retried
 
 Errors cross process boundaries, so each pickles by its constructor's arguments.
@@ -65,6 +72,34 @@ class StateError(SnapshotError):
 
 class UnrecoverableError(SnapshotError):
     """No generation can be rebuilt from what is left."""
+
+
+class StoreError(OutlastError):
+    """The object store could not do what was asked."""
+
+
+class StoreUnavailable(StoreError):
+    """The store did not answer, or asked to come again later, for as long as was waited."""
+
+
+class StoreDenied(StoreError):
+    """The store refuses, and will go on refusing until somebody changes something."""
+
+
+class ObjectMissing(StoreError):
+    """There is no object of that key."""
+
+
+class PreconditionFailed(StoreError):
+    """A conditional put found another object than expected."""
+
+
+class CheckpointError(OutlastError):
+    """A checkpoint's manifest or objects do not hold together."""
+
+
+class ClaimLost(OutlastError):
+    """Another controller has claimed the job's checkpoints."""
 
 
 class TransferError(OutlastError):

@@ -121,6 +121,22 @@ def _write_duration_or_auto(value: float | Auto) -> str:
     return "auto" if value == "auto" else format_duration(value)
 
 
+def _interval_or_auto(value: Any) -> int | float | Auto:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    try:
+        return _positive(parse_duration(value if isinstance(value, str) else str(value)))
+    except ValueError:
+        wanted = "a whole number of steps, a duration such as 10m, or auto"
+        raise ValueError(f"{_shown(value)} is no interval: write {wanted}") from None
+
+
+def _write_interval_or_auto(value: float | Auto) -> int | str:
+    return format_duration(value) if isinstance(value, float) else value
+
+
 def _positive(seconds: float) -> float:
     if seconds <= 0:
         raise ValueError(f"{seconds:g} s is too short: must be more than 0s")
@@ -165,6 +181,14 @@ SecondsOrAuto = Annotated[
 
 StepsOrAuto = Annotated[int | Auto, PlainValidator(_steps_or_auto), _schema("auto")]
 """A number of steps, at least 1, or ``"auto"``: chosen by measurement."""
+
+IntervalOrAuto = Annotated[
+    int | float | Auto,
+    PlainValidator(_interval_or_auto),
+    PlainSerializer(_write_interval_or_auto, return_type=int | str),
+    _schema(f"auto|{_DURATION_PATTERN}"),
+]
+"""An ``int`` of steps, a ``float`` of seconds, or ``"auto"``: chosen by measurement."""
 
 MemoryBytes = Annotated[
     int,

@@ -20,7 +20,8 @@ import numpy as np
 
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.image import Entry, ImageFile, block_checksums, plan_layout
-from outlast.snapshot.restore import Inventory, RankRestore, RestorePlan, plan_restore
+from outlast.snapshot.inventory import Inventory, RankRestore, RestorePlan
+from outlast.snapshot.restore import plan_restore
 from outlast.snapshot.wire import KeeperClient
 
 TOKEN = "0123456789abcdef"

@@ -22,7 +22,8 @@ from outlast import messages as m
 from outlast.controller.machine import Machine
 from outlast.controller.settings import MachineConfig
 from outlast.snapshot.identity import Attempt, Generation
-from outlast.snapshot.restore import GroupInfo, HeldImage, Inventory, plan_restore
+from outlast.snapshot.inventory import GroupInfo, HeldImage, Inventory
+from outlast.snapshot.restore import plan_restore
 
 LENGTH = 1 << 20
 HEARTBEAT_S = 0.25

@@ -18,7 +18,7 @@ import ray
 from outlast import messages as m
 from outlast.config import CONTROLLER_ACTOR, agent_actor
 from outlast.snapshot.identity import Attempt
-from outlast.snapshot.restore import Inventory
+from outlast.snapshot.inventory import Inventory
 
 
 class StubAgent:

@@ -17,7 +17,7 @@ from outlast.controller.driver import Driver, Logs
 from outlast.controller.link import AgentDied
 from outlast.errors import RequestError
 from outlast.snapshot.identity import Attempt, Generation
-from outlast.snapshot.restore import Inventory
+from outlast.snapshot.inventory import Inventory
 from outlast.telemetry.metrics_log import read_metrics
 from support.controller_world import (
     ATTEMPT,

@@ -18,7 +18,7 @@ from outlast.controller.driver import Driver, Logs
 from outlast.controller.machine import Machine
 from outlast.controller.settings import MachineConfig
 from outlast.snapshot.identity import Attempt
-from outlast.snapshot.restore import Inventory
+from outlast.snapshot.inventory import Inventory
 from outlast.telemetry.events import read_events
 from outlast.telemetry.metrics_log import read_metrics
 from support.controller_world import controller_config, node_config, until

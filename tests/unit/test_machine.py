@@ -19,7 +19,7 @@ from outlast.controller.machine import Machine
 from outlast.controller.phases import OVER, TRANSITIONS, Phase
 from outlast.controller.settings import MachineConfig
 from outlast.snapshot.identity import Attempt, Generation
-from outlast.snapshot.restore import HeldImage, Inventory
+from outlast.snapshot.inventory import HeldImage, Inventory
 from support.simulated import Cluster
 
 CONFIG = MachineConfig(replicas=4, spares=1, every_steps=5)

@@ -13,16 +13,8 @@ from hypothesis import strategies as st
 from outlast.errors import UnrecoverableError
 from outlast.snapshot.erasure import BLOCK, decode_ranges
 from outlast.snapshot.identity import Generation
-from outlast.snapshot.restore import (
-    GroupInfo,
-    HeldImage,
-    Inventory,
-    RankRestore,
-    RestorePlan,
-    candidates,
-    lacking_parity,
-    plan_restore,
-)
+from outlast.snapshot.inventory import GroupInfo, HeldImage, Inventory, RankRestore, RestorePlan
+from outlast.snapshot.restore import candidates, lacking_parity, plan_restore
 
 OLD, NEW = Generation(1, 10, "a" * 16), Generation(1, 20, "a" * 16)
 SEATS = {seat: f"node-{seat}" for seat in range(4)}

@@ -12,7 +12,7 @@ from outlast.agent.reactor import Reactor
 from outlast.clock import Clock
 from outlast.errors import CapacityError, OutlastError, StaleAttemptError, TransferError
 from outlast.snapshot.identity import Attempt
-from outlast.snapshot.restore import HeldImage, Inventory, RankRestore
+from outlast.snapshot.inventory import HeldImage, Inventory, RankRestore
 
 CALL_S = 30.0
 """A call that moves no images; long enough for a keeper to be restarted."""

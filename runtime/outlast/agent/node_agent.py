@@ -43,7 +43,7 @@ from outlast.clock import Clock, SystemClock
 from outlast.config import NodeConfig
 from outlast.errors import OutlastError, RequestError
 from outlast.snapshot.identity import Attempt
-from outlast.snapshot.restore import Inventory
+from outlast.snapshot.inventory import Inventory
 
 HEARTBEAT_S = 0.25
 CONFIRM_S = 5.0

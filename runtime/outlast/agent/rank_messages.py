@@ -10,8 +10,8 @@ from typing import Any
 from outlast import messages as m
 from outlast.api import TrainingJob
 from outlast.snapshot.identity import Attempt, Generation
+from outlast.snapshot.inventory import RankRestore
 from outlast.snapshot.placement import groups
-from outlast.snapshot.restore import RankRestore
 
 SLOTS = 2
 """Slots a node; a third comes with the object tier."""

@@ -14,8 +14,8 @@ from outlast.controller.snapshots import SnapshotCycle
 from outlast.messages.events import Joined, RankDone, RankExited, RankReady
 from outlast.messages.instructions import Stop
 from outlast.snapshot.identity import Attempt, Generation
+from outlast.snapshot.inventory import HeldImage, Inventory
 from outlast.snapshot.placement import Group
-from outlast.snapshot.restore import HeldImage, Inventory
 
 
 @dataclass

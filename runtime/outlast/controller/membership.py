@@ -14,7 +14,7 @@ from outlast.controller.policy import Candidate
 from outlast.controller.settings import MachineConfig
 from outlast.messages.events import Address, Joined, Stopped
 from outlast.snapshot.identity import Attempt, Generation
-from outlast.snapshot.restore import HeldImage, Inventory
+from outlast.snapshot.inventory import HeldImage, Inventory
 
 
 @dataclass(slots=True)

@@ -17,8 +17,9 @@ from outlast.controller.policy import choose_seats
 from outlast.controller.settings import MachineConfig
 from outlast.messages.instructions import Instruction, Start, Stop
 from outlast.snapshot.identity import Attempt, Generation
+from outlast.snapshot.inventory import Inventory, RestorePlan
 from outlast.snapshot.placement import Group, groups
-from outlast.snapshot.restore import Inventory, RestorePlan, candidates, lacking_parity
+from outlast.snapshot.restore import candidates, lacking_parity
 
 
 @dataclass

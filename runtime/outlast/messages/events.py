@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from outlast.snapshot.identity import Attempt, Generation
-from outlast.snapshot.restore import HeldImage, Inventory
+from outlast.snapshot.inventory import HeldImage, Inventory
+from outlast.snapshot.stored import StoredCheckpoint, StoredImage
 
 Address = tuple[str, int]
+
+StoreTrouble = Literal["unavailable", "denied", "bad", "lost"]
+"""Why something with the object store failed: it does not answer (again later); it refuses (a person must act); the
+bytes there are missing or wrong; another controller has claimed the job's checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +35,8 @@ class Joined:
     is taken again only under another one. ``attempt``/``seat``/``running``: what it is doing, when it outlived a
     controller (``running``: all its ranks are alive or done; ``RankReady`` and ``RankDone`` are then said again, after
     this). ``held``: the images its keeper holds, as it says without verifying them. ``free_port``: a port on ``host``
-    for a rendezvous. ``best_seen_attempt``: the highest attempt number that agent or keeper was ever told.
+    for a rendezvous. ``best_seen_attempt``: the highest attempt number that agent or keeper was ever told. ``memory``:
+    bytes that the node's images may take in all (None: not known). ``dirty``: as in ``Stopped``.
     """
 
     node: str
@@ -45,6 +52,8 @@ class Joined:
     held: tuple[HeldImage, ...] = ()
     registration: str = ""
     restart_count: int = 0
+    memory: int | None = None
+    dirty: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,16 @@ class NodeGone:
 
     node: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """A node was told to go (preempted, drained): it will be gone after ``grace_s``. Said once, and again by an agent
+    that starts anew."""
+
+    node: str
+    grace_s: float
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +136,26 @@ class RestoreReady:
 
 
 @dataclass(frozen=True, slots=True)
+class RestoreFailed:
+    """What ``Start.restore`` names could not be had from the object store, or a rank could not read it.
+
+    ``trouble`` "bad": the checkpoint ``generation`` must not be used again. Ranks that wait for it are of no use: the
+    attempt is over.
+    """
+
+    node: str
+    attempt: Attempt
+    generation: Generation
+    reason: str
+    trouble: StoreTrouble = "bad"
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RankReady:
-    """A rank has loaded its state (or begins afresh). ``source``: memory-local, memory-peer, memory-decode or none."""
+    """A rank has loaded its state (or begins afresh). ``source``: memory-local, memory-peer, memory-decode, object or
+    none. ``about`` (of rank 0): what a checkpoint tells of its origin: {"script": fingerprint, "mesh": ...}.
+    """
 
     node: str
     attempt: Attempt
@@ -126,6 +163,7 @@ class RankReady:
     restored_step: int
     restore_s: float
     source: str
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +308,65 @@ class CommitAcked:
     generation: Generation
 
 
+# --- events: checkpoints --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """A node's images of a generation are in the store. ``bytes`` and ``seconds``: of the transfer."""
+
+    node: str
+    generation: Generation
+    images: tuple[StoredImage, ...]
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class UploadFailed:
+    """A node could not upload, after having tried again where that made sense."""
+
+    node: str
+    generation: Generation
+    reason: str
+    trouble: StoreTrouble = "unavailable"
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The job's head object is ours for ``attempt``. ``stored``: complete checkpoints that may be restored, newest
+    first, those of ``restoreFrom`` last; such as lack an object or have one of another size are not among them."""
+
+    attempt: Attempt
+    stored: tuple[StoredCheckpoint, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimFailed:
+    """The head object could not be claimed. "unavailable": the driver goes on trying, and ``Claimed`` may come yet."""
+
+    attempt: Attempt
+    reason: str
+    trouble: StoreTrouble
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointCommitted:
+    """A checkpoint is complete: its manifest is written and the head names it."""
+
+    checkpoint: StoredCheckpoint
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFailed:
+    """Its manifest or the head could not be written: it is none."""
+
+    generation: Generation
+    reason: str
+    trouble: StoreTrouble
+
+
 # --- events: the controller's own -----------------------------------------------------------------------------------
 
 
@@ -312,6 +409,14 @@ Event = (
     | Encoded
     | EncodeFailed
     | CommitAcked
+    | Leaving
+    | RestoreFailed
+    | Uploaded
+    | UploadFailed
+    | Claimed
+    | ClaimFailed
+    | CheckpointCommitted
+    | CheckpointFailed
     | Tick
     | StopRequested
     | Finalized

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from outlast.messages.events import Address
 from outlast.snapshot.identity import Attempt, Generation
-from outlast.snapshot.restore import RestorePlan
+from outlast.snapshot.inventory import RestorePlan
+from outlast.snapshot.stored import StoredImage
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,9 @@ class Load:
 class Permit:
     """To the agents in ``nodes``: every rank takes the snapshot ``generation`` at the boundary before step
     ``generation.step``, into ``slot``. ``replan``: agree on the cuts and answer ``Planned``, copy nothing.
-    ``fresh``: node -> local ranks that must make a new file for the slot.
+    ``fresh``: node -> local ranks that must make a new file for the slot. ``hold``: each rank stays at that boundary
+    once it has copied, until ``Proceed`` (go on), ``Abort`` (go on too, but at the last boundary wait for another
+    permit) or its end.
     """
 
     nodes: tuple[str, ...]
@@ -63,6 +66,15 @@ class Permit:
     slot: int
     replan: bool
     fresh: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    hold: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Proceed:
+    """To the agents in ``nodes``: ranks that are held at the boundary of this generation go on."""
+
+    nodes: tuple[str, ...]
+    generation: Generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +110,53 @@ class Commit:
 
     nodes: tuple[str, ...]
     generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """To the keepers of ``nodes``: put your seat's images of this generation, which nobody overwrites meanwhile, into
+    the store at ``url`` (the job's own); answer ``Uploaded`` or ``UploadFailed``. May come again.
+    """
+
+    nodes: tuple[str, ...]
+    generation: Generation
+    url: str
+    bandwidth: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """To the driver: claim the job's head object for ``attempt``; answer ``Claimed``, or ``ClaimFailed`` and, where it
+    was unavailable, go on trying until it is superseded by another ``Claim``."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class CommitCheckpoint:
+    """To the driver: every image is in the store; write the manifest and move the head forward. ``about``: what the
+    manifest tells of its origin."""
+
+    generation: Generation
+    nodes: int
+    procs: int
+    images: tuple[StoredImage, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """To the driver: take this checkpoint out of the line, keep its objects, and note why."""
+
+    generation: Generation
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """To an agent that was told to leave: nothing of this node is needed any more; end."""
+
+    node: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,4 +199,23 @@ class Emit:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-Instruction = Stop | Start | Load | Permit | Abort | Encode | Commit | GiveUp | Register | DumpStacks | Finish | Emit
+Instruction = (
+    Stop
+    | Start
+    | Load
+    | Permit
+    | Proceed
+    | Abort
+    | Encode
+    | Commit
+    | Upload
+    | Claim
+    | CommitCheckpoint
+    | Quarantine
+    | Release
+    | GiveUp
+    | Register
+    | DumpStacks
+    | Finish
+    | Emit
+)

@@ -22,10 +22,10 @@ from outlast.errors import OutlastError, RequestError, StaleAttemptError, Transf
 from outlast.snapshot.codec import Codec
 from outlast.snapshot.erasure import DecodeRange, GroupLayout, encode_ranges
 from outlast.snapshot.identity import Attempt, Generation
+from outlast.snapshot.inventory import GroupInfo
 from outlast.snapshot.keeper_store import Store
 from outlast.snapshot.parity_build import ParityBuild, ParityRequest, RowWriter
 from outlast.snapshot.peers import Peers
-from outlast.snapshot.restore import GroupInfo
 from outlast.snapshot.wire import Channel, Deadline, ImageName, KeeperClient
 
 PIECE = 512 * 1024

@@ -27,8 +27,8 @@ from outlast.errors import CapacityError, ImageError, StaleAttemptError
 from outlast.snapshot.fence import Fence, read_json, write_json
 from outlast.snapshot.identity import Generation
 from outlast.snapshot.image import BLOCK, ImageFile, allocate
+from outlast.snapshot.inventory import GroupInfo, HeldImage, Inventory, Kind
 from outlast.snapshot.parity_build import ParityBuild, ParityRequest, parity_layout
-from outlast.snapshot.restore import GroupInfo, HeldImage, Inventory, Kind
 from outlast.snapshot.wire import Deadline, ImageName
 
 _FILE = re.compile(r"(slot|parity)-(\d+)-(\d+)\.img")

@@ -23,8 +23,8 @@ from outlast.errors import StaleAttemptError, TransferError
 from outlast.snapshot.erasure import parity_entry
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.image import BLOCK, Entry, ImageFile, Layout, plan_layout
+from outlast.snapshot.inventory import GroupInfo
 from outlast.snapshot.kernel import xxh64_blocks
-from outlast.snapshot.restore import GroupInfo
 from outlast.snapshot.wire import Deadline
 
 Slot = tuple[int, int]

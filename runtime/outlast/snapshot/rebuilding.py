@@ -21,9 +21,9 @@ from outlast.snapshot.codec import Codec
 from outlast.snapshot.erasure import DecodeRange, GroupLayout, Part, decode_ranges, parity_entry
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.image import BLOCK, ImageFile, block_checksums
+from outlast.snapshot.inventory import GroupInfo, Kind, RankRestore
 from outlast.snapshot.keeper_store import REBUILDING, Place, Store
 from outlast.snapshot.peers import Peers
-from outlast.snapshot.restore import GroupInfo, Kind, RankRestore
 from outlast.snapshot.wire import Deadline, ImageName, KeeperClient, ReadRange
 
 PIECE = 512 * 1024

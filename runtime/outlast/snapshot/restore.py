@@ -8,8 +8,7 @@
                                               one rank without any -> the next older generation
 
 No mark is trusted, only what was verified: a generation counts when every rank of the world has its image or gets it
-from its group. ``candidates`` tells why a newer one was passed over. What is wire format here is JSON by ``to_json``
-and ``from_json`` (which raises ValueError, KeyError or TypeError for anything else).
+from its group. ``candidates`` tells why a newer one was passed over.
 """
 
 from __future__ import annotations
@@ -18,219 +17,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, cast, get_args
 
 from outlast.errors import UnrecoverableError
-from outlast.snapshot.erasure import Bad, GroupLayout, decode_ranges, parity_availability
+from outlast.snapshot.erasure import decode_ranges
 from outlast.snapshot.identity import Generation
-
-Json = dict[str, Any]
-Kind = Literal["shard", "parity"]
-Origin = Literal["memory-local", "memory-peer", "memory-decode"]
-
-
-@dataclass(frozen=True)
-class GroupInfo:
-    """The redundancy group that a parity image belongs to.
-
-    ``lengths`` are the bytes of the members' rank images of the same local rank, in the order of ``seats``; ``index``
-    is the member's own place in it.
-    """
-
-    seats: tuple[int, ...]
-    parity: int
-    lengths: tuple[int, ...]
-    index: int
-
-    def layout(self) -> GroupLayout:
-        """Where its parity lies. Raises ValueError when the numbers make no group."""
-        if len(self.seats) != len(self.lengths):
-            raise ValueError(f"{len(self.seats)} seats but {len(self.lengths)} lengths")
-        return GroupLayout.of(self.lengths, self.parity)
-
-    def to_json(self) -> Json:
-        return {
-            "seats": list(self.seats),
-            "parity": self.parity,
-            "lengths": list(self.lengths),
-            "index": self.index,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> GroupInfo:
-        return cls(tuple(data["seats"]), int(data["parity"]), tuple(data["lengths"]), int(data["index"]))
-
-
-@dataclass(frozen=True)
-class HeldImage:
-    """One sealed image on a node. ``bad_blocks`` are the file's 256 KiB blocks that do not match their checksums."""
-
-    node: str
-    seat: int
-    local_rank: int
-    slot: int
-    generation: Generation
-    kind: Kind
-    length: int
-    bad_blocks: tuple[int, ...] = ()
-    group: GroupInfo | None = None
-
-    def to_json(self) -> Json:
-        return {
-            "node": self.node,
-            "seat": self.seat,
-            "local_rank": self.local_rank,
-            "slot": self.slot,
-            "generation": str(self.generation),
-            "kind": self.kind,
-            "length": self.length,
-            "bad_blocks": list(self.bad_blocks),
-            "group": self.group and self.group.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> HeldImage:
-        group = data.get("group")
-        return cls(
-            node=str(data["node"]),
-            seat=int(data["seat"]),
-            local_rank=int(data["local_rank"]),
-            slot=int(data["slot"]),
-            generation=Generation.parse(data["generation"]),
-            kind=_kind(data["kind"]),
-            length=int(data["length"]),
-            bad_blocks=tuple(data["bad_blocks"]),
-            group=None if group is None else GroupInfo.from_json(group),
-        )
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """All that a node's keeper holds, verified."""
-
-    node: str
-    images: tuple[HeldImage, ...] = ()
-
-    def to_json(self) -> Json:
-        return {"node": self.node, "images": [image.to_json() for image in self.images]}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Inventory:
-        return cls(str(data["node"]), tuple(HeldImage.from_json(image) for image in data["images"]))
-
-
-@dataclass(frozen=True)
-class DecodeSource:
-    """An image to decode from: of ``member`` of the group, on ``node``, sound but for its ``bad_blocks``."""
-
-    member: int
-    node: str
-    kind: Kind
-    bad_blocks: tuple[int, ...] = ()
-
-    def to_json(self) -> Json:
-        return {
-            "member": self.member,
-            "node": self.node,
-            "kind": self.kind,
-            "bad_blocks": list(self.bad_blocks),
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> DecodeSource:
-        return cls(int(data["member"]), str(data["node"]), _kind(data["kind"]), tuple(data["bad_blocks"]))
-
-
-@dataclass(frozen=True)
-class RankRestore:
-    """How one rank gets its image, of ``length`` bytes, into slot ``slot`` of ``node``, which has its seat now.
-
-    ``holder`` is the node with a copy of the image: ``node`` itself for memory-local, another for memory-peer. For
-    memory-decode that copy is damaged (fetch it unless it is the node's own, then repair its bad blocks) or, when
-    ``holder`` is None, there is none; ``group`` (its ``index`` is the wanted member) and ``sources`` are given for
-    decoding alone and include the damaged copy.
-    """
-
-    rank: int
-    seat: int
-    local_rank: int
-    node: str
-    slot: int
-    source: Origin
-    length: int
-    holder: str | None
-    group: GroupInfo | None = None
-    sources: tuple[DecodeSource, ...] = ()
-
-    def shard_availability(self) -> list[Bad | None]:
-        """For ``decode_ranges``: the bad blocks of each member's image, None where it is lost."""
-        held = {source.member: frozenset(source.bad_blocks) for source in self.sources if source.kind == "shard"}
-        return [held.get(member) for member in range(len(self.group.seats) if self.group else 0)]
-
-    def parity_availability(self) -> dict[tuple[int, int], Bad]:
-        """For ``decode_ranges``: the parity chunks that are left, and their bad positions."""
-        if self.group is None:
-            return {}
-        layout = self.group.layout()
-        held: dict[tuple[int, int], Bad] = {}
-        for source in self.sources:
-            if source.kind == "parity":
-                held.update(parity_availability(layout, source.member, source.bad_blocks))
-        return held
-
-    def to_json(self) -> Json:
-        return {
-            "rank": self.rank,
-            "seat": self.seat,
-            "local_rank": self.local_rank,
-            "node": self.node,
-            "slot": self.slot,
-            "source": self.source,
-            "length": self.length,
-            "holder": self.holder,
-            "group": self.group and self.group.to_json(),
-            "sources": [source.to_json() for source in self.sources],
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> RankRestore:
-        group, holder = data["group"], data["holder"]
-        return cls(
-            rank=int(data["rank"]),
-            seat=int(data["seat"]),
-            local_rank=int(data["local_rank"]),
-            node=str(data["node"]),
-            slot=int(data["slot"]),
-            source=_origin(data["source"]),
-            length=int(data["length"]),
-            holder=None if holder is None else str(holder),
-            group=None if group is None else GroupInfo.from_json(group),
-            sources=tuple(DecodeSource.from_json(source) for source in data["sources"]),
-        )
-
-
-@dataclass(frozen=True)
-class RestorePlan:
-    """The generation to go on from, and for each rank of the new attempt, in order, where its image comes from."""
-
-    generation: Generation
-    ranks: tuple[RankRestore, ...]
-
-    def on_node(self, node: str) -> tuple[RankRestore, ...]:
-        """The ranks that this node has to provide for."""
-        return tuple(restore for restore in self.ranks if restore.node == node)
-
-    def origins(self) -> dict[str, int]:
-        """How many ranks come from where."""
-        return dict(Counter(restore.source for restore in self.ranks))
-
-    def to_json(self) -> Json:
-        return {"generation": str(self.generation), "ranks": [restore.to_json() for restore in self.ranks]}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> RestorePlan:
-        ranks = tuple(RankRestore.from_json(restore) for restore in data["ranks"])
-        return cls(Generation.parse(data["generation"]), ranks)
+from outlast.snapshot.inventory import (
+    DecodeSource,
+    GroupInfo,
+    HeldImage,
+    Inventory,
+    Kind,
+    Origin,
+    RankRestore,
+    RestorePlan,
+)
 
 
 def plan_restore(inventories: Iterable[Inventory], seats: Mapping[int, str], procs: int) -> RestorePlan | None:
@@ -381,17 +181,3 @@ def _decode(held: _Holdings, place: _Place, parities: Sequence[HeldImage]) -> Ra
     for _ in decode_ranges(layout, group.index, restore.shard_availability(), restore.parity_availability()):
         pass
     return restore
-
-
-def _kind(text: object) -> Kind:
-    for kind in get_args(Kind):
-        if text == kind:
-            return cast(Kind, kind)
-    raise ValueError(f"an image is a shard or parity, not {text!r}")
-
-
-def _origin(text: object) -> Origin:
-    for origin in get_args(Origin):
-        if text == origin:
-            return cast(Origin, origin)
-    raise ValueError(f"a restore's source is memory-local, memory-peer or memory-decode, not {text!r}")

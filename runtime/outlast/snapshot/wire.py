@@ -31,7 +31,7 @@ from typing import Any, TypeAlias
 from outlast import errors
 from outlast.errors import OutlastError, TransferError
 from outlast.snapshot.identity import Generation
-from outlast.snapshot.restore import Kind
+from outlast.snapshot.inventory import Kind
 
 MAX_FRAME = 64 << 20
 MAX_HELLO = 4096
