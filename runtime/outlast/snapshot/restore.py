@@ -33,6 +33,10 @@ from outlast.snapshot.inventory import (
 )
 
 
+GUEST_SLOT = 100
+"""Where a node keeps an image of an old world's seat for others to read: in slot GUEST_SLOT + that seat."""
+
+
 def plan_restore(inventories: Iterable[Inventory], seats: Mapping[int, str], procs: int) -> RestorePlan | None:
     """The plan for the newest generation that all ranks can resume from, None when there is none.
 
