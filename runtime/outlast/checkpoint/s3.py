@@ -1,0 +1,410 @@
+"""``s3://bucket/prefix`` as a store, with boto3: any service that speaks S3 and has conditional writes.
+
+Endpoint, region and credentials come from the usual chain (environment, ~/.aws, the machine's role). Addresses are
+path-style at an endpoint of one's own, virtual at Amazon's, or as the configuration says. boto3's own retries are off:
+everything is asked again here, part by part, so that one slow part costs one part. Bodies of parts are views of the
+caller's memory. With awscrt installed botocore takes its checksums and signatures from there; the transfer itself stays
+here, since CRT's own would copy a view and cannot be called off between two parts.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import boto3
+from boto3.session import Session
+from botocore import exceptions as b
+from botocore.config import Config
+
+from outlast.checkpoint.pacing import Pace
+from outlast.checkpoint.retrying import again
+from outlast.checkpoint.store import ObjectInfo, StoreOptions, Unfinished
+from outlast.errors import (
+    CheckpointError,
+    ObjectMissing,
+    OutlastError,
+    PreconditionFailed,
+    RequestError,
+    StaleAttemptError,
+    StoreDenied,
+    StoreUnavailable,
+)
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+MOST_PARTS = 10_000
+_READ_PIECE = 1 << 20
+_DELETE_AT_ONCE = 1000
+_LATER = {429, 500, 502, 503, 504, 408, 409}
+_THROTTLED = {
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "RequestLimitExceeded",
+    "RequestTimeout",
+    "InternalError",
+}
+_LOST = (
+    b.ConnectionError,
+    b.HTTPClientError,
+    b.IncompleteReadError,
+    b.ResponseStreamingError,
+    b.ReadTimeoutError,
+)
+
+
+class S3Store:
+    """A bucket and a prefix in it. Threads may share it."""
+
+    def __init__(self, url: str, options: StoreOptions) -> None:
+        parts = urlsplit(url)
+        self._url = url.rstrip("/")
+        self._bucket, self._prefix = parts.netloc, parts.path.strip("/")
+        self._options = options
+        self._pace = Pace(options.bandwidth)
+        self._client = _client(options)
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def get(self, key: str) -> tuple[bytes, str]:
+        def ask() -> tuple[bytes, str]:
+            with self._told(key):
+                answer = self._client.get_object(Bucket=self._bucket, Key=self._key(key))
+                return answer["Body"].read(), answer["ETag"]
+
+        return again(ask, self._options.patience_s)
+
+    def put(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> str:
+        condition: dict[str, Any] = {"IfMatch": if_match} if if_match is not None else {}
+        condition |= {"IfNoneMatch": "*"} if if_absent else {}
+        tries = 0
+
+        def ask() -> str:
+            nonlocal tries
+            tries += 1
+            try:
+                with self._told(key):
+                    where = {"Bucket": self._bucket, "Key": self._key(key)}
+                    return self._client.put_object(**where, Body=data, **condition)["ETag"]  # type: ignore[arg-type]
+            except (PreconditionFailed, ObjectMissing) as error:
+                return self._ours_after_all(key, data, error, tries)
+
+        return again(ask, self._options.patience_s)
+
+    def _ours_after_all(self, key: str, data: bytes, error: OutlastError, tries: int) -> str:
+        """A conditional put that was tried again may have met itself: its first answer was lost."""
+        if tries > 1:
+            try:
+                content, etag = self.get(key)
+            except ObjectMissing:
+                content, etag = b"", ""
+            if content == data and etag:
+                return etag
+        raise PreconditionFailed(str(error)) from error
+
+    def upload(self, key: str, data: memoryview, cancelled: Callable[[], bool] = lambda: False) -> None:
+        part = max(self._options.part_bytes, -(-len(data) // MOST_PARTS))
+        if len(data) <= part:
+            self._upload_small(key, data, cancelled)
+            return
+        started = again(lambda: self._begin(key), self._options.patience_s, cancelled)
+        done = False
+        try:
+            parts = self._send_parts(key, started, data, part, cancelled)
+            self._complete(key, started, parts, len(data))
+            done = True
+        finally:
+            if not done:
+                self._abort(key, started)
+
+    def read_into(
+        self, key: str, offset: int, target: memoryview, cancelled: Callable[[], bool] = lambda: False
+    ) -> None:
+        part = self._options.part_bytes
+        pieces = [(offset + at, target[at : at + part]) for at in range(0, len(target), part)]
+        work = [lambda piece=piece: self._read_part(key, piece[0], piece[1], cancelled) for piece in pieces]
+        self._in_parallel(work, cancelled)
+
+    def head(self, key: str) -> ObjectInfo:
+        def ask() -> ObjectInfo:
+            with self._told(key):
+                found = self._client.head_object(Bucket=self._bucket, Key=self._key(key))
+                return ObjectInfo(key, found["ContentLength"], found["ETag"], found["LastModified"].timestamp())
+
+        return again(ask, self._options.patience_s)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        token: dict[str, Any] = {}
+        while True:
+            page = again(lambda token=token: self._page(prefix, token), self._options.patience_s)  # type: ignore[misc]
+            for found in page.get("Contents", []):
+                key = found["Key"][len(self._prefix) + 1 if self._prefix else 0 :]
+                yield ObjectInfo(key, found["Size"], found["ETag"], found["LastModified"].timestamp())
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def delete(self, keys: Iterable[str]) -> None:
+        names = [{"Key": self._key(key)} for key in keys]
+        for start in range(0, len(names), _DELETE_AT_ONCE):
+            again(lambda start=start: self._delete(names[start : start + _DELETE_AT_ONCE]), self._options.patience_s)  # type: ignore[misc]
+
+    def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
+        def ask() -> tuple[Unfinished, ...]:
+            with self._told(prefix):
+                pages = self._client.get_paginator("list_multipart_uploads")
+                cut = len(self._prefix) + 1 if self._prefix else 0
+                return tuple(
+                    Unfinished(found["Key"][cut:], found["UploadId"], found["Initiated"].timestamp())
+                    for page in pages.paginate(Bucket=self._bucket, Prefix=self._listed(prefix))
+                    for found in page.get("Uploads", [])
+                )
+
+        yield from again(ask, self._options.patience_s)
+
+    def call_off(self, upload: Unfinished) -> None:
+        self._abort(upload.key, upload.token)
+
+    def close(self) -> None:
+        self._client.close()
+
+    # --- small things -----------------------------------------------------------------------------------------------
+
+    def _key(self, key: str) -> str:
+        if not key or key.startswith("/") or any(part in ("", ".", "..") for part in key.split("/")):
+            raise RequestError(f"{key!r} is no key: parts between slashes, without . and ..")
+        return f"{self._prefix}/{key}" if self._prefix else key
+
+    def _listed(self, prefix: str) -> str:
+        return f"{self._prefix}/{prefix}" if self._prefix else prefix
+
+    def _page(self, prefix: str, token: dict[str, Any]) -> Any:
+        with self._told(prefix):
+            return self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._listed(prefix), **token)
+
+    def _delete(self, names: Any) -> None:
+        with self._told("(many)"):
+            answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": names, "Quiet": True})
+        for failed in answer.get("Errors", []):
+            if failed.get("Code") in ("AccessDenied",):
+                raise StoreDenied(f"{self._url}: {failed.get('Key')} may not be deleted: grant s3:DeleteObject")
+            raise StoreUnavailable(f"{self._url}: {failed.get('Key')} was not deleted: {failed.get('Message')}")
+
+    # --- large objects ----------------------------------------------------------------------------------------------
+
+    def _upload_small(self, key: str, data: memoryview, cancelled: Callable[[], bool]) -> None:
+        def ask() -> None:
+            with self._told(key):
+                self._client.put_object(Bucket=self._bucket, Key=self._key(key), Body=_view(data))
+
+        if cancelled() or not self._pace.wait(len(data), cancelled):
+            raise StaleAttemptError(f"the upload of {key} was called off")
+        again(ask, self._options.patience_s, cancelled)
+
+    def _begin(self, key: str) -> str:
+        with self._told(key):
+            return self._client.create_multipart_upload(Bucket=self._bucket, Key=self._key(key))["UploadId"]
+
+    def _send_parts(
+        self, key: str, started: str, data: memoryview, part: int, cancelled: Callable[[], bool]
+    ) -> Sequence[Any]:
+        """The parts as completion wants them: number and etag."""
+
+        def send(number: int, body: memoryview) -> Any:
+            if not self._pace.wait(len(body), cancelled):
+                raise StaleAttemptError(f"the upload of {key} was called off")
+
+            def ask() -> str:
+                with self._told(key):
+                    where = {"Bucket": self._bucket, "Key": self._key(key), "UploadId": started}
+                    return self._client.upload_part(**where, PartNumber=number, Body=_view(body))["ETag"]  # type: ignore[arg-type]
+
+            return {"PartNumber": number, "ETag": again(ask, self._options.patience_s, cancelled)}
+
+        bodies = [data[at : at + part] for at in range(0, len(data), part)]
+        work = [lambda n=n, body=body: send(n, body) for n, body in enumerate(bodies, 1)]
+        return self._in_parallel(work, cancelled)
+
+    def _complete(self, key: str, started: str, parts: Sequence[Any], size: int) -> None:
+        """Put the parts together; when the answer was lost, look whether it is done."""
+
+        def ask() -> None:
+            try:
+                with self._told(key):
+                    where = {"Bucket": self._bucket, "Key": self._key(key), "UploadId": started}
+                    self._client.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})  # type: ignore[arg-type]
+            except ObjectMissing:  # NoSuchUpload: an earlier try was heard
+                if self.head(key).size != size:
+                    raise
+
+        again(ask, self._options.patience_s)
+
+    def _abort(self, key: str, started: str) -> None:
+        try:
+            with self._told(key):
+                self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._key(key), UploadId=started)
+        except (ObjectMissing, StoreUnavailable):
+            return  # what is left is listed as unfinished, and gc removes it
+
+    def _read_part(self, key: str, offset: int, target: memoryview, cancelled: Callable[[], bool]) -> None:
+        if not target:
+            return
+
+        def ask() -> None:
+            with self._told(key):
+                span = f"bytes={offset}-{offset + len(target) - 1}"
+                answer = self._client.get_object(Bucket=self._bucket, Key=self._key(key), Range=span)
+                if answer["ContentLength"] != len(target):
+                    raise CheckpointError(f"{self._url}/{key} ends before {offset + len(target)}")
+                self._receive(answer["Body"], key, target, cancelled)
+
+        again(ask, self._options.patience_s, cancelled)
+
+    def _receive(self, body: Any, key: str, target: memoryview, cancelled: Callable[[], bool]) -> None:
+        done = 0
+        while done < len(target):
+            if cancelled():
+                raise StaleAttemptError(f"reading {key} was called off")
+            got = body.readinto(target[done : done + _READ_PIECE])
+            if not got:
+                raise StoreUnavailable(f"{self._url}/{key}: the connection ended after {done} bytes of {len(target)}")
+            done += got
+
+    def _in_parallel(self, work: Sequence[Callable[[], Any]], cancelled: Callable[[], bool]) -> Sequence[Any]:
+        """Do all of it, some at a time; after the first failure nothing new is begun."""
+        if len(work) == 1:
+            return [work[0]()]
+        failed = threading.Event()
+
+        def one(call: Callable[[], Any]) -> Any:
+            if failed.is_set() or cancelled():
+                raise StaleAttemptError("the transfer was called off")
+            try:
+                return call()
+            except OutlastError:
+                failed.set()
+                raise
+
+        with ThreadPoolExecutor(self._options.parallel, thread_name_prefix="outlast-s3") as pool:
+            futures: Sequence[Future[Any]] = [pool.submit(one, call) for call in work]
+            wait(futures, return_when=FIRST_EXCEPTION)
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, StaleAttemptError)):
+            raise error
+        return [future.result() for future in futures]
+
+    # --- errors -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _told(self, key: str) -> Iterator[None]:
+        """What S3 and the network say, in the words of a store."""
+        where = f"{self._url}/{key}" if key else self._url
+        try:
+            yield
+        except b.ClientError as error:
+            raise self._answer(where, error) from error
+        except (
+            b.NoCredentialsError,
+            b.PartialCredentialsError,
+            b.CredentialRetrievalError,
+            b.TokenRetrievalError,
+        ) as error:
+            raise StoreDenied(
+                f"{where}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role"
+            ) from error
+        except (b.NoRegionError, b.InvalidRegionError, b.ParamValidationError, b.ProfileNotFound) as error:
+            raise StoreDenied(f"{where}: {error}; check the S3 configuration (AWS_REGION, ~/.aws/config)") from error
+        except (*_LOST, OSError) as error:
+            raise StoreUnavailable(f"{where}: {error}") from error
+
+    def _answer(self, where: str, error: b.ClientError) -> OutlastError:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        text = f"{where}: {code} ({status}): {error.response.get('Error', {}).get('Message', '')}"
+        if code == "NoSuchBucket":
+            return StoreDenied(f"{text}; make the bucket {self._bucket}, or correct spec.checkpoint.url")
+        if code in ("NoSuchKey", "NoSuchUpload", "404") or (status == 404 and code != "NoSuchBucket"):
+            return ObjectMissing(text)
+        if status == 412 or code == "PreconditionFailed":
+            return PreconditionFailed(text)
+        if status == 416:
+            return CheckpointError(f"{where}: the object ends before what was to be read of it")
+        if status in _LATER or status >= 500 or code in _THROTTLED:
+            return StoreUnavailable(text)
+        what = f"bucket {self._bucket} at {self._client.meta.endpoint_url}"
+        return StoreDenied(f"{text}; check the credentials and what they may do with {what}")
+
+
+class _View(io.RawIOBase):
+    """Memory as a file that botocore can read, measure and rewind, without a copy of the whole."""
+
+    def __init__(self, data: memoryview) -> None:
+        super().__init__()
+        self._data, self._at = data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        size = min(len(buffer), max(0, len(self._data) - self._at))
+        buffer[:size] = self._data[self._at : self._at + size]
+        self._at += size
+        return size
+
+
+def _view(data: memoryview) -> Any:
+    """Typed as anything: the stubs know files by name only."""
+    return _View(data)
+
+
+_making = threading.Lock()
+
+
+def _client(options: StoreOptions) -> S3Client:
+    """A client of its own session: sessions are not made to be shared between threads."""
+    config = Config(
+        connect_timeout=min(10.0, options.timeout_s),
+        read_timeout=options.timeout_s,
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        max_pool_connections=2 * options.parallel + 4,
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    with _making:
+        session: Session = boto3.session.Session()
+        endpoint = session._session.get_config_variable("endpoint_url") if hasattr(session, "_session") else None
+        return session.client("s3", config=config.merge(_addressing(session, endpoint)))
+
+
+def _addressing(session: Session, endpoint: str | None) -> Config:
+    """Path-style where a bucket's name cannot become a host name: at endpoints that are not Amazon's."""
+    import os
+
+    given = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or endpoint
+    chosen = (session._session.get_scoped_config().get("s3") or {}) if session.available_profiles else {}
+    if isinstance(chosen, dict) and chosen.get("addressing_style"):
+        return Config()
+    return Config(s3={"addressing_style": "path"}) if given and "amazonaws.com" not in given else Config()
