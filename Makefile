@@ -24,7 +24,7 @@ demo: $(READY)
 	$(BIN)/python examples/bytelm/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest tests/unit tests/integration
+	$(BIN)/python -m pytest tests/unit tests/contract tests/integration
 
 quick: $(READY)
 	$(BIN)/python -m pytest tests/unit

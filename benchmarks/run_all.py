@@ -25,6 +25,8 @@ BENCHMARKS = [
     ("A whole snapshot every 10 steps", ["whole.py", "overhead", "--rounds", "3", "--steps", "31"], "target: <= 5% longer, committed generations = steps / 10"),
     ("Core-seconds of a whole snapshot", ["core_seconds.py"], "target: <= 2 per GB"),
     ("Recoveries", ["whole.py", "recoveries", "--rounds", "2"], "targets in the table"),
+    ("Stores", ["store_rates.py"], "targets: upload >= 85%, download >= 80% of raw parallel boto3"),
+    ("The automatic interval", ["intervals.py"], "target: within 5% of the best fixed interval"),
     ("The machine", ["machine.py"], "target: >= 20,000 events a second with 10,000 nodes"),
 ]  # fmt: skip
 

@@ -14,7 +14,9 @@ import tempfile
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
-FAULTS = ["rank-crash@25:2", "node-loss@50:1", "corrupt@70:3", "node-loss@70:0", "head-loss@95"]
+FAULTS = ["rank-crash@25:2", "node-loss@50:1", "corrupt@70:3", "node-loss@70:0", "head-loss@90"]
+ALL_MEMORY = [f"node-loss@105:{seat}" for seat in range(4)]
+"""Beyond any parity: what is left is the object tier."""
 
 
 def trainctl(folder: pathlib.Path, *options: str) -> dict[str, Any]:
@@ -42,12 +44,21 @@ def main() -> None:
     folder = pathlib.Path(tempfile.mkdtemp(prefix="bytelm-demo-"))
     print(f"demo: two runs on 4 local nodes and a spare; files in {folder}\n\ndemo: undisturbed", flush=True)
     undisturbed = trainctl(folder / "undisturbed")
-    print(f"\ndemo: the same with {', '.join(FAULTS)}", flush=True)
-    disturbed = trainctl(folder / "disturbed", *[part for fault in FAULTS for part in ("--fault", fault)])
+    print(
+        f"\ndemo: the same with {', '.join(FAULTS)}, then all nodes lost at once, with checkpoints in a folder",
+        flush=True,
+    )
+    store = [f"--set=checkpoint.url=file://{folder}/disturbed/store", "--set=checkpoint.interval=20"]
+    faults = [f"--fault={fault}" for fault in (*FAULTS, *ALL_MEMORY)]
+    disturbed = trainctl(folder / "disturbed", "--replace-after=2", *store, *faults)
     print("\nundisturbed:")
     show(undisturbed)
     print("through faults:")
     show(disturbed)
+    checkpoints = disturbed["checkpoints"]
+    print(
+        f"  {checkpoints['count']} checkpoints of {checkpoints['bytes'] / 2**20:.0f} MiB in all, the last of step {checkpoints['last_step']}"
+    )
     same = undisturbed["weights_digest"] == disturbed["weights_digest"]
     print(f"\nweights {'are identical, bit for bit' if same else 'DIFFER'}")
     if not same:

@@ -1,7 +1,7 @@
 """``trainctl``: what a person types.
 
-Exit status: 0 the job succeeded, 1 it failed, 2 the request was wrong, 130 it was interrupted. Commands import
-what they need when they are called, so that ``trainctl --help`` answers at once.
+Exit status: 0 it succeeded, 1 it failed, 2 the request was wrong, 130 it was interrupted. Commands import what they
+need when they are called, so that ``trainctl --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from outlast.errors import OutlastError, RequestError
+from outlast.errors import OutlastError, RequestError, StoreDenied
+from trainctl.checkpoints import app as checkpoints
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,6 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(checkpoints, name="checkpoints")
 
 
 @app.callback()
@@ -41,9 +45,10 @@ def run_job(
             "--fault",
             metavar="KIND@STEP:TARGET",
             help="Break something on purpose, such as node-loss@40:2; repeatable. Kinds with a rank: rank-crash, "
-            "rank-error, hang, straggler (@40:2*3). With a seat: node-loss, node-pause, corrupt (@40:2/header, /data, "
-            "/parity, /trailer), keeper-crash, agent-crash. With none: controller-crash, head-loss. @STEP.copy, "
-            "@STEP.encode, @STEP.restart: while the next of these is under way.",
+            "rank-error, hang, straggler (@40:2*3). With a seat: node-loss, node-pause, node-leave, corrupt "
+            "(@40:2/header, /data, /parity, /trailer), keeper-crash, agent-crash. With none: node-join, "
+            "controller-crash, head-loss. @STEP.copy, @STEP.encode, @STEP.restart: while the next of these is under "
+            "way.",
         ),
     ] = None,
     override: Annotated[
@@ -55,6 +60,9 @@ def run_job(
     replace_after: Annotated[
         str, typer.Option(metavar="SECONDS|never", help="Replace a lost node by an empty one after so long.")
     ] = "5",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the job's checkpoints in its store; refused without it.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Write the progress as JSON lines.")] = False,
 ) -> None:
     """Run a training job on this machine, to its end.
@@ -64,7 +72,7 @@ def run_job(
     """
     from trainctl.run import RunRequest, run_here
 
-    request = RunRequest(job, directory, tuple(fault or ()), tuple(override or ()), replace_after, json)
+    request = RunRequest(job, directory, tuple(fault or ()), tuple(override or ()), replace_after, json, resume)
     raise typer.Exit(run_here(request))
 
 
@@ -72,7 +80,7 @@ def run() -> None:
     """The console script."""
     try:
         app()
-    except RequestError as error:
+    except (RequestError, StoreDenied) as error:
         _complain(error)
         sys.exit(2)
     except OutlastError as error:

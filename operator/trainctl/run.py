@@ -6,25 +6,21 @@ JSON lines to its standard output and ends when its standard input does, so that
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from outlast.errors import OutlastError, RequestError
 from outlast.local.faults import check_faults, parse_fault
+from trainctl.child import INTERRUPTED, Interrupts, check_installed, lines
 
-INTERRUPTED = 130
 _NEEDED = ("torch", "ray", "aiohttp")
-_KILLS = 2
 _END_LIMIT_S = 20.0
 
 
@@ -38,27 +34,23 @@ class RunRequest:
     overrides: tuple[str, ...]
     replace_after: str
     json: bool
+    resume: bool = False
 
 
 def run_here(request: RunRequest) -> int:
-    """Run the job and return the exit status.
+    """Run the job and return the exit status. A request that is refused leaves nothing in the folder.
 
     Raises RequestError (SpecError for the job) before anything was started, OutlastError when the supervisor breaks.
     """
-    _check_installation()
+    check_installed("trainctl run", _NEEDED)
     document = _load(request)
     directory = _prepare(request, document)
     command = [
         *(sys.executable, "-m", "outlast.local.supervisor", "--dir", str(directory)),
         *("--replace-after", request.replace_after, *(f"--fault={fault}" for fault in request.faults)),
+        *(["--resume"] if request.resume else []),
     ]
     return _supervise(command, request, directory)
-
-
-def _check_installation() -> None:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise RequestError(f"trainctl run needs {', '.join(missing)}: pip install 'outlast[train]'")
 
 
 def _load(request: RunRequest) -> dict[str, Any]:
@@ -75,6 +67,8 @@ def _load(request: RunRequest) -> dict[str, Any]:
     check_faults([parse_fault(text) for text in request.faults], workers.replicas, workers.procs_per_worker)
     _check_replace_after(request.replace_after)
     _check_entrypoint(job.spec.entrypoint, request.job.parent)
+    if request.resume and job.spec.checkpoint is None:
+        raise RequestError("--resume: the job has no spec.checkpoint, so there is no store to go on from")
     return job.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
@@ -116,16 +110,25 @@ def _supervise(command: list[str], request: RunRequest, directory: Path) -> int:
 
     view = choose_view(request.json, directory)
     process = _start(command, directory, request.job.resolve().parent)
-    interrupts = _Interrupts(process)
+    interrupts = Interrupts(process)
     last: dict[str, Any] = {}
     try:
         with view:
-            for line in _lines(process):
+            for line in lines(process):
                 view.show(line)
                 last = line
     finally:
         _end(process)
+    if last.get("outcome") == "refused":
+        _empty(directory, request.directory is None)
     return _exit_status(process.returncode, last, interrupts.count, directory)
+
+
+def _empty(directory: Path, altogether: bool) -> None:
+    """Take back what was put into the folder: nothing was started."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if not altogether:
+        directory.mkdir(parents=True, exist_ok=True)
 
 
 def _start(command: list[str], directory: Path, folder: Path) -> subprocess.Popen[str]:
@@ -140,34 +143,6 @@ def _start(command: list[str], directory: Path, folder: Path) -> subprocess.Pope
         return subprocess.Popen(
             command, cwd=folder, stdin=pipe, stdout=pipe, stderr=errors, text=True, start_new_session=True
         )
-
-
-class _Interrupts:
-    """Passes Ctrl-C and SIGTERM on: the first asks the supervisor to stop the job, the second to kill it."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self.count = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._pass_on)
-
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        self.count += 1
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT if self.count < _KILLS else signal.SIGTERM)
-
-
-def _lines(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    """The supervisor's JSON lines until it closes its output."""
-    assert process.stdout is not None
-    for text in process.stdout:
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = {"type": "progress", "text": text.rstrip()}
-        if isinstance(value, dict):
-            yield value
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -20,6 +20,7 @@ class Summary:
     nodes: str
     attempt: str
     snapshot: str
+    checkpoint: str
     goodput: str
 
     def rows(self) -> list[tuple[str, str]]:
@@ -31,6 +32,7 @@ class Summary:
             ("nodes", self.nodes),
             ("attempt", self.attempt),
             ("snapshot", self.snapshot),
+            ("checkpoint", self.checkpoint),
             ("goodput", self.goodput),
         ]
 
@@ -44,9 +46,10 @@ def summarize(status: Mapping[str, Any]) -> Summary:
         step=step,
         progress=NOTHING if step is None else f"{step}/{total}" if total else str(step),
         loss=_number((status.get("metrics") or {}).get("loss"), "{:.4f}"),
-        nodes=_nodes(status.get("nodes") or {}),
+        nodes=_nodes(status.get("nodes") or {}, (status.get("workers") or {}).get("wanted")),
         attempt=str(status.get("attempt", NOTHING)),
-        snapshot=_snapshot((status.get("snapshot") or {}).get("committed")),
+        snapshot=_newest((status.get("snapshot") or {}).get("committed")),
+        checkpoint=_newest((status.get("checkpoint") or {}).get("committed")),
         goodput=_goodput(status.get("goodput")),
     )
 
@@ -60,20 +63,24 @@ def _number(value: object, form: str) -> str:
     return form.format(value) if isinstance(value, int | float) else NOTHING
 
 
-def _nodes(nodes: Mapping[str, Mapping[str, Any]]) -> str:
-    """How many are in each state: "4 active, 1 spare"."""
+def _nodes(nodes: Mapping[str, Mapping[str, Any]], wanted: object) -> str:
+    """How many are in each state, the active ones out of those wanted: "3/4 active, 1 lost"."""
     counts: dict[str, int] = {}
     for node in nodes.values():
         state = str(node.get("state", "known"))
         counts[state] = counts.get(state, 0) + 1
-    return ", ".join(f"{count} {state}" for state, count in counts.items()) or NOTHING
+    texts = {state: str(count) for state, count in counts.items()}
+    if wanted is not None and "active" in texts:
+        texts["active"] += f"/{wanted}"
+    return ", ".join(f"{text} {state}" for state, text in texts.items()) or NOTHING
 
 
-def _snapshot(committed: object) -> str:
-    """The newest committed one: "step 16, 3 s ago"."""
+def _newest(committed: object) -> str:
+    """The newest committed one: "step 16, 3 s ago", or, when that was not seen, "step 16"."""
     if not isinstance(committed, Mapping):
         return NOTHING
-    return f"step {committed.get('step', NOTHING)}, {_number(committed.get('age_s'), '{:.0f}')} s ago"
+    age = _number(committed.get("age_s"), ", {:.0f} s ago")
+    return f"step {committed.get('step', NOTHING)}{'' if age == NOTHING else age}"
 
 
 def _goodput(value: object) -> str:

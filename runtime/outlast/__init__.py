@@ -9,6 +9,8 @@
     for batch in run.steps(loader, total=2000):
         ...
 
+    step = outlast.load("s3://bucket/jobs/default/bytelm", model)  # a checkpoint's weights, without a job
+
 Public names are loaded when first used: ``import outlast`` imports neither torch nor ray.
 """
 
@@ -19,12 +21,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from outlast.data import ElasticSampler
+    from outlast.rank.stored_weights import load
     from outlast.session import Run, init
 
 __version__ = "0.1.0"
-__all__ = ["ElasticSampler", "Run", "__version__", "init"]
+__all__ = ["ElasticSampler", "Run", "__version__", "init", "load"]
 
-_HOME = {"ElasticSampler": "outlast.data", "Run": "outlast.session", "init": "outlast.session"}
+_HOME = {
+    "ElasticSampler": "outlast.data",
+    "Run": "outlast.session",
+    "init": "outlast.session",
+    "load": "outlast.rank.stored_weights",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from outlast.errors import SpecError
 from outlast.quantities import IntervalOrAuto, MemoryBytes, PositiveSeconds, Seconds, SecondsOrAuto, StepsOrAuto
 from outlast.resource import Part, explain
+from outlast.storeurl import job_of, parse_checkpoint, parse_store_url
 from outlast.yamlfile import read_mapping, set_field
 
 API_VERSION = "outlast.dev/v1alpha1"
@@ -32,8 +33,6 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _SET_BY_OUTLAST = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|OUTLAST_.*|PYTHONHASHSEED"
 )
-
-_STORE_URL = re.compile(r"s3://[a-z0-9][-.a-z0-9]{1,62}(/[^?#]*)?|file:///[^?#]+")
 
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
@@ -182,12 +181,15 @@ class Checkpoint(Part):
         default=None, description="The most bytes a second that a node uploads, such as 200Mi; absent: no limit."
     )
 
-    @field_validator("url", "restore_from")
+    @field_validator("url")
     @classmethod
-    def _check_url(cls, url: str | None) -> str | None:
-        if url is not None and not _STORE_URL.fullmatch(url):
-            raise ValueError(f'"{url}" is no store: write s3://bucket/prefix or file:///folder')
-        return url
+    def _check_url(cls, url: str) -> str:
+        return parse_store_url(url)
+
+    @field_validator("restore_from")
+    @classmethod
+    def _check_restore_from(cls, checkpoint: str | None) -> str | None:
+        return None if checkpoint is None else parse_checkpoint(checkpoint)
 
 
 class Recovery(Part):
@@ -346,7 +348,7 @@ class TrainingJob(Part):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        problems = list(contradictions(self.spec))
+        problems = [*contradictions(self.spec), *_restored_from_itself(self.metadata, self.spec.checkpoint)]
         if problems:
             raise SpecError(problems)
         return self
@@ -395,6 +397,18 @@ def contradictions(spec: TrainingJobSpec) -> Iterator[tuple[str, str]]:
         if name in names[:index]:
             yield f"spec.env[{index}].name", f'"{name}" is given twice; keep one'
     yield from _erasure_contradictions(spec.snapshot.erasure, workers.replicas)
+
+
+def _restored_from_itself(metadata: Metadata, checkpoint: Checkpoint | None) -> Iterator[tuple[str, str]]:
+    if checkpoint is None or checkpoint.restore_from is None:
+        return
+    own = f"{checkpoint.url}/{metadata.namespace}/{metadata.name}"
+    if job_of(checkpoint.restore_from) == own:
+        yield (
+            "spec.checkpoint.restoreFrom",
+            f"{own} is where this job's own checkpoints go: leave it out to go on from them (trainctl run --resume), "
+            "or give the job another name to branch off",
+        )
 
 
 def _erasure_contradictions(erasure: Erasure, replicas: int) -> Iterator[tuple[str, str]]:

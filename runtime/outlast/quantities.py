@@ -67,7 +67,10 @@ def parse_duration(value: str | float) -> float:
         return float(value)
     if not isinstance(value, str) or not _DURATION.fullmatch(value):
         raise ValueError(f"{_shown(value)} is no duration: write 90s, 10m or 1h30m{_meant(_guess_duration(value))}")
-    return float(sum(Fraction(number) * _SECOND_UNITS[unit] for number, unit in _DURATION_PART.findall(value)))
+    try:
+        return float(sum(Fraction(number) * _SECOND_UNITS[unit] for number, unit in _DURATION_PART.findall(value)))
+    except OverflowError:
+        raise ValueError(f"{_shown(value)} is no duration: it is longer than can be counted") from None
 
 
 def format_duration(seconds: float) -> str:
@@ -126,11 +129,11 @@ def _interval_or_auto(value: Any) -> int | float | Auto:
         return "auto"
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
-    try:
-        return _positive(parse_duration(value if isinstance(value, str) else str(value)))
-    except ValueError:
-        wanted = "a whole number of steps, a duration such as 10m, or auto"
-        raise ValueError(f"{_shown(value)} is no interval: write {wanted}") from None
+    if isinstance(value, str) and _DURATION.fullmatch(value):
+        return _positive(parse_duration(value))
+    guess = f"{value} (steps) or {value}s" if isinstance(value, str) and value.isdecimal() else _guess_duration(value)
+    wanted = "a whole number of steps, a duration such as 10m, or auto"
+    raise ValueError(f"{_shown(value)} is no interval: write {wanted}{_meant(guess)}")
 
 
 def _write_interval_or_auto(value: float | Auto) -> int | str:

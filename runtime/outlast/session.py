@@ -32,22 +32,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from outlast.errors import CapacityError, RequestError
-from outlast.protect import ddp, rng
+from outlast.protect import rng
 from outlast.protect.capture import Capture, Seat, check_capacity
 from outlast.protect.leaves import Collector
 from outlast.protect.plan import estimate_bytes
-from outlast.protect.reload import reload
+from outlast.protect.resize import OnResize
 from outlast.protect.weights import write_weights
 from outlast.quantities import parse_duration
+from outlast.rank.about import about
 from outlast.rank.batches import Batches, position_is_protected
+from outlast.rank.bucket_orders import BucketOrders
 from outlast.rank.environment import differences, environment
 from outlast.rank.gate import FaultGate
 from outlast.rank.link import AgentLink, NoLink, error_fields, write_error_file
-from outlast.rank.snapshots import RankSnapshots
-from outlast.rank.sources import open_shards
+from outlast.rank.pace import Pace
+from outlast.rank.restoring import Restored, restore
+from outlast.rank.snapshots import FINAL_DEADLINE_S, RankSnapshots
 
 RESTORE_DEADLINE_S = 600.0
 WEIGHTS_LIMIT_S = 1800.0
@@ -76,22 +78,28 @@ class Run:
         self._link, self._environment = link, environment(backend)
         self._collector: Collector | None = None
         self._snapshots: RankSnapshots | None = None
-        self._restored: dict[str, Any] | None = None
+        self._restored: Restored | None = None
+        self._seed: int | None = None
         self._metrics: dict[str, Any] = {}
-        self._ddp = _DdpOrders()
-        self._pace = _Pace()
+        self._ddp = BucketOrders()
+        self._pace = Pace()
         self._gate = FaultGate.from_environment(
             {"rank": self.rank, "node": os.environ.get("OUTLAST_NODE", ""), "attempt": self.attempt, "pid": os.getpid()}
         )
 
     # -- protect
 
-    def protect(self, *, check: bool = False, **objects: Any) -> int:
+    def protect(self, *, check: bool = False, on_resize: OnResize | None = None, **objects: Any) -> int:
         """Make ``objects`` part of every snapshot, and restore them if there is anything to restore.
 
         objects: nn.Modules (wrapped ones too), optimizers, anything with state_dict/load_state_dict, dicts, lists and
         tensors. Call it once, after wrapping, on every rank. ``check`` reads every lazily copied tensor twice and
         reports those that something else than an optimizer changed meanwhile (slow).
+
+        Where the snapshot was written by another number of ranks, sharded tensors are cut anew, generators are derived
+        from (seed, step, rank, world), and of what each rank had for itself rank 0's is taken. ``on_resize(old)`` may
+        choose otherwise for objects that are neither modules nor optimizers: ``old[rank][name]`` is what an old rank
+        had (read when looked at), and what it returns, name -> state, is loaded here in place of rank 0's.
 
         Returns the number of steps that are done already. Raises StateError when an object cannot be held or does not
         fit what is to be restored, CapacityError when the node's memory cannot hold the snapshots.
@@ -103,20 +111,20 @@ class Run:
             if callable(getattr(value, "set_world", None)):
                 value.set_world(self.rank, self.world_size)
         if isinstance(self._link, AgentLink):
-            self._protect_with_agent(self._link, collector, check=check)
+            self._protect_with_agent(self._link, collector, on_resize, check=check)
         return self.step
 
-    def _protect_with_agent(self, link: AgentLink, collector: Collector, *, check: bool) -> None:
+    def _protect_with_agent(
+        self, link: AgentLink, collector: Collector, on_resize: OnResize | None, *, check: bool
+    ) -> None:
         began = time.perf_counter()
         message = link.wait_restore(RESTORE_DEADLINE_S)
         self._limits = dict(message.get("protection") or {})
         source = "none"
         if message.get("plan"):
-            with open_shards(message, self.rank) as shards:
-                self._restored = reload(collector, shards)
-            source = message["plan"]["sources"][str(self.rank)] if "sources" in message["plan"] else "memory-local"
-            self.step = int(self._restored["step"])
-            self._compare_environment(self._restored["environment"])
+            self._restored = restore(link, message, collector, on_resize, self.rank, self.world_size)
+            self.step, self._seed, source = self._restored.step, self._restored.seed, self._restored.source
+            self._compare_environment(self._restored.session["environment"])
         seat = Seat(
             pathlib.Path(os.environ["OUTLAST_MEMORY_DIR"]), self.rank, self.world_size,
             int(os.environ["GROUP_RANK"]), self.local_rank,
@@ -124,7 +132,9 @@ class Run:
         self._check_estimate(link, collector, seat)
         fits = partial(self._fits, link, seat)
         self._snapshots = RankSnapshots(link, Capture(collector, seat), self._session_state, fits, check=check)
-        link.send("ready", restored_step=self.step, restore_s=time.perf_counter() - began, source=source)
+        origin = {"about": about(p for _, p in collector.parameters.values())} if self.rank == 0 else {}
+        seconds = time.perf_counter() - began
+        link.send("ready", restored_step=self.step, restore_s=seconds, source=source, **origin)
 
     def _check_estimate(self, link: AgentLink, collector: Collector, seat: Seat) -> None:
         """Refuse before training what cannot work, from what is known now; the plan checks the real size."""
@@ -153,7 +163,8 @@ class Run:
         """Yield the micro-batches of the steps that are not done yet, up to ``total`` steps in all.
 
         Epochs roll over by themselves. Asking for the next batch after a step's last one is the boundary at which
-        snapshots are taken. After the last step the weights are gathered and written (a collective).
+        snapshots are taken. After the last step the weights are gathered and written (a collective); where the job has
+        checkpoints, that step is made one first.
         """
         batches = Batches(loader, micro_batches)
         if batches.sampler is not None:
@@ -162,17 +173,21 @@ class Run:
             text = "the data position is not protected: pass the sampler or a stateful loader to run.protect"
             self._link.send("note", kind="position-unprotected", text=text)
         if self.step < total:
-            self._open(batches)
+            batches.open()
+            self._resume()
             with self._pace.watching():
                 yield from self._steps(batches, total)
+        else:
+            self._resume()
+            self._link.send("step", step=self.step, seconds=0.0, own_seconds=0.0, metrics={}, total=total)
         self._complete()
 
-    def _open(self, batches: Batches) -> None:
-        batches.open()
-        self._ddp.find(self._collector)
+    def _resume(self) -> None:
+        """Set what the making of the loader's iterator and of other objects changes."""
+        self._ddp.find(parameter for _, parameter in (self._collector.parameters.values() if self._collector else ()))
         if self._restored is not None:
-            self._ddp.restore(self._restored["ddp"])
-            rng.restore(self._restored["rng"])
+            self._ddp.restore(self._restored.session["ddp"])
+            self._restored.set_generators(self.rank, self.world_size)
             self._restored = None
 
     def _steps(self, batches: Batches, total: int) -> Iterator[Any]:
@@ -200,7 +215,12 @@ class Run:
         self._link.send("step", step=self.step, seconds=seconds, own_seconds=own, metrics=metrics, total=total)
 
     def _session_state(self) -> dict[str, Any]:
-        return {"step": self.step, "rng": rng.capture(), "ddp": self._ddp.orders(), "environment": self._environment}
+        return {
+            "step": self.step,
+            "rng": rng.capture(self._seed),
+            "ddp": self._ddp.orders(),
+            "environment": self._environment,
+        }
 
     # -- the rest of the contract
 
@@ -221,6 +241,10 @@ class Run:
     def _complete(self) -> None:
         if self._snapshots is not None:
             self._snapshots.barrier()
+            if self._limits.get("final"):
+                self._ddp.settle()
+                with self.busy("final snapshot", limit=FINAL_DEADLINE_S):
+                    self._snapshots.final(self.step)
         if self._collector is None:
             return
         modules = self._collector.modules
@@ -229,75 +253,6 @@ class Run:
             digest = write_weights(modules, pathlib.Path(folder) / "final" if folder else None, self.rank)
             dist.barrier()
         self._link.send("done", digest=digest, steps=self.step, environment=self._environment)
-
-
-class _DdpOrders:
-    """Bucket orders of the DDP objects alive, settled at boundaries so that a snapshot sees the next step's order."""
-
-    def __init__(self) -> None:
-        self._found: list[Any] = []
-        self._orders: list[list[list[int]]] | None = None
-        self._settled = False
-
-    def find(self, collector: Collector | None) -> None:
-        self._found = ddp.instances(p for _, p in collector.parameters.values()) if collector else []
-        self._settled, self._orders = not self._found, None
-
-    def settle(self) -> None:
-        """Rebuild buckets now if DDP is about to at its next forward (collective, like that; once per object)."""
-        if self._settled:
-            return
-        rebuilt = [ddp.rebuild_buckets(found) for found in self._found]
-        if any(rebuilt):
-            self._orders = None
-        self._settled = all(ddp.is_settled(found) for found in self._found)
-
-    def orders(self) -> list[list[list[int]]]:
-        if self._orders is None:
-            self._orders = [ddp.bucket_order(found) for found in self._found]
-        return self._orders
-
-    def restore(self, orders: list[list[list[int]]]) -> None:
-        for found, order in zip(self._found, orders, strict=False):
-            ddp.set_bucket_order(found, order)
-
-
-class _Pace:
-    """Times a step, and the part of it that waits for no other rank: fetching data, and from the optimizer on."""
-
-    def __init__(self) -> None:
-        self._began = self._fetched = 0.0
-        self._stepping: float | None = None
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        hook = register_optimizer_step_pre_hook(self._on_optimizer)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def _on_optimizer(self, *_: Any) -> None:
-        if self._stepping is None:
-            self._stepping = time.perf_counter()
-
-    def begin(self) -> None:
-        self._began, self._fetched, self._stepping = time.perf_counter(), 0.0, None
-
-    def fetching(self, batches: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            before = time.perf_counter()
-            try:
-                item = next(batches)
-            except StopIteration:
-                return
-            self._fetched += time.perf_counter() - before
-            yield item
-
-    def end(self) -> tuple[float, float]:
-        """(seconds of the step, seconds of its own part)."""
-        now = time.perf_counter()
-        return now - self._began, self._fetched + (now - self._stepping if self._stepping is not None else 0.0)
 
 
 def _number(value: Any) -> Any:

@@ -6,9 +6,11 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +19,10 @@ from outlast.agent.forkclient import ForkClient
 from outlast.agent.node_agent import HEARTBEAT_S, NodeAgent
 from outlast.errors import TransferError
 from outlast.snapshot.identity import Generation
-from support.keepers import write_shard
-from support.sites import PRELUDE, Site, alive, attempt, eventually, open_site, open_zygote
+from outlast.snapshot.inventory import RankRestore, RestorePlan
+from outlast.snapshot.stored import StoredImage
+from support.keepers import flip, write_shard
+from support.sites import PRELUDE, Node, Site, alive, attempt, eventually, open_site, open_zygote
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,9 @@ def test_a_new_node_joins_and_beats(site: Site) -> None:
     assert (joined.node, joined.attempt, joined.seat, joined.running, joined.held) == ("node-0", None, None, False, ())
     assert (joined.procs, joined.best_seen_attempt, joined.host) == (1, 0, "127.0.0.1")
     assert joined.free_port > 0
+    assert joined.memory is not None
+    assert joined.memory > 1 << 20
+    assert joined.dirty == ()
     fields = node.raw("Info")["fields"]
     assert fields["agent_pid"] == os.getpid()
     assert fields["keeper_pid"] == node.pids()["keeper"]
@@ -96,10 +103,10 @@ print(os.environ["FROM_JOB"], sorted(name for name in os.environ if name.startsw
     assert node.next("RankDone") == m.RankDone("node-0", attempt(1), 0, "d1", 3)
     stored, restore, permit, *rest = node.log(0, 1).splitlines()
     assert json.loads(stored)["started"] == str(attempt(1)), "the attempt is on disk before its ranks run"
-    limits = {"slots": 2, "parity": 1, "group": 2, "max_memory": None}
+    limits = {"slots": 2, "parity": 0, "group": 1, "max_memory": None, "final": False}
     assert json.loads(restore) == {"op": "restore", "plan": None, "images": {}, "protection": limits}
     told = {"op": "permit", "generation": str(generation), "slot": 1, "step": 2, "replan": False, "fresh": True}
-    assert json.loads(permit) == told
+    assert json.loads(permit) == {**told, "hold": False}
     names = ["ERROR_FILE", "MAX_RESTARTS", "RESTART_COUNT", "RUN_ID"]
     assert rest == [f"yes {[f'TORCHELASTIC_{name}' for name in names]}"]
 
@@ -348,3 +355,215 @@ def test_nothing_that_an_agent_started_outlives_close(site: Site) -> None:
         "keeper.json",
         "keeper.pid",
     ]
+
+
+def durable(site: Site, store: str, **changes: Any) -> Node:
+    """A node of a job with an object tier."""
+    node = site.node(boot=False, **changes)
+    spec: dict[str, Any] = node.config.job["spec"]  # type: ignore[assignment]
+    job = {**node.config.job, "spec": {**spec, "checkpoint": {"url": store}, "snapshot": {"maxMemory": "1Gi"}}}
+    node.config = node.config.model_copy(update={"job": job})
+    return node.boot()
+
+
+def image_path(node: Node, slot: int = 0, local_rank: int = 0) -> Path:
+    return Path(node.config.memory_dir) / f"slot-{local_rank}-{slot}.img"
+
+
+GENERATION = Generation.of(attempt(1), 5)
+
+
+def from_store(node: Node, url: str, image: StoredImage, direct: bool = False) -> RestorePlan:
+    where = "" if direct else node.config.node
+    place = (image.rank, image.seat, image.local_rank, where, 1, "object", image.size, None)
+    return RestorePlan(GENERATION, (RankRestore(*place, url=url, key=image.key),), direct)
+
+
+def test_images_go_to_the_store_and_come_back(site: Site, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/default/j"
+    node = durable(site, f"file://{tmp_path}")
+    assert node.join().memory == 1 << 30
+    upload = m.Upload(("node-0",), GENERATION, url)
+    node.do(upload)
+    assert "no seat" in node.next("UploadFailed").reason
+    node.run()
+    node.next("RankReady")
+    node.do(upload)
+    failed = node.next("UploadFailed")
+    assert (failed.generation, failed.trouble) == (GENERATION, "bad"), "there is no such image"
+    length = write_shard(image_path(node), 0, 0, GENERATION, 300_000)
+    node.do(upload)
+    uploaded = node.next("Uploaded")
+    [image] = uploaded.images
+    assert (image.rank, image.seat, image.local_rank, image.size, uploaded.bytes) == (0, 0, 0, length, length)
+    content = image_path(node).read_bytes()
+    assert (tmp_path / "default/j" / image.key).read_bytes() == content
+
+    (tmp_path / "taken").write_text("a file")
+    node.do(m.Upload(("node-0",), GENERATION, f"file://{tmp_path}/taken/j"))
+    assert node.next("UploadFailed").trouble == "denied"
+
+    image_path(node).unlink()
+    node.do(node.start(2, restore=from_store(node, url, image)))
+    assert node.next("RestoreReady").bytes == length
+    assert image_path(node, 1).read_bytes() == content
+    node.do(m.Load(("node-0",), attempt(2)))
+    node.next("RankReady")
+    told = json.loads(node.log(0, 2))
+    assert (told["images"], told["protection"]["slots"]) == ({"0": {"path": str(image_path(node, 1))}}, 3)
+    node.do(m.Commit(("node-0",), GENERATION))
+    node.next("CommitAcked")
+
+
+@pytest.mark.parametrize(("harm", "trouble"), [("flip", "bad"), ("missing", "bad"), ("denied", "denied")])
+def test_what_the_store_cannot_give_ends_the_attempt_as_its_fault(
+    site: Site, tmp_path: Path, harm: str, trouble: str
+) -> None:
+    url = f"file://{tmp_path}/j"
+    node = durable(site, f"file://{tmp_path}")
+    node.run()
+    length = write_shard(image_path(node), 0, 0, GENERATION, 300_000)
+    node.do(m.Upload(("node-0",), GENERATION, url))
+    [image] = node.next("Uploaded").images
+    if harm == "flip":
+        flip(tmp_path / "j" / image.key, length // 2)
+    elif harm == "missing":
+        (tmp_path / "j" / image.key).unlink()
+    else:
+        (tmp_path / "taken").write_text("a file")
+        url = f"file://{tmp_path}/taken/j"
+    node.do(node.start(2, restore=from_store(node, url, image)))
+    failed = node.next("RestoreFailed")
+    assert (failed.attempt, failed.generation, failed.trouble, failed.rank) == (attempt(2), GENERATION, trouble, 0)
+    node.none_of("RestoreReady")
+    assert not image_path(node, 1).exists()
+
+
+def test_what_ranks_read_themselves_is_not_fetched_for_them(site: Site, tmp_path: Path) -> None:
+    node = durable(site, f"file://{tmp_path}")
+    image = StoredImage(0, 0, 0, "no/such/object", 1000, "")
+    node.do(node.start(restore=from_store(node, f"file://{tmp_path}/j", image, direct=True)))
+    assert node.next("RestoreReady") == m.RestoreReady("node-0", attempt(1))
+    node.do(m.Load(("node-0",), attempt(1)))
+    node.next("RankReady")
+    told = json.loads(node.log(0, 1))
+    assert told["images"] == {"0": {"url": f"file://{tmp_path}/j", "key": "no/such/object"}}
+    lost = RankRestore(7, 7, 0, "node-0", 107, "memory-decode", 1000, None)
+    node.do(node.start(2, restore=RestorePlan(GENERATION, (lost,), direct=True)))
+    exited = node.next("RankExited")
+    assert (exited.rank, exited.error.type) == (0, "UnrecoverableError"), "the old world's rank 7 is nobody's"
+
+
+def slow_upload(node: Node, folder: Path) -> None:
+    """Begin an upload that takes a minute, and see it under way."""
+    node.run()
+    node.next("RankReady")
+    write_shard(image_path(node), 0, 0, GENERATION, 60 << 20)
+    node.do(m.Upload(("node-0",), GENERATION, f"file://{folder}/j", bandwidth=1 << 20))
+    eventually(lambda: list(folder.glob("j/.drafts/*")))
+
+
+def test_an_upload_is_over_when_its_keeper_is_killed(site: Site, tmp_path: Path) -> None:
+    node = durable(site, f"file://{tmp_path}")
+    slow_upload(node, tmp_path)
+    os.kill(node.pids()["keeper"], signal.SIGKILL)
+    failed = node.next("UploadFailed")
+    assert (failed.generation, failed.trouble) == (GENERATION, "unavailable")
+    node.next("KeeperBack")
+    node.do(m.Upload(("node-0",), GENERATION, f"file://{tmp_path}/j"))
+    assert node.next("Uploaded").generation == GENERATION
+
+
+def test_an_upload_holds_back_neither_stop_nor_end(site: Site, tmp_path: Path) -> None:
+    node = durable(site, f"file://{tmp_path}")
+    slow_upload(node, tmp_path)
+    node.do(m.Upload(("node-0",), GENERATION, f"file://{tmp_path}/j", bandwidth=1 << 20))
+    node.do(m.Stop("node-0", attempt(2)))
+    assert node.next("Stopped", 5).attempt == attempt(2)
+    eventually(lambda: not list(tmp_path.glob("j/.drafts/*")))
+    node.none_of("UploadFailed")
+
+
+def test_an_agent_ends_although_its_upload_goes_on(site: Site, tmp_path: Path) -> None:
+    node = durable(site, f"file://{tmp_path}")
+    slow_upload(node, tmp_path)
+    node.close()
+    eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith("outlast-agent-worker")], 5)
+    node.agents.clear()
+
+
+def test_held_ranks_are_told_to_go_on(site: Site) -> None:
+    script = (
+        PRELUDE
+        + """
+hear()
+say("ready", restored_step=3, restore_s=0.5, source="object", about={"script": "f"})
+print(json.dumps(hear()))
+print(json.dumps(hear()))
+say("restore-failed", generation="1-aaaaaaaaaaaaaaaa-3", reason="bytes", trouble="bad")
+say("restore-failed", generation="1-aaaaaaaaaaaaaaaa-3", reason="bytes", trouble="sad")
+"""
+    )
+    node = site.node(script)
+    node.run()
+    assert node.next("RankReady") == m.RankReady("node-0", attempt(1), 0, 3, 0.5, "object", {"script": "f"})
+    node.do(m.Proceed(("node-0",), Generation.of(attempt(9), 5)))
+    node.do(m.Permit(("node-0",), GENERATION, 1, False, hold=True), m.Proceed(("node-0",), GENERATION))
+    failed = node.next("RestoreFailed")
+    assert (failed.generation.step, failed.reason, failed.trouble, failed.rank) == (3, "bytes", "bad", 0)
+    assert node.next("Note").kind == "bad-message"
+    permit, proceed = map(json.loads, node.log(0, 1).splitlines())
+    assert (permit["op"], permit["hold"]) == ("permit", True)
+    assert proceed == {"op": "proceed", "generation": str(GENERATION)}
+
+
+def test_files_that_a_rank_may_still_write_to_are_told_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outlast.agent.node_agent.CONFIRM_S", 0.0)
+    node = site.node(procs=2)
+    node.join()
+    node.run()
+    for _ in range(2):
+        node.next("RankReady")
+    node.do(m.Stop("node-0", attempt(2)))
+    slots = ((0, 0), (0, 1), (1, 0), (1, 1))
+    assert node.next("Stopped").dirty == slots, "nobody waited for their ends"
+    assert node.join().dirty == slots
+
+
+def test_a_node_that_is_told_to_go_hands_over_first(site: Site) -> None:
+    node = site.node(grace_s=25.0)
+    node.join()
+    node.run()
+    node.next("RankReady")
+    pids = node.pids()
+    write_shard(image_path(node), 0, 0, GENERATION, 10_000)
+    os.kill(pids["forkserver"], signal.SIGTERM)
+    leaving = node.next("Leaving")
+    assert (leaving.node, leaving.reason) == ("node-0", "the node was told to go")
+    assert 20 < leaving.grace_s <= 25
+    assert node.join().running, "it goes on as before"
+    assert node.next("Leaving").grace_s < leaving.grace_s
+    node.crash()
+    node.boot().join()
+    assert node.next("Leaving").grace_s < leaving.grace_s, "an agent that starts anew tells it as well"
+    node.run(2)
+    node.next("RankReady")
+    assert image_path(node).exists()
+    pids = node.pids()
+    node.do(m.Release("node-0"))
+    assert eventually(lambda: node.ended) == ["the node has left the job"]
+    assert node.agent.released
+    eventually(lambda: not [role for role in ("forkserver", "keeper", "rank-0") if alive(pids[role])], 2)
+    assert not list(Path(node.config.memory_dir).glob("*.img"))
+    node.none_of("RankExited")
+
+
+def test_a_node_that_is_not_released_ends_with_its_grace(site: Site) -> None:
+    node = site.node(grace_s=0.5)
+    node.join()
+    pids = node.pids()
+    os.kill(pids["forkserver"], signal.SIGTERM)
+    assert node.next("Leaving").grace_s <= 0.5
+    assert eventually(lambda: node.ended, 5) == ["the forkserver is gone"]
+    eventually(lambda: not alive(pids["forkserver"]) and not alive(pids["keeper"]))
+    assert not node.agent.released

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from outlast import messages as m
+from outlast.config import agent_actor
 from support.ray_head import Head, ray_head, session_pids
 from support.sites import Node, alive, attempt, eventually, open_site, open_zygote
 
@@ -126,3 +127,31 @@ def test_sigterm_stops_the_ranks_first(world: World, node: Node) -> None:
     os.kill(agent, signal.SIGTERM)
     eventually(lambda: not alive(agent))
     assert not alive(rank)
+
+
+GONE = """
+import sys, time, ray
+ray.init(address=sys.argv[1], namespace=sys.argv[2], log_to_driver=False)
+until = time.monotonic() + 20
+while time.monotonic() < until:
+    try:
+        ray.get_actor(sys.argv[3])
+    except ValueError:
+        sys.exit(0)
+    time.sleep(0.1)
+sys.exit("the actor is still there")
+"""
+
+
+def test_the_agent_of_a_node_that_has_left_is_gone_for_good(world: World, node: Node, head: Head) -> None:
+    world.perform(node.start(keeper=world.joined(1).keeper))
+    pids = eventually(lambda: "rank-0" in node.pids() and node.pids())
+    os.kill(pids["forkserver"], signal.SIGTERM)
+    assert world.wait("Leaving", 1)["node"] == node.config.node
+    world.perform(m.Release(node.config.node))
+    eventually(lambda: not any(alive(pid) for pid in pids.values()))
+    where = [head.address, node.config.namespace, agent_actor(node.config.node)]
+    done = subprocess.run([sys.executable, "-c", GONE, *where], env=dict(head.env), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(world.told("Joined")) == 1
+    assert "agent" not in node.pids()

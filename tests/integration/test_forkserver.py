@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -328,3 +329,77 @@ def test_an_isolated_server_sees_no_other_nodes_memory(bench: Bench) -> None:
     finally:
         subprocess.run(["rm", "-rf", str(base)], check=True)
     bench.client.kill(str(bench.folder / "node-0" / "f.sock"), signal.SIGKILL)
+
+
+class Attending:
+    """A client that wants to know when its server is told to go."""
+
+    def __init__(self, folder: Path, grace_s: float) -> None:
+        self.told: queue.Queue[float] = queue.Queue()
+        self.exits: queue.Queue[Exit] = queue.Queue()
+        self.gone = threading.Event()
+        self.client = ForkClient(f"{folder}/f.sock", self.exits.put, self.gone.set, on_terminating=self.told.put)
+        self.client.attend(grace_s)
+
+
+SLEEPER = "import time\ntime.sleep(100)\n"
+
+
+def test_a_server_that_is_told_to_go_lets_its_clients_hand_over(bench: Bench) -> None:
+    folder, _, _ = node_server(bench)
+    first = Attending(folder, 30.0)
+    child = first.client.spawn(bench.script(SLEEPER, lifetime="server"))
+    server = node_pids(folder)["forkserver"]
+    os.kill(server, signal.SIGTERM)
+    left = first.told.get(timeout=5)
+    assert 25 < left <= 30
+    second = Attending(folder, 60.0)
+    assert second.told.get(timeout=5) < left, "who comes later is told as well, and gets no more time"
+    assert first.client.spawn(bench.script("pass")) > 0, "it serves as before"
+    assert first.exits.get(timeout=5).code == 0
+    os.kill(server, signal.SIGTERM)
+    first.client.close()
+    second.client.state()
+    assert alive(child)
+    second.client.shutdown()
+    assert second.gone.wait(5)
+    assert bench.exits.get(timeout=5).pid == server
+    assert not alive(child)
+    assert first.told.empty()
+    assert second.told.empty(), "once is enough"
+
+
+def test_a_server_ends_when_the_grace_is_over(bench: Bench) -> None:
+    folder, _, _ = node_server(bench)
+    attending = Attending(folder, 0.3)
+    child = attending.client.spawn(bench.script(SLEEPER))
+    os.kill(node_pids(folder)["forkserver"], signal.SIGTERM)
+    assert attending.told.get(timeout=5) <= 0.3
+    assert attending.gone.wait(5)
+    assert not alive(child)
+
+
+@pytest.mark.parametrize("attended", [False, True])
+def test_a_server_that_nobody_attends_ends_at_once(bench: Bench, attended: bool) -> None:
+    folder, client, _ = node_server(bench)
+    if attended:  # by one who has left since
+        Attending(folder, 30.0).client.close()
+    client.spawn(bench.script(SLEEPER))
+    before = time.monotonic()
+    os.kill(node_pids(folder)["forkserver"], signal.SIGTERM)
+    assert bench.exits.get(timeout=10).code == 0
+    assert time.monotonic() - before < 2
+
+
+def test_a_server_that_ends_takes_attended_ones_with_it_at_once() -> None:
+    with tempfile.TemporaryDirectory(prefix="ol-") as name:
+        zygote = launch(f"{name}/z.sock", log=Path(name) / "log", preload=())
+        bench = Bench(Path(name), f"{name}/z.sock", ForkClient(f"{name}/z.sock"))
+        folder, _, _ = node_server(bench)
+        attending = Attending(folder, 30.0)
+        before = time.monotonic()
+        zygote.terminate()
+        assert zygote.wait(10) == 0
+        assert attending.gone.wait(5)
+        assert time.monotonic() - before < 3
+        assert attending.told.empty()

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import threading
-import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,8 @@ import pytest
 from outlast.errors import CapacityError, ImageError, OutlastError, RequestError, StaleAttemptError, TransferError
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.image import BLOCK, ImageFile
-from outlast.snapshot.restore import lacking_parity
+from outlast.snapshot.inventory import GUEST_SLOT
+from outlast.snapshot.restore import lacking_parity, plan_restore
 from outlast.snapshot.wire import Deadline, ImageName, KeeperClient
 from support.keepers import (
     ATTEMPT,
@@ -27,6 +27,7 @@ from support.keepers import (
     flip,
     identity,
     in_parallel,
+    wait_until,
     write_shard,
 )
 
@@ -65,13 +66,6 @@ def recover(nodes: Cluster, parity: int) -> dict[str, int]:
     for reply in nodes.encode(nodes.encode_args(plan.generation, lengths, parity, plan.ranks[0].slot, targets=targets)):
         assert isinstance(reply, dict), reply
     return plan.origins()
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until, what
-        time.sleep(0.005)
 
 
 def test_any_two_of_four_nodes_come_back_one_loss_after_the_other() -> None:
@@ -280,9 +274,7 @@ def test_max_memory_is_kept() -> None:
         lengths = nodes.write_shards(NEW, [2 * MIB] * 2)
         with pytest.raises(CapacityError, match=r"node-0: parity-0-0.img needs .* bytes are missing"):
             nodes.nodes[0].call("encode", index=0, **nodes.encode_args(NEW, lengths, 1))
-        said = nodes.nodes[0].call("prepare", sizes={0: 2 * MIB}, slots=2, members=2, parity=1)
-        assert said["available"] == 3 * MIB
-        assert said["needed"] - said["available"] == said["missing"] > 5 * MIB
+        assert nodes.nodes[0].call("status")["available"] == 3 * MIB
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small tmpfs")
@@ -301,13 +293,55 @@ def test_a_full_tmpfs_is_reported_and_leaves_nothing() -> None:
             subprocess.run(["umount", str(small)], check=True)
 
 
-def test_forget_and_wipe() -> None:
+def test_a_guest_lives_until_another_generation_is_committed() -> None:
+    with cluster(4) as nodes:
+        before = protect(nodes, OLD, [MIB + seat for seat in range(4)], parity=2)
+        lost = nodes.replace(3)
+        plan = plan_restore(
+            [node.inventory() for node in nodes.nodes], {0: "node-0", 1: "node-1", 2: "node-2", 3: lost.node}, 1
+        )
+        assert plan is not None
+        guest = replace(plan.ranks[3], node="node-0", slot=GUEST_SLOT + 3)
+        peers = {node.node: [node.address["host"], node.address["port"]] for node in nodes.nodes}
+        host = nodes.nodes[0]
+        host.call("rebuild", **identity(), generation=str(OLD), restore=guest.to_json(), peers=peers)
+        path = nodes.shard_path(0, slot=GUEST_SLOT + 3)
+        assert path.read_bytes() == before[Path("3/slot-0-0.img")]
+        held = [image for image in host.inventory().images if image.slot == GUEST_SLOT + 3]
+        assert [(image.seat, image.world, image.generation, image.bad_blocks) for image in held] == [(3, 4, OLD, ())]
+        out = memoryview(bytearray(1000))
+        with host.client() as client:
+            client.read("shard", 0, str(OLD), 4096, out, seat=3)
+        assert bytes(out) == before[Path("3/slot-0-0.img")][4096:5096]
+
+        host.call("commit", **identity(), generation=str(OLD), slots=2, procs=1)
+        assert path.exists(), "it is of the committed generation"
+        nodes.write_shards(NEW, [MIB] * 4, slot=1)
+        assert host.call("commit", **identity(), generation=str(NEW), slots=2, procs=1)["removed"] == 1
+        assert not path.exists()
+        assert sorted(p.name for p in host.dir.glob("*.img")) == ["parity-0-0.img", "slot-0-0.img", "slot-0-1.img"]
+
+
+def test_a_commit_removes_what_a_resize_left() -> None:
+    with cluster(2, procs=2) as nodes:
+        lengths = nodes.write_shards(OLD, [MIB] * 2, slot=2)
+        for reply in nodes.encode(nodes.encode_args(OLD, lengths, 1, slot=2)):
+            assert isinstance(reply, dict), reply
+        node, later = nodes.nodes[0], Generation.of(NEXT, 30)
+        for local_rank, slot in ((0, 0), (1, 2), (3, 0)):
+            write_shard(nodes.shard_path(0, local_rank, slot), 0, local_rank, later, MIB, procs=2, world=2)
+        node.call("commit", **identity(NEXT), generation=str(later), slots=3, procs=2)
+        left = sorted(path.name for path in node.dir.glob("*.img"))
+        assert left == ["slot-0-0.img", "slot-0-2.img", "slot-1-2.img"], "parity of a group that is no more, and a rank"
+
+
+def test_parity_of_the_same_group_stays_for_the_next_build() -> None:
     with cluster(2) as nodes:
-        protect(nodes, OLD, [MIB] * 2, parity=1, slot=0)
-        protect(nodes, NEW, [MIB] * 2, parity=1, slot=1)
-        node = nodes.nodes[0]
-        assert node.call("forget", **identity(), generations=[str(OLD)])["images"] == 2
-        assert {image.generation for image in node.inventory().images} == {NEW}
-        assert node.call("wipe", **identity())["images"] == 4
-        assert list(node.dir.glob("*.img")) == []
-        protect(nodes, Generation.of(ATTEMPT, 30), [MIB] * 2, parity=1)
+        protect(nodes, OLD, [MIB] * 2, parity=1)
+        later = Generation.of(NEXT, 30)
+        lengths = nodes.write_shards(later, [MIB] * 2, slot=1)
+        args = {**nodes.encode_args(later, lengths, 1, slot=1), **identity(NEXT)}
+        for reply in nodes.encode(args):
+            assert isinstance(reply, dict), reply
+        assert nodes.nodes[0].call("commit", **identity(NEXT), generation=str(later), slots=2, procs=1)["removed"] == 0
+        assert nodes.parity_path(0).exists()

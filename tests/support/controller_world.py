@@ -122,12 +122,14 @@ async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
 
 
 @asynccontextmanager
-async def world(tmp_path: Path, nodes: int = 1, answers: Any = None, failures: int = 0) -> AsyncIterator[World]:
+async def world(
+    tmp_path: Path, nodes: int = 1, answers: Any = None, failures: int = 0, archivist: Any = None
+) -> AsyncIterator[World]:
     config = controller_config(tmp_path)
     clock = SystemClock()
     logs = Logs.open(config, clock)
     machine, agents = ScriptedMachine(answers or {}), FakeAgents(failures=failures)
-    driver = Driver(config, "c0ffee", machine, agents, logs, clock)
+    driver = Driver(config, "c0ffee", machine, agents, logs, clock, archivist)
     task = asyncio.create_task(driver.run())
     await asyncio.sleep(0)
     for number in range(nodes):

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,21 @@ def identity(attempt: Attempt = ATTEMPT) -> dict[str, Any]:
     return {"attempt": attempt.number, "incarnation": attempt.incarnation}
 
 
-class KeeperProcess:
-    """One keeper, as a process of its own."""
+PLAIN = ("outlast.snapshot.keeper",)
+DURABLE = ("outlast.checkpoint.serving",)
 
-    def __init__(self, base: Path, node: str, max_memory: int | None = None) -> None:
+
+class KeeperProcess:
+    """One keeper, as a process of its own. ``program``: its module and arguments; DURABLE has an object tier."""
+
+    def __init__(self, base: Path, node: str, max_memory: int | None = None, program: Sequence[str] = PLAIN) -> None:
         self.node, self.dir = node, base / node
         info = base / f"{node}.json"
         info.unlink(missing_ok=True)
         config: dict[str, Any] = {"node": node, "memory_dir": str(self.dir), "host": "127.0.0.1", "token": TOKEN}
         config |= {"info_path": str(info), "max_memory": max_memory}
         with (base / f"{node}.log").open("ab") as log:
-            command = [sys.executable, "-m", "outlast.snapshot.keeper", "-"]
+            command = [sys.executable, "-m", *program, "-"]
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log)
         assert self.process.stdin
         self.process.stdin.write(json.dumps(config).encode())
@@ -86,9 +90,9 @@ class KeeperProcess:
 class Cluster:
     """Nodes with a keeper each; seat i is taken by ``nodes[i]``."""
 
-    def __init__(self, base: Path, seats: int, procs: int = 1) -> None:
-        self.base, self.procs = base, procs
-        self.nodes = [KeeperProcess(base, f"node-{seat}") for seat in range(seats)]
+    def __init__(self, base: Path, seats: int, procs: int = 1, program: Sequence[str] = PLAIN) -> None:
+        self.base, self.procs, self.program = base, procs, program
+        self.nodes = [KeeperProcess(base, f"node-{seat}", program=program) for seat in range(seats)]
         self.started = list(self.nodes)
 
     def replace(self, seat: int) -> KeeperProcess:
@@ -104,7 +108,7 @@ class Cluster:
         return self.start(seat, self.nodes[seat].node)
 
     def start(self, seat: int, node: str) -> KeeperProcess:
-        self.nodes[seat] = KeeperProcess(self.base, node)
+        self.nodes[seat] = KeeperProcess(self.base, node, program=self.program)
         self.started.append(self.nodes[seat])
         return self.nodes[seat]
 
@@ -120,7 +124,8 @@ class Cluster:
         for local_rank in range(self.procs):
             paths = [self.shard_path(seat, local_rank, slot) for seat in range(len(self.nodes))]
             lengths[local_rank] = [
-                write_shard(path, seat, local_rank, generation, nbytes[seat]) for seat, path in enumerate(paths)
+                write_shard(path, seat, local_rank, generation, nbytes[seat], self.procs, self.procs * len(self.nodes))
+                for seat, path in enumerate(paths)
             ]
         return lengths
 
@@ -150,6 +155,14 @@ class Cluster:
             assert not isinstance(reply, Exception), reply
 
 
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for what no event tells of; ``what`` is said when it does not come."""
+    until = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < until, what
+        time.sleep(0.005)
+
+
 def in_parallel(count: int, work: Any) -> list[Any]:
     """``work(0..count-1)`` in threads; results or the exceptions raised."""
     results: list[Any] = [TimeoutError("still running")] * count
@@ -168,9 +181,18 @@ def in_parallel(count: int, work: Any) -> list[Any]:
     return results
 
 
-def write_shard(path: Path, seat: int, local_rank: int, generation: Generation, nbytes: int) -> int:
-    """Write a sealed image of random data, as a rank would; gives its length."""
+def write_shard(
+    path: Path,
+    seat: int,
+    local_rank: int,
+    generation: Generation,
+    nbytes: int,
+    procs: int = 1,
+    world: int | None = None,
+) -> int:
+    """Write a sealed image of random data, as a rank would; gives its length. ``world`` None: its header says none."""
     meta = {"kind": "shard", "seat": str(seat), "local_rank": str(local_rank)}
+    meta |= {"rank": str(seat * procs + local_rank)} | ({} if world is None else {"world": str(world)})
     image = ImageFile.create(path, plan_layout([Entry("weights", "U8", (nbytes,), nbytes)], meta))
     image.begin(generation)
     random = np.random.default_rng([seat, local_rank, generation.step])
@@ -190,10 +212,10 @@ def flip(path: Path, offset: int, count: int = 64) -> None:
 
 
 @contextmanager
-def cluster(seats: int, procs: int = 1) -> Iterator[Cluster]:
+def cluster(seats: int, procs: int = 1, program: Sequence[str] = PLAIN) -> Iterator[Cluster]:
     """A cluster of ``seats`` nodes; afterwards no process and no file of it is left."""
     base = Path(tempfile.mkdtemp(prefix="outlast-test-", dir="/dev/shm"))
-    made = Cluster(base, seats, procs)
+    made = Cluster(base, seats, procs, program)
     try:
         yield made
     finally:

@@ -5,7 +5,9 @@ attempt step together, as collectives make them. At every instruction it checks 
 
 - ranks of two attempts never run on nodes that the controller counts as alive;
 - no permit while a keeper does not know the last commit;
-- what could be restored before a snapshot's copy began can still be once it has begun.
+- what could be restored before a snapshot's copy began, from memory or the store, can still be once it has begun;
+- an image is not overwritten while it is uploaded, and no two generations are uploaded at a time;
+- a node that was told to leave gets no seat.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from outlast import messages as m
 from outlast.controller.machine import Machine
 from outlast.controller.settings import MachineConfig
 from outlast.snapshot.identity import Attempt, Generation
-from outlast.snapshot.inventory import GroupInfo, HeldImage, Inventory
+from outlast.snapshot.inventory import GUEST_SLOT, GroupInfo, HeldImage, Inventory, RankRestore
 from outlast.snapshot.restore import plan_restore
+from support.simulated_store import SimStore
 
 LENGTH = 1 << 20
 HEARTBEAT_S = 0.25
@@ -50,6 +53,11 @@ class SimNode:
     done: dict[int, str] = field(default_factory=dict)
     images: dict[tuple[str, int, int], HeldImage] = field(default_factory=dict)
     permits: dict[Generation, m.Permit] = field(default_factory=dict)
+    held: Generation | None = None
+    at_end: bool = False
+    world_nodes: int = 0
+    leaving: bool = False
+    memory: int | None = None
     keeper_port: int = 7000
     backlog: list[m.Instruction] = field(default_factory=list)
 
@@ -90,6 +98,11 @@ class Cluster:
         self.finished: m.Finish | None = None
         self.unacked: set[str] = set()
         self.kept: Generation | None = None
+        self.store = SimStore()
+        self.script = "script-1"
+        self.released: list[str] = []
+        self.uploading: dict[Generation, set[str]] = defaultdict(set)
+        self._sizes: dict[Attempt, int] = {}
         self._at_seat: dict[tuple[Attempt | None, int], SimNode] = {}
         self._loaded: dict[Attempt, set[int]] = defaultdict(set)
         self.handled, self.handling_s = 0, 0.0
@@ -183,7 +196,13 @@ class Cluster:
                 self.at(0.1, lambda: self.tell(m.Finalized()))
             case m.GiveUp():
                 self.given_up.add(instruction.node)
-            case m.Permit() | m.Abort() | m.Commit() | m.Load():
+            case m.Claim():
+                self._claim(instruction, self.epoch)
+            case m.CommitCheckpoint():
+                self.at(0.05, lambda: self._commit_checkpoint(instruction, self.epoch))
+            case m.Quarantine():
+                self.store.quarantine(instruction.generation)
+            case m.Permit() | m.Abort() | m.Commit() | m.Load() | m.Proceed() | m.Upload():
                 self._check_broadcast(instruction)
                 for name in instruction.nodes:
                     self._send(name, instruction)
@@ -215,6 +234,10 @@ class Cluster:
         self.restores.append(start)
         if not self.check:
             return
+        assert not self.machine.job.members.nodes[start.node].leaving, f"{start.node} was told to leave"
+        seats = self.machine.job.members.seats
+        assert sorted(seats) == list(range(start.world_nodes)), seats
+        assert len(seats) >= self.config.least
         for name in self.machine.job.members.alive:
             node = self.nodes[name]
             if node.alive and node.running is not None:
@@ -226,7 +249,10 @@ class Cluster:
         """
         members, kept = self.machine.job.members, self.kept
         left = [self.nodes[name].inventory() for name in members.alive if self.nodes[name].alive]
-        plan = plan_restore(left, members.seats, self.config.procs) if kept is not None and members.seats else None
+        if kept is None or not members.seats:
+            return None
+        stored = [] if self.config.checkpoint is None else self.store.restorable()
+        plan = plan_restore(left, members.seats, self.config.procs, stored, self.store.quarantined)
         return plan.generation if plan is not None and kept is not None and plan.generation >= kept else None
 
     def _keep(self, line: m.Emit) -> None:
@@ -239,11 +265,11 @@ class Cluster:
 
     # --- agents -----------------------------------------------------------------------------------------------------
 
-    def add_node(self) -> str:
+    def add_node(self, memory: int | None = None) -> str:
         number = self._last_name
         self._last_name += 1
         domain = f"d{number % self._domains}" if self._domains else f"m{number}"
-        node = SimNode(f"node-{number}", domain)
+        node = SimNode(f"node-{number}", domain, memory=memory)
         self.nodes[node.name] = node
         self.at(0.05 + 0.0001 * (number % 997), lambda: self.join(node))
         offset = HEARTBEAT_S * ((number * 0.618) % 1.0)
@@ -273,16 +299,18 @@ class Cluster:
                 best_seen_attempt=node.fence.number if node.fence else 0,
                 held=node.inventory().images,
                 registration=node.registration,
+                memory=node.memory,
             )
         )
-
+        if node.leaving:
+            self.say(m.Leaving(node.name, 30.0, "again"), 0.006)
         if running and node.running is not None:
             self._repeat(node, node.running)
 
     def _repeat(self, node: SimNode, attempt: Attempt) -> None:
         """A new controller may not know which ranks are ready or done."""
         for rank in self._ranks(node) if node.loaded else ():
-            self.say(m.RankReady(node.name, attempt, rank, 0, 0.01, "x"), 0.006)
+            self.say(m.RankReady(node.name, attempt, rank, 0, 0.01, "x", self._about(rank)), 0.006)
         for rank, digest in node.done.items():
             self.say(m.RankDone(node.name, attempt, rank, digest, self.total), 0.006)
 
@@ -305,6 +333,10 @@ class Cluster:
     def _kill_ranks(self, node: SimNode) -> None:
         node.running, node.loaded, node.dead_ranks, node.done = None, False, set(), {}
         node.permits.clear()
+        node.held, node.at_end = None, False
+
+    def _about(self, rank: int) -> dict[str, str]:
+        return {"script": self.script} if rank == 0 else {}
 
     def _on_stop(self, node: SimNode, stop: m.Stop) -> None:
         if node.fence is not None and stop.attempt.number < node.fence.number:
@@ -323,27 +355,47 @@ class Cluster:
     def _on_start(self, node: SimNode, start: m.Start) -> None:
         if node.fence != start.attempt:
             return
-        node.seat, node.running, node.loaded = start.seat, start.attempt, False
+        self._kill_ranks(node)
+        node.seat, node.running, node.world_nodes = start.seat, start.attempt, start.world_nodes
         node.rebuilt = False
-        node.dead_ranks, node.done = set(), {}
+        self._sizes[start.attempt] = start.world_nodes
         self._at_seat[start.attempt, start.seat] = node
         self.at(0.05, lambda: self._rebuild(node, start))
 
     def _rebuild(self, node: SimNode, start: m.Start) -> None:
+        plan = start.restore
         if node.running != start.attempt or not node.hears:
             return
-        for item in start.restore.on_node(node.name) if start.restore else ():
-            assert start.restore is not None
-            key = ("shard", item.local_rank, item.slot)
-            old_parity = node.images.get(("parity", *key[1:]))
-            if old_parity is not None and old_parity.generation != start.restore.generation:
-                del node.images["parity", item.local_rank, item.slot]
-            node.images[key] = HeldImage(
-                node.name, item.seat, item.local_rank, item.slot, start.restore.generation, "shard", item.length
-            )
+        for item in plan.on_node(node.name) if plan is not None else ():
+            assert plan is not None
+            if item.source == "memory-local" or (plan.direct and item.source != "memory-decode"):
+                continue
+            if item.source == "object" and self._not_read(node, start, item):
+                return
+            self._make(node, item, plan.generation, len(plan.ranks))
         node.rebuilt = True
         self.say(m.RestoreReady(node.name, start.attempt))
-        self.step.setdefault(start.attempt, start.restore.generation.step if start.restore else 0)
+        self.step.setdefault(start.attempt, plan.generation.step if plan is not None else 0)
+
+    def _make(self, node: SimNode, item: RankRestore, generation: Generation, world: int) -> None:
+        key = ("shard", item.local_rank, item.slot)
+        old_parity = node.images.get(("parity", *key[1:]))
+        if old_parity is not None and old_parity.generation != generation:
+            del node.images["parity", item.local_rank, item.slot]
+        node.images[key] = HeldImage(
+            node.name, item.seat, item.local_rank, item.slot, generation, "shard", item.length, world=world
+        )
+
+    def _not_read(self, node: SimNode, start: m.Start, item: RankRestore, rank: int | None = None) -> bool:
+        """Whether an image in the store cannot be had; then it is told."""
+        assert start.restore is not None
+        generation = start.restore.generation
+        foreign = any(known.url == item.url for known in self.store.foreign)
+        trouble = self.store.read(generation, item.rank, foreign)
+        if trouble is not None:
+            reason = f"{item.key}: {trouble}"
+            self.say(m.RestoreFailed(node.name, start.attempt, generation, reason, trouble, rank), 0.02)
+        return trouble is not None
 
     def _on_load(self, node: SimNode, load: m.Load) -> None:
         if node.running != load.attempt or node.loaded:
@@ -351,19 +403,26 @@ class Cluster:
         if not node.rebuilt:
             self.crash_rank(self._ranks(node)[0], m.ErrorInfo(self.now, "TransferError", "no such image"))
             return
+        start = next(start for start in reversed(self.restores) if start.attempt == load.attempt)
+        plan = start.restore
+        for item in plan.ranks if plan is not None and plan.direct else ():
+            if item.source == "object" and self._not_read(node, start, item, self._ranks(node)[0]):
+                return
         node.loaded = True
         for rank in self._ranks(node):
-            self.say(m.RankReady(node.name, load.attempt, rank, self.step[load.attempt], 0.01, "x"), 0.03)
+            step, source = self.step[load.attempt], "x"
+            self.say(m.RankReady(node.name, load.attempt, rank, step, 0.01, source, self._about(rank)), 0.03)
         self._loaded[load.attempt].add(node.seat or 0)
-        if len(self._loaded[load.attempt]) == self.config.replicas:
-            self.at(self.step_s, lambda: self._do_step(load.attempt))
+        if len(self._loaded[load.attempt]) == self._sizes[load.attempt]:
+            at_end = self.step[load.attempt] >= self.total
+            self.at(self.step_s, lambda: self._reach_end(load.attempt) if at_end else self._do_step(load.attempt))
 
     # --- ranks ------------------------------------------------------------------------------------------------------
 
     def _together(self, attempt: Attempt) -> list[SimNode] | None:
         """The nodes of an attempt, if all its ranks can take part in a collective."""
         mine = [node for node in self.nodes.values() if node.running == attempt]
-        if len(mine) < self.config.replicas or not all(n.alive and n.loaded and not n.dead_ranks for n in mine):
+        if len(mine) < self._sizes[attempt] or not all(n.alive and n.loaded and not n.dead_ranks for n in mine):
             return None
         return None if any(n.paused for n in mine) or self.hung else mine
 
@@ -372,19 +431,32 @@ class Cluster:
         if not any(node.running == attempt and node.alive for node in self.nodes.values()):
             return
         mine = self._together(attempt)
-        if mine is None:
+        if mine is None or any(node.held for node in mine):
             self.at(self.step_s, lambda: self._do_step(attempt))
             return
         step = self.step[attempt] = self.step[attempt] + 1
+        if step >= self.total:
+            self._reach_end(attempt)
+            return
         for node in mine:
             self._boundary(node, attempt, step)
-        if step >= self.total:
-            for node in mine:
-                for rank in self._ranks(node):
-                    node.done[rank] = f"digest-{step}"
-                    self.say(m.RankDone(node.name, attempt, rank, f"digest-{step}", step))
-        else:
-            self.at(self.step_s, lambda: self._do_step(attempt))
+        self.at(self.step_s, lambda: self._do_step(attempt))
+
+    def _reach_end(self, attempt: Attempt) -> None:
+        """All steps are done: the ranks end, or wait at the last boundary for a snapshot of it."""
+        for node in [node for node in self.nodes.values() if node.running == attempt and node.alive]:
+            node.at_end = self.config.checkpoint is not None
+            self._boundary(node, attempt, self.total)
+            if not node.at_end:
+                self._end(node, attempt)
+
+    def _end(self, node: SimNode, attempt: Attempt) -> None:
+        if node.running != attempt or not node.alive or node.dead_ranks or not node.loaded:
+            return
+        node.at_end, digest = False, f"digest-{self.total}"
+        for rank in self._ranks(node):
+            node.done[rank] = digest
+            self.say(m.RankDone(node.name, attempt, rank, digest, self.total))
 
     def _boundary(self, node: SimNode, attempt: Attempt, step: int) -> None:
         due = [generation for generation in node.permits if generation.step <= step]
@@ -396,11 +468,15 @@ class Cluster:
                 elif permit.replan:
                     self.say(m.Planned(node.name, rank, generation), 0.05)
                 else:
+                    node.held = generation if permit.hold else None
                     self._copy(node, attempt, rank, permit)
 
     def _copy(self, node: SimNode, attempt: Attempt, rank: int, permit: m.Permit) -> None:
         local = rank % self.config.procs
         before = self.check and self.recoverable()
+        there = node.images.get(("shard", local, permit.slot))
+        busy = there is not None and node.name in self.uploading[there.generation] and node.fence == attempt
+        assert not busy, f"{there} is overwritten while it is uploaded"
         for kind in ("shard", "parity"):
             node.images.pop((kind, local, permit.slot), None)
         assert not before or self.recoverable(), f"the copy of {permit.generation} destroyed what was to be kept"
@@ -408,7 +484,8 @@ class Cluster:
 
         def sealed() -> None:
             if node.running == attempt and node.alive and rank not in node.dead_ranks:
-                image = HeldImage(node.name, node.seat or 0, local, slot, generation, "shard", LENGTH)
+                world = node.world_nodes * self.config.procs
+                image = HeldImage(node.name, node.seat or 0, local, slot, generation, "shard", LENGTH, world=world)
                 node.images["shard", local, slot] = image
                 self.say(m.Copied(node.name, rank, generation, slot, LENGTH, LENGTH, 0.001, 0.05))
 
@@ -419,9 +496,19 @@ class Cluster:
     def _on_permit(self, node: SimNode, permit: m.Permit) -> None:
         if node.running is not None and permit.generation.taken_by(node.running):
             node.permits[permit.generation] = permit
+            if node.at_end and node.alive:
+                self._boundary(node, node.running, self.total)
 
     def _on_abort(self, node: SimNode, abort: m.Abort) -> None:
         node.permits.pop(abort.generation, None)
+        node.held = None if node.held == abort.generation else node.held
+
+    def _on_proceed(self, node: SimNode, proceed: m.Proceed) -> None:
+        if node.held != proceed.generation:
+            return
+        node.held, attempt = None, node.running
+        if node.at_end and attempt is not None:
+            self.at(0.1, lambda: self._end(node, attempt))
 
     def _on_encode(self, node: SimNode, encode: m.Encode) -> None:
         self.at(0.05, lambda: self._encode(node, encode, node.fence))
@@ -438,13 +525,101 @@ class Cluster:
         for local in range(self.config.procs):
             group = GroupInfo(encode.seats, encode.parity, encode.lengths[local], encode.index)
             node.images["parity", local, encode.slot] = HeldImage(
-                node.name, node.seat or 0, local, encode.slot, encode.generation, "parity", LENGTH, group=group
-            )
+                node.name, node.seat or 0, local, encode.slot, encode.generation, "parity", LENGTH,
+                group=group, world=node.world_nodes * self.config.procs,
+            )  # fmt: skip
         self.say(m.Encoded(node.name, encode.generation, 0.05))
 
     def _on_commit(self, node: SimNode, commit: m.Commit) -> None:
         if node.keeper_up:
+            guests = [key for key, image in node.images.items() if key[2] >= GUEST_SLOT]
+            for key in guests:
+                if node.images[key].generation != commit.generation:
+                    del node.images[key]
             self.say(m.CommitAcked(node.name, commit.generation))
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _on_upload(self, node: SimNode, upload: m.Upload) -> None:
+        fence, port = node.fence, node.keeper_port
+        if not node.keeper_up:
+            return
+        under_way = {generation for generation, names in self.uploading.items() if names} - {upload.generation}
+        live = {g for g in under_way if any(self.nodes[n].fence == node.fence for n in self.uploading[g])}
+        assert not live, f"{upload.generation} is uploaded while {live} are"
+        self.uploading[upload.generation].add(node.name)
+
+        def over() -> None:
+            self.uploading[upload.generation].discard(node.name)
+            same = node.alive and node.fence == fence and node.keeper_up and node.keeper_port == port
+            if same:
+                self.say(self._uploaded(node, upload))
+
+        self.at(self.store.upload_s * (1 + 0.1 * (node.seat or 0)), over)
+
+    def _uploaded(self, node: SimNode, upload: m.Upload) -> m.Event:
+        generation, seat, procs = upload.generation, node.seat or 0, self.config.procs
+        held = [i for i in node.images.values() if i.kind == "shard" and (i.generation, i.seat) == (generation, seat)]
+        if self.store.trouble is not None:
+            return m.UploadFailed(node.name, generation, f"the store is {self.store.trouble}", self.store.trouble)
+        if len(held) < procs or any(image.bad_blocks for image in held):
+            return m.UploadFailed(node.name, generation, "the image does not verify", "bad")
+        images = self.store.put(generation, seat, procs, LENGTH)
+        return m.Uploaded(node.name, generation, images, LENGTH * procs, self.store.upload_s)
+
+    def _answer(self, event: m.Event, epoch: int) -> None:
+        if epoch == self.epoch and not self.machine.over:
+            self.tell(event)
+
+    def _claim(self, claim: m.Claim, epoch: int, told: bool = False) -> None:
+        def ask() -> None:
+            if epoch != self.epoch or self.machine.job.attempt != claim.attempt:
+                return
+            trouble = self.store.claim(epoch, claim.attempt)
+            if trouble is None:
+                self._answer(m.Claimed(claim.attempt, self.store.restorable()), epoch)
+                return
+            if not told or trouble != "unavailable":
+                self._answer(m.ClaimFailed(claim.attempt, f"the store is {trouble}", trouble), epoch)
+            if trouble == "unavailable":
+                self._claim(claim, epoch, True)
+
+        self.at(1.0 if told else 0.05, ask)
+
+    def _commit_checkpoint(self, order: m.CommitCheckpoint, epoch: int) -> None:
+        if epoch != self.epoch:
+            return
+        if self.store.attempt != self.machine.job.attempt:
+            return  # superseded by another claim
+        found = self.store.commit(epoch, order)
+        if isinstance(found, str):
+            self._answer(m.CheckpointFailed(order.generation, f"the store is {found}", found), epoch)
+        else:
+            self._answer(m.CheckpointCommitted(found, 0.05), epoch)
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
+
+    def leave(self, node: SimNode, grace_s: float = 30.0) -> None:
+        """A node is preempted: it says so, and is gone when it is released or its time is over."""
+        if not node.alive or node.leaving:
+            return
+        node.leaving = True
+        self.say(m.Leaving(node.name, grace_s, "preempted"), 0.01)
+        self.at(grace_s, lambda: self._gone(node))
+
+    def _on_release(self, node: SimNode, _: m.Release) -> None:
+        self.released.append(node.name)
+        self.at(0.1, lambda: self._gone(node))
+
+    def _gone(self, node: SimNode) -> None:
+        if not node.alive:
+            return
+        running = node.running is not None and not set(self._ranks(node)) <= set(node.done)
+        node.alive, node.running = False, None
+        node.images.clear()
+        if running:
+            self._collateral()
+        self.at(0.05, lambda: self.tell(m.NodeGone(node.name, "its agent ended")))
 
     def _on_dumpstacks(self, node: SimNode, dump: m.DumpStacks) -> None:
         self.say(m.Stacks(node.name, "stacks"))

@@ -109,7 +109,7 @@ class Site:
             for node in self.nodes:
                 node.close()
             for child in self.zygote.state().children:
-                self.zygote.kill(child.id, signal.SIGTERM)
+                self.zygote.kill(child.id, signal.SIGHUP)  # at once, whoever attends
             eventually(lambda: not self.zygote.state().children)
             assert not [pid for pid in pids if alive(pid)], "a process of a node is left"
         finally:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from outlast.api import Erasure, Recovery, TrainingJob, TrainingJobStatus, Workers, group_sizes, load
+from outlast.api import Checkpoint, Erasure, Recovery, TrainingJob, TrainingJobStatus, Workers, group_sizes, load
 from outlast.errors import RequestError, SpecError
 from outlast.resource import Part, fields_of
 
@@ -30,6 +30,7 @@ spec:
   env: [{name: NCCL_DEBUG, value: WARN}]      # as in a Pod
   workers:
     replicas: 4                 # nodes that train
+    minReplicas: 2              # absent: never shrink
     spares: 1
     procsPerWorker: 1           # ranks on a node
     failureDomain: topology.kubernetes.io/zone
@@ -39,7 +40,15 @@ spec:
     everySteps: auto
     erasure: {parity: 2, groupSize: 4}
     maxMemory: 8Gi
-  recovery: {maxRestarts: 20, window: 1h, hangTimeout: auto, shrinkAfter: 60s, startTimeout: 15m}
+  checkpoint:                   # absent: no object tier
+    url: s3://bucket/prefix     # or file:///folder
+    interval: 10m               # or a number of steps, or auto
+    restoreFrom: s3://bucket/prefix/default/other@12000
+    keepLast: 5
+    keepEverySteps: 10000
+    bandwidth: 200Mi
+  recovery:
+    {maxRestarts: 20, window: 1h, hangTimeout: auto, shrinkAfter: 60s, growAfter: 45s, startTimeout: 15m}
   faults: {allow: false}
   suspend: false
   activeDeadlineSeconds: 604800
@@ -62,7 +71,8 @@ def test_the_smallest_job_has_defaults_for_a_first_run() -> None:
     assert spec.snapshot.erasure == Erasure()
     assert spec.recovery == Recovery()
     assert (spec.recovery.max_restarts, spec.recovery.window, spec.recovery.hang_timeout) == (20, 3600.0, "auto")
-    assert (spec.recovery.shrink_after, spec.recovery.start_timeout) == (60.0, 900.0)
+    assert (spec.recovery.shrink_after, spec.recovery.grow_after, spec.recovery.start_timeout) == (60.0, 30.0, 900.0)
+    assert spec.checkpoint is None
     assert not spec.suspend
     assert not spec.faults.allow
 
@@ -76,6 +86,37 @@ def test_the_whole_resource_is_read() -> None:
     assert job.spec.snapshot.max_memory == 8 * 1024**3
     assert job.spec.recovery.window == 3600.0
     assert job.spec.active_deadline_seconds == 604800
+
+
+def test_the_object_tier_is_read() -> None:
+    spec = load(FULL).spec
+    assert spec.workers.min_replicas == 2
+    assert spec.recovery.grow_after == 45.0
+    assert spec.checkpoint == Checkpoint(
+        url="s3://bucket/prefix",
+        interval="10m",
+        restore_from="s3://bucket/prefix/default/other@12000",
+        keep_last=5,
+        keep_every_steps=10000,
+        bandwidth=200 * 1024**2,
+    )
+    assert spec.checkpoint.interval == 600.0
+
+
+def test_of_the_object_tier_only_the_store_must_be_told() -> None:
+    checkpoint = load(MINIMAL, ["checkpoint.url=file:///folder/"]).spec.checkpoint
+    assert checkpoint is not None
+    assert (checkpoint.url, checkpoint.interval, checkpoint.restore_from) == ("file:///folder", "auto", None)
+    assert (checkpoint.keep_last, checkpoint.keep_every_steps, checkpoint.bandwidth) == (3, None, None)
+    assert "s3://bucket/prefix" in problems_of(MINIMAL, "checkpoint={}")["spec.checkpoint.url"]
+
+
+@pytest.mark.parametrize(("text", "value"), [("100", 100), ("10m", 600.0), ("auto", "auto")])
+def test_a_checkpoints_interval_keeps_its_kind(text: str, value: object) -> None:
+    job = load(FULL, [f"checkpoint.interval={text}"])
+    for each in (job, load(job.to_yaml())):
+        assert each.spec.checkpoint is not None
+        assert (each.spec.checkpoint.interval, type(each.spec.checkpoint.interval)) == (value, type(value))
 
 
 def test_null_is_absent() -> None:
@@ -108,6 +149,16 @@ def test_a_job_read_from_a_cluster_keeps_its_status() -> None:
     assert TrainingJobStatus().phase == "Pending"
 
 
+def test_the_newest_checkpoint_stands_in_the_status() -> None:
+    newest = {"step": 12000, "time": "2026-01-01T00:00:00Z", "url": "s3://bucket/prefix/default/bytelm@12000"}
+    tree = yaml.safe_load(MINIMAL) | {"status": {"phase": "Running", "checkpoint": newest}}
+    status = TrainingJob.from_yaml_tree(tree).status
+    assert status is not None
+    assert status.checkpoint is not None
+    assert status.model_dump(mode="json", by_alias=True)["checkpoint"] == newest
+    assert load(FULL, [f"checkpoint.restoreFrom={status.checkpoint.url}", "metadata.name=branch"])
+
+
 @pytest.mark.parametrize(
     ("override", "path", "words"),
     [
@@ -134,6 +185,28 @@ def test_a_job_read_from_a_cluster_keeps_its_status() -> None:
         ("recovery.window=10 min", "spec.recovery.window", ['"10 min"', "did you mean 10m?"]),
         ("recovery.window=0s", "spec.recovery.window", ["too short"]),
         ("recovery.hangTimeout=never", "spec.recovery.hangTimeout", ['"never"', "or write auto"]),
+        ("recovery.growAfter=soon", "spec.recovery.growAfter", ['"soon" is no duration', "10m"]),
+        ("recovery.growAfter=-1s", "spec.recovery.growAfter", ['"-1s" is no duration']),
+        ("workers.minReplicas=0", "spec.workers.minReplicas", ["0 was given", "at least 1"]),
+        ("checkpoint.url=/mnt/x", "spec.checkpoint.url", ['"/mnt/x" is no store', "did you mean file:///mnt/x?"]),
+        ("checkpoint.url=gs://bucket/x", "spec.checkpoint.url", ["is no store", "s3://bucket/prefix"]),
+        ("checkpoint.url=s3://Bucket", "spec.checkpoint.url", ['"Bucket" is no bucket']),
+        ("checkpoint.url=3", "spec.checkpoint.url", ["3 was given", "text"]),
+        ("checkpoint.url=null", "spec.checkpoint.url", ["is missing", "s3://bucket/prefix"]),
+        ("checkpoint.interval=0", "spec.checkpoint.interval", ["0 is no interval", "10m", "auto"]),
+        ("checkpoint.interval=10 min", "spec.checkpoint.interval", ["did you mean 10m?"]),
+        ("checkpoint.interval='100'", "spec.checkpoint.interval", ["100 (steps) or 100s"]),
+        ("checkpoint.interval=0s", "spec.checkpoint.interval", ["too short"]),
+        ("checkpoint.interval=2.5", "spec.checkpoint.interval", ["2.5 is no interval"]),
+        ("checkpoint.restoreFrom=s3://b/x@1", "spec.checkpoint.restoreFrom", ['"b" is no bucket']),
+        ("checkpoint.restoreFrom=other@12", "spec.checkpoint.restoreFrom", ["is no store"]),
+        ("checkpoint.restoreFrom=s3://bucket/o@new", "spec.checkpoint.restoreFrom", ['"@new" is no step', "@12000"]),
+        ("checkpoint.keepLast=0", "spec.checkpoint.keepLast", ["0 was given", "at least 1"]),
+        ("checkpoint.keepEverySteps=0", "spec.checkpoint.keepEverySteps", ["0 was given", "at least 1"]),
+        ("checkpoint.keepEverySteps=1h", "spec.checkpoint.keepEverySteps", ['"1h" was given', "whole number"]),
+        ("checkpoint.bandwidth=200MB", "spec.checkpoint.bandwidth", ['"200MB"', "did you mean 200M?"]),
+        ("checkpoint.bandwidth=0", "spec.checkpoint.bandwidth", ["too little", "1Mi"]),
+        ("checkpoint=s3://bucket/x", "spec.checkpoint", ["was given", "mapping"]),
         ("metadata.name=By_te", "metadata.name", ['"By_te" is no DNS label', "a-z"]),
         ("metadata.namespace=-a", "metadata.namespace", ['"-a" is no DNS label']),
         (f"metadata.name={'a' * 64}", "metadata.name", ["at most 63"]),
@@ -159,6 +232,10 @@ def test_a_wrong_value_is_named_with_its_path_and_what_is_allowed(override: str,
         ("workers.procs-per-worker=1", "spec.workers.procs-per-worker", 'did you mean "procsPerWorker"?'),
         ("replicas=1", "spec.replicas", 'did you mean "spec.workers.replicas"?'),
         ("snapshot.erasure.zzz=1", "spec.snapshot.erasure.zzz", "allowed are groupSize, parity"),
+        ("checkpoint.restore_from=s3://bucket/x", "spec.checkpoint.restore_from", 'did you mean "restoreFrom"?'),
+        ("checkpoint.keep=3", "spec.checkpoint.keep", "keepEverySteps, keepLast"),
+        ("keepLast=3", "spec.keepLast", 'did you mean "spec.checkpoint.keepLast"?'),
+        ("recovery.growafter=1s", "spec.recovery.growafter", 'did you mean "growAfter"?'),
         ("env[0].nmae=1", "spec.env[0].nmae", 'did you mean "name"?'),
         ("metadata.naem=x", "metadata.naem", 'did you mean "name"?'),
     ],
@@ -174,9 +251,7 @@ def test_a_field_at_the_top_is_sent_to_its_place() -> None:
 @pytest.mark.parametrize(
     ("override", "path"),
     [
-        ("checkpoint.url=s3://bucket/prefix", "spec.checkpoint"),
         ("diloco={}", "spec.diloco"),
-        ("workers.minReplicas=2", "spec.workers.minReplicas"),
     ],
 )
 def test_what_comes_later_is_refused_as_not_there_yet(override: str, path: str) -> None:
@@ -187,6 +262,7 @@ def test_what_comes_later_is_refused_as_not_there_yet(override: str, path: str) 
     ("overrides", "path", "allowed"),
     [
         (["workers.minReplicas=5"], "spec.workers.minReplicas", "at most replicas, which is 4"),
+        (["workers.replicas=3", "workers.minReplicas=4"], "spec.workers.minReplicas", "replicas, which is 3"),
         (["workers.replicas=3"], "spec.snapshot.erasure.groupSize", "at most spec.workers.replicas, which is 3"),
         (["snapshot.erasure.parity=4"], "spec.snapshot.erasure.parity", "at most 3, as 4 nodes make groups of 4"),
         (["snapshot.erasure.groupSize=2"], "spec.snapshot.erasure.parity", "at most 1, as 4 nodes make groups of 2, 2"),
@@ -199,6 +275,16 @@ def test_what_comes_later_is_refused_as_not_there_yet(override: str, path: str) 
 )
 def test_what_cannot_be_together_is_refused(overrides: list[str], path: str, allowed: str) -> None:
     assert allowed in problems_of(FULL, *overrides)[path]
+
+
+@pytest.mark.parametrize("restore_from", ["s3://bucket/prefix/default/bytelm", "s3://bucket/prefix/default/bytelm/@7"])
+def test_a_job_does_not_start_from_its_own_checkpoints(restore_from: str) -> None:
+    overrides = ["checkpoint.url=s3://bucket/prefix/", f"checkpoint.restoreFrom={restore_from}"]
+    problem = problems_of(FULL, *overrides)["spec.checkpoint.restoreFrom"]
+    assert "s3://bucket/prefix/default/bytelm is where this job's own checkpoints go" in problem
+    assert "--resume" in problem
+    for other in ("metadata.name=other", "metadata.namespace=team", "checkpoint.url=s3://bucket/elsewhere"):
+        assert load(FULL, [*overrides, other])
 
 
 def test_the_most_that_may_be_together_is_accepted() -> None:
@@ -348,7 +434,7 @@ VALUES = st.recursive(
 PATHS = sorted(
     {
         f"{parent}.{name}"
-        for parent in ("spec", "spec.workers", "spec.recovery", "spec.snapshot", "metadata")
+        for parent in ("spec", "spec.workers", "spec.recovery", "spec.snapshot", "spec.checkpoint", "metadata")
         for part in all_parts()
         for name in fields_of(part)
     }

@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from outlast import messages as m
+from outlast.checkpoint.line import Retention
 from outlast.clock import SystemClock
 from outlast.controller import link
+from outlast.controller.archivist import Archivist, Charge
 from outlast.controller.driver import Driver, Logs
 from outlast.controller.link import AgentDied
 from outlast.errors import RequestError
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.inventory import Inventory
 from outlast.telemetry.metrics_log import read_metrics
+from support.archives import MARK, folder, upload
 from support.controller_world import (
     ATTEMPT,
+    FakeAgent,
     FakeAgents,
     ScriptedMachine,
     controller_config,
@@ -80,6 +85,89 @@ def test_instructions_arrive_in_order_each_at_its_node(tmp_path: Path) -> None:
             await until(lambda: len(made) == 2 and all(len(agent.calls) >= 2 for agent in made.values()))
             assert made["node-0"].calls == ["join", ["Stop", "Permit"]]
             assert made["node-1"].calls == ["join", ["Permit", "Commit"]]
+
+    asyncio.run(scenario())
+
+
+@dataclass
+class Listener(FakeAgent):
+    """Keeps what it is told in full."""
+
+    told: list[dict[str, Any]] = field(default_factory=list)
+
+    async def perform(self, instructions: str) -> None:
+        self.told += json.loads(instructions)
+
+
+def test_what_is_for_several_nodes_names_each_its_own(tmp_path: Path) -> None:
+    generation, both = Generation.of(ATTEMPT, 5), ("node-0", "node-1")
+    decided: list[m.Instruction] = [
+        m.Upload(both, generation, "file:///store/default/demo", 1000),
+        m.Proceed(both, generation),
+        m.Release("node-1"),
+    ]
+
+    async def scenario() -> None:
+        async with world(tmp_path, nodes=0, answers={m.Note: decided}) as w:
+            agents = {node: Listener() for node in both}
+            w.agents.made.update(agents)
+            for node in both:
+                w.driver.add_node(node_config(tmp_path, node))
+            await until(lambda: all(agent.calls for agent in agents.values()))
+            w.send(m.Note("node-0", None, "go", ""))
+            await until(lambda: len(agents["node-0"].told) == 2 and len(agents["node-1"].told) == 3)
+            for node, agent in agents.items():
+                upload = m.Upload((node,), generation, "file:///store/default/demo", 1000)
+                wanted: list[m.Instruction] = [upload, m.Proceed((node,), generation)]
+                assert [m.from_json(item) for item in agent.told[:2]] == wanted
+            assert m.from_json(agents["node-1"].told[2]) == m.Release("node-1")
+
+    asyncio.run(scenario())
+
+
+def test_orders_to_the_store_are_answered_with_events(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/store"
+    generation = Generation.of(ATTEMPT, 5)
+    images = upload(folder(tmp_path / "store"), generation)
+    answers: dict[type, list[m.Instruction]] = {
+        m.Note: [m.Claim(ATTEMPT)],
+        m.Claimed: [m.CommitCheckpoint(generation, 2, 1, images)],
+        m.CheckpointCommitted: [m.Quarantine(generation, "flipped")],
+    }
+    archivist = Archivist(Charge(url, MARK, "c0ffee", Retention()), SystemClock())
+
+    async def scenario() -> None:
+        async with world(tmp_path, answers=answers, archivist=archivist) as w:
+            assert w.driver.status()["store"] == {"url": url, "claimed": None, "last_error": None}
+            w.send(m.Note("node-0", None, "go", ""))
+            await until(lambda: "checkpoint-quarantined" in w.kinds())
+            assert w.machine.of(m.Claimed) == [m.Claimed(ATTEMPT)]
+            (event,) = w.machine.of(m.CheckpointCommitted)
+            assert isinstance(event, m.CheckpointCommitted)
+            assert event.checkpoint.generation == generation
+            assert w.driver.status()["store"]["claimed"] == str(ATTEMPT)
+
+    asyncio.run(scenario())
+
+
+def test_a_bug_in_the_archivist_ends_the_run(tmp_path: Path) -> None:
+    class Broken(Archivist):
+        def submit(self, order: Any) -> None:
+            super().submit("nonsense")  # type: ignore[arg-type]
+
+        def _perform(self, order: Any) -> None:
+            raise ZeroDivisionError
+
+    archivist = Broken(Charge(f"file://{tmp_path}/store", MARK, "c0ffee", Retention()), SystemClock())
+
+    async def scenario() -> None:
+        config, clock = controller_config(tmp_path), SystemClock()
+        machine = ScriptedMachine({m.Tick: [m.Claim(ATTEMPT)]})
+        driver = Driver(config, "c0ffee", machine, FakeAgents(), Logs.open(config, clock), clock, archivist)
+        async with asyncio.timeout(10):
+            with pytest.raises(ExceptionGroup) as caught:
+                await driver.run()
+        assert caught.group_contains(ZeroDivisionError)
 
     asyncio.run(scenario())
 

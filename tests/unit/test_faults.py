@@ -48,6 +48,8 @@ WRITTEN = {
     "controller-crash@20": Fault(Kind.CONTROLLER_CRASH, 20),
     "keeper-crash@20:0": Fault(Kind.KEEPER_CRASH, 20, 0),
     "agent-crash@20:0": Fault(Kind.AGENT_CRASH, 20, 0),
+    "node-leave@20:3": Fault(Kind.NODE_LEAVE, 20, 3),
+    "node-join@20": Fault(Kind.NODE_JOIN, 20),
 }
 
 REFUSED = {
@@ -59,6 +61,8 @@ REFUSED = {
     "rank-crash@3": "needs a rank: rank-crash@3:0",
     "node-loss@3": "needs a seat: node-loss@3:0",
     "head-loss@3:1": "takes no target",
+    "node-join@3:1": "takes no target",
+    "node-leave@3": "needs a seat: node-leave@3:0",
     "rank-crash@3.lunch:1": "unknown phase lunch: one of copy, encode, restart",
     "rank-crash@3.boundary:1": "@STEP alone",
     "straggler@3:1*1": "not a number above 1",
@@ -144,7 +148,8 @@ async def _rank(path: Path, rank: int, attempt: int, steps: Sequence[int]) -> li
     answers = []
     for step in steps:
         writer.write(
-            json.dumps({"rank": rank, "node": f"node-{rank}", "attempt": attempt, "step": step}).encode() + b"\n"
+            json.dumps({"rank": rank, "world": 2, "node": f"node-{rank}", "attempt": attempt, "step": step}).encode()
+            + b"\n"
         )
         answers.append(json.loads(await reader.readline()))
     writer.close()
@@ -159,7 +164,7 @@ def test_gate_performs_when_all_are_there_and_answers_the_target(tmp_path: Path)
 
     async def main() -> list[list[dict[str, Any]]]:
         plan = FaultPlan([parse_fault(text) for text in ("rank-error@5:1", "straggler@5:0*2", "node-loss@6:0")])
-        gate = FaultGate(tmp_path / "gate", plan, world=2, procs=1, perform=perform)
+        gate = FaultGate(tmp_path / "gate", plan, procs=1, perform=perform)
         await gate.open()
         answers = await asyncio.gather(*(_rank(gate.path, rank, 1, (4, 5, 6)) for rank in range(2)))
         again = await asyncio.gather(*(_rank(gate.path, rank, 2, (5, 6)) for rank in range(2)))

@@ -7,8 +7,17 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
-from outlast.quantities import format_bytes, format_duration, parse_bytes, parse_duration
+from outlast.quantities import (
+    IntervalOrAuto,
+    SecondsOrAuto,
+    StepsOrAuto,
+    format_bytes,
+    format_duration,
+    parse_bytes,
+    parse_duration,
+)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +93,7 @@ def test_duration(text: str | float, seconds: float) -> None:
         (-5, "-5 is no duration"),
         (float("inf"), "inf is no duration"),
         (float("nan"), "nan is no duration"),
+        ("9" * 400 + "d", "longer than can be counted"),
         (True, "True is no duration"),
     ],
 )
@@ -111,3 +121,59 @@ def test_bytes_survive_writing(count: int) -> None:
 @given(st.floats(0, 1e12, allow_nan=False))
 def test_durations_survive_writing(seconds: float) -> None:
     assert parse_duration(format_duration(seconds)) == seconds
+
+
+INTERVAL: TypeAdapter[Any] = TypeAdapter(IntervalOrAuto)
+
+
+@pytest.mark.parametrize(
+    ("given_value", "value", "written"),
+    [
+        ("auto", "auto", "auto"),
+        (1, 1, 1),
+        (100, 100, 100),
+        ("10m", 600.0, "10m"),
+        ("1h30m", 5400.0, "1h30m"),
+        ("0.5s", 0.5, "0.5s"),
+    ],
+)
+def test_an_interval_is_steps_or_seconds_or_chosen(given_value: Any, value: Any, written: Any) -> None:
+    read = INTERVAL.validate_python(given_value)
+    assert (read, type(read)) == (value, type(value))
+    assert INTERVAL.dump_python(read) == INTERVAL.dump_python(read, mode="json") == written
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (0, "0 is no interval: write a whole number of steps, a duration such as 10m, or auto"),
+        (-5, "-5 is no interval"),
+        (1.5, "1.5 is no interval"),
+        (10.0, "10.0 is no interval"),
+        (True, "True is no interval"),
+        (None, "None is no interval"),
+        ("", '"" is no interval'),
+        ("100", "did you mean 100 (steps) or 100s?"),
+        ("10 min", "did you mean 10m?"),
+        ("0s", "too short"),
+        ("often", '"often" is no interval'),
+        ("Auto", '"Auto" is no interval'),
+        ([1], "[1] is no interval"),
+    ],
+)
+def test_what_is_no_interval(value: Any, hint: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        INTERVAL.validate_python(value)
+    assert hint in str(caught.value)
+
+
+@given(st.one_of(st.just("auto"), st.integers(1, 2**60), st.floats(1e-6, 1e12).map(format_duration)))
+def test_intervals_survive_writing(given_value: int | str) -> None:
+    read = INTERVAL.validate_python(given_value)
+    again = INTERVAL.validate_python(INTERVAL.dump_python(read, mode="json"))
+    assert (again, type(again)) == (read, type(read))
+
+
+@pytest.mark.parametrize("kind", [IntervalOrAuto, SecondsOrAuto, StepsOrAuto])
+def test_auto_stays_auto(kind: Any) -> None:
+    assert TypeAdapter(kind).validate_python("auto") == "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pathlib
 import tempfile
@@ -10,7 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outlast.config import NodeConfig
+from outlast.errors import TransferError
 from outlast.local.board import Board, Replacements
+from outlast.local.care import NodeCare
 from outlast.local.folders import RunFolders
 from outlast.local.history import History
 from outlast.local.report import CAUSES, SOURCES, build_report
@@ -35,6 +39,11 @@ def test_an_empty_status_still_makes_a_whole_report() -> None:
     assert report["reason"] == "Ray did not start"
     assert report["goodput"]["lost_s"] == dict.fromkeys(CAUSES, 0.0)
     assert report["snapshots"] == {"count": 0, "bytes": 0, "stall_s": 0.0}
+    assert report["checkpoints"] == {
+        **dict.fromkeys(("count", "bytes", "skipped", "failed"), 0),
+        **dict.fromkeys(("last_step", "url")),
+    }
+    assert report["resizes"] == []
     assert report["weights_digest"] is None
     json.dumps(report)
 
@@ -50,6 +59,8 @@ def test_what_the_status_says_is_reported() -> None:
             {"cause": "node-loss", "detect_s": 1.4, "restore_sources": {"memory-local": 3, "memory-decode": 1}}
         ],
         "snapshots": {"count": 5, "bytes": 1000, "stall_s": 0.01},
+        "checkpoints": {"count": 2, "bytes": 800, "skipped": 1, "last_step": 40, "url": "file:///s/default/j"},
+        "resizes": [{"step": 20, "from": 4, "to": 3}],
         "weights_digest": "ab" * 32,
         "nodes": {"node-0": {"keeper_pid": 7}, "node-1": {"environment": {"torch": "2.13.0", "threads": 1}}},
     }
@@ -59,6 +70,8 @@ def test_what_the_status_says_is_reported() -> None:
     (recovery,) = report["recoveries"]
     assert recovery["restore_sources"] == {**dict.fromkeys(SOURCES, 0), "memory-local": 3, "memory-decode": 1}
     assert recovery["lost_steps"] is None
+    assert report["checkpoints"] == {**status["checkpoints"], "failed": 0}
+    assert report["resizes"] == status["resizes"]
     assert report["goodput"]["lost_s"]["detect"] == 1.0
     assert report["environment"] == {"torch": "2.13.0", "threads": 1, "cores": 2}
     assert report["faults"] == [{"fault": "node-loss@40:2"}]
@@ -98,6 +111,78 @@ def test_a_node_that_comes_back_is_not_replaced() -> None:
     assert replacements.due({"node-1"}, 106.0) == []
 
 
+class _Cloud:
+    """Nodes, controller and output of ``NodeCare``, as a list of what was asked of them."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.going: set[str] = set()
+        self.gone: set[str] = set()
+        self.answers = True
+
+    def lost(self) -> set[str]:
+        return self.gone
+
+    def leaving(self) -> set[str]:
+        return self.going
+
+    def paused(self) -> dict[str, int]:
+        return {}
+
+    async def lose(self, node: str) -> None:
+        self.asked.append(f"lose {node}")
+
+    async def create(self) -> NodeConfig:
+        return NodeConfig.model_construct(node="new")
+
+    async def remove_node(self, node: str) -> None:
+        self.asked.append(f"remove {node}")
+
+    async def add_node(self, config: NodeConfig) -> None:
+        if not self.answers:
+            raise TransferError("no controller")
+        self.asked.append(f"add {config.node}")
+
+    def progress(self, text: str) -> None:
+        del text
+
+
+def _care(cloud: _Cloud) -> NodeCare:
+    return NodeCare(cloud, cloud, cloud, Replacements(0.0))  # type: ignore[arg-type]
+
+
+def test_a_node_that_leaves_is_replaced_when_it_has_left() -> None:
+    async def main() -> list[str]:
+        cloud = _Cloud()
+        care, board = _care(cloud), Board({"nodes": {"node-1": {"state": "gone", "seat": None}}})
+        cloud.going = {"node-1"}
+        await care.tend(board)
+        assert cloud.asked == [], "it has time left"
+        cloud.going, cloud.gone = set(), {"node-1"}
+        await care.tend(board)
+        await care.tend(board)
+        return cloud.asked
+
+    assert asyncio.run(main()) == ["lose node-1", "remove node-1", "add new"]
+
+
+def test_a_node_that_joins_is_registered_as_soon_as_there_is_a_controller() -> None:
+    async def main() -> list[str]:
+        cloud = _Cloud()
+        care = _care(cloud)
+        cloud.answers = False
+        await care.introduce(NodeConfig.model_construct(node="node-7"))
+        await care.introduce(NodeConfig.model_construct(node="node-8"))
+        with pytest.raises(TransferError):
+            await care.tend(Board())
+        cloud.answers = True
+        await care.tend(Board())
+        await care.tend(Board())
+        return cloud.asked
+
+    assert asyncio.run(main()) == ["add node-7", "add node-8"]
+
+
 @given(st.lists(st.tuples(st.sets(st.sampled_from("abc")), st.floats(0, 10)), max_size=20))
 def test_never_means_never(moments: list[tuple[set[str], float]]) -> None:
     replacements, now = Replacements(None), 0.0
@@ -113,6 +198,8 @@ def _status(controller: str, train: float, idle: float, recoveries: list[dict[st
         "goodput": {"train_s": train, "lost_s": {"idle": idle}},
         "recoveries": recoveries,
         "snapshots": {"count": 2, "bytes": 100, "stall_s": 0.5},
+        "checkpoints": {"count": 1, "bytes": 50, "skipped": 1, "failed": 0, "last_step": None, "url": "file:///s"},
+        "resizes": [{"step": 5, "from": 4, "to": 3}],
     }
 
 
@@ -123,7 +210,8 @@ def test_history_adds_up_over_controllers() -> None:
     history.feed(_status("a", 5.0, 1.0, []), 100.0)
     history.feed(_status("a", 6.0, 1.0, [open_ended]), 101.0)
     history.feed(_status("a", 6.0, 1.0, [{**open_ended, "total_s": 1.5}]), 102.0)
-    history.feed(_status("b", 1.0, 0.0, [{"attempt": 2, "cause": "controller"}]), 112.0)
+    later = _status("b", 1.0, 0.0, [{"attempt": 2, "cause": "controller"}])
+    history.feed({**later, "checkpoints": {"count": 2, "bytes": 70, "last_step": 8}, "resizes": []}, 112.0)
     merged = history.merged()
     assert merged["controller"] == "b"
     assert [entry["cause"] for entry in merged["recoveries"]] == ["rank 0 died", "controller"]
@@ -133,6 +221,11 @@ def test_history_adds_up_over_controllers() -> None:
     assert merged["goodput"]["wall_s"] == 18.0
     assert merged["goodput"]["ratio"] == round(7 / 18, 4)
     assert merged["snapshots"] == {"count": 4, "bytes": 200, "stall_s": 1.0}
+    assert merged["checkpoints"] == {
+        **{"count": 3, "bytes": 120, "skipped": 1, "failed": 0},
+        **{"last_step": 8, "url": "file:///s"},
+    }
+    assert merged["resizes"] == [{"step": 5, "from": 4, "to": 3}]
 
 
 def test_history_tells_of_the_loss_of_the_head() -> None:

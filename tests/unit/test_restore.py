@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -13,60 +13,37 @@ from hypothesis import strategies as st
 from outlast.errors import UnrecoverableError
 from outlast.snapshot.erasure import BLOCK, decode_ranges
 from outlast.snapshot.identity import Generation
-from outlast.snapshot.inventory import GroupInfo, HeldImage, Inventory, RankRestore, RestorePlan
+from outlast.snapshot.inventory import GUEST_SLOT, GroupInfo, HeldImage, Inventory, RankRestore, RestorePlan
 from outlast.snapshot.restore import candidates, lacking_parity, plan_restore
-
-OLD, NEW = Generation(1, 10, "a" * 16), Generation(1, 20, "a" * 16)
-SEATS = {seat: f"node-{seat}" for seat in range(4)}
-LENGTH = 5 * BLOCK
-
-Choice = Callable[[HeldImage], bool]
-
-
-def snapshot(
-    generation: Generation = NEW, slot: int = 1, procs: int = 1, m: int = 2, groups: Iterable[range] = (range(4),)
-) -> list[HeldImage]:
-    """All images of one generation: seat s on node-s, each group protected."""
-    images = []
-    for seats in groups:
-        for index, seat in enumerate(seats):
-            for local_rank in range(procs):
-                group = GroupInfo(tuple(seats), m, (LENGTH,) * len(seats), index)
-                shard = HeldImage(f"node-{seat}", seat, local_rank, slot, generation, "shard", LENGTH)
-                images.append(shard)
-                images.append(replace(shard, kind="parity", length=m * 3 * BLOCK + 9000, group=group))
-    return images
+from outlast.snapshot.stored import StoredCheckpoint
+from support.held_images import (
+    LENGTH,
+    NEW,
+    OLD,
+    SEATS,
+    damaged,
+    guest,
+    held,
+    parity_of,
+    shard_of,
+    snapshot,
+    stored,
+    without,
+)
 
 
-def held(images: Iterable[HeldImage]) -> list[Inventory]:
-    images = list(images)
-    nodes = sorted({image.node for image in images})
-    return [Inventory(node, tuple(image for image in images if image.node == node)) for node in nodes]
-
-
-def without(images: Iterable[HeldImage], *nodes: str) -> list[HeldImage]:
-    return [image for image in images if image.node not in nodes]
-
-
-def damaged(images: Iterable[HeldImage], choice: Choice, *blocks: int) -> list[HeldImage]:
-    return [replace(image, bad_blocks=blocks) if choice(image) else image for image in images]
-
-
-def shard_of(seat: int) -> Choice:
-    return lambda image: image.kind == "shard" and image.seat == seat
-
-
-def parity_of(seat: int) -> Choice:
-    return lambda image: image.kind == "parity" and image.seat == seat
-
-
-def planned(images: Iterable[HeldImage], seats: dict[int, str] = SEATS, procs: int = 1) -> RestorePlan:
-    plan = plan_restore(held(images), seats, procs)
+def planned(
+    images: Iterable[HeldImage],
+    seats: dict[int, str] = SEATS,
+    procs: int = 1,
+    checkpoints: Iterable[StoredCheckpoint] = (),
+) -> RestorePlan:
+    plan = plan_restore(held(images), seats, procs, checkpoints)
     assert plan is not None
     return plan
 
 
-LOCAL, PEER, DECODE = "memory-local", "memory-peer", "memory-decode"
+LOCAL, PEER, DECODE, OBJECT = "memory-local", "memory-peer", "memory-decode", "object"
 SPARE = {**SEATS, 2: "node-4"}
 
 
@@ -76,9 +53,6 @@ SPARE = {**SEATS, 2: "node-4"}
         pytest.param(snapshot(), SEATS, NEW, [LOCAL] * 4, id="all there"),
         pytest.param([*snapshot(OLD, 0), *snapshot()], SEATS, NEW, [LOCAL] * 4, id="newest"),
         pytest.param(snapshot(), SPARE, NEW, [LOCAL, LOCAL, PEER, LOCAL], id="seat moved, node alive"),
-        pytest.param(
-            snapshot(), {**SEATS, 0: "node-1", 1: "node-0"}, NEW, [PEER, PEER, LOCAL, LOCAL], id="seats exchanged"
-        ),
         pytest.param(
             without(snapshot(), "node-2"), SPARE, NEW, [LOCAL, LOCAL, DECODE, LOCAL], id="node lost, spare has its seat"
         ),
@@ -185,8 +159,11 @@ def test_where_each_rank_comes_from(
             "rank 2 has only a damaged image",
             id="damaged without parity",
         ),
-        pytest.param(snapshot(), {0: "node-0", 1: "node-1"}, "another world", id="fewer seats"),
-        pytest.param(snapshot(procs=2), SEATS, "another world", id="fewer ranks a node"),
+        pytest.param(snapshot(), {0: "node-0", 1: "node-1"}, "another world", id="fewer seats, headers do not say"),
+        pytest.param(snapshot(procs=2), SEATS, "another world", id="fewer ranks a node, headers do not say"),
+        pytest.param(
+            [*snapshot(world=4)[:2], *snapshot(world=8)[2:]], SEATS, "different worlds", id="headers that disagree"
+        ),
         pytest.param(
             [replace(i, group=None) if i.kind == "parity" else i for i in snapshot() if i.seat],
             SEATS,
@@ -264,6 +241,165 @@ def test_a_copy_of_another_length_is_no_source() -> None:
     assert restore.shard_availability() == [frozenset(), None, None, frozenset()]
 
 
+def places(plan: RestorePlan) -> list[tuple[str, int, str | None]]:
+    return [(restore.source, restore.slot, restore.holder) for restore in plan.ranks]
+
+
+def test_no_rebuild_overwrites_what_others_are_about_to_read() -> None:
+    exchanged = planned(snapshot(), {**SEATS, 0: "node-1", 1: "node-0"})
+    assert places(exchanged) == [
+        (PEER, GUEST_SLOT, "node-0"),
+        (PEER, GUEST_SLOT + 1, "node-1"),
+        (LOCAL, 1, "node-2"),
+        (LOCAL, 1, "node-3"),
+    ]
+    assert exchanged.kept_slot == 1
+    moved = planned(without(snapshot(), "node-0"), {0: "node-3", 1: "node-1", 2: "node-2", 3: "node-9"})
+    assert places(moved) == [
+        (DECODE, GUEST_SLOT, None),
+        (LOCAL, 1, "node-1"),
+        (LOCAL, 1, "node-2"),
+        (PEER, 1, "node-3"),
+    ]
+
+
+def test_a_damaged_image_that_is_replaced_is_no_source() -> None:
+    """Rank 1's own group can rebuild it no more, so it is fetched over the copy that rank 2 would be decoded from."""
+    sound_at_9 = replace(next(filter(shard_of(1), snapshot())), node="node-9")
+    images = damaged(without(snapshot(m=1), "node-2"), shard_of(1), 0)
+    without_store = planned([*images, sound_at_9], SPARE)
+    assert places(without_store)[1] == (PEER, 1, "node-9")
+    assert {s.node for s in without_store.ranks[2].sources if s.member == 1 and s.kind == "shard"} == {"node-9"}
+
+    beyond = damaged(without(snapshot(m=1, groups=[range(4)]), "node-2"), shard_of(1), 4)
+    plan = planned(beyond, SPARE, checkpoints=[stored()])
+    torn = {(r.node, r.seat) for r in plan.ranks if r.source == OBJECT}
+    read = {(s.node, s.member) for r in plan.ranks for s in r.sources if s.kind == "shard"}
+    assert torn
+    assert not torn & read
+
+
+@pytest.mark.parametrize(
+    ("images", "seats", "expected"),
+    [
+        pytest.param(
+            [*without(snapshot(), "node-3"), guest(3, "node-1")],
+            {**SEATS, 3: "node-9"},
+            (PEER, 1, "node-1"),
+            id="a guest elsewhere",
+        ),
+        pytest.param(
+            [*snapshot(), guest(3, "node-1")], {**SEATS, 3: "node-9"}, (PEER, 1, "node-3"), id="a guest comes last"
+        ),
+        pytest.param([*snapshot(), guest(3, "node-3")], SEATS, (LOCAL, 1, "node-3"), id="its own, not its guest"),
+        pytest.param(
+            [*without(snapshot(), "node-3"), guest(3, "node-9")],
+            {**SEATS, 3: "node-9"},
+            (LOCAL, GUEST_SLOT + 3, "node-9"),
+            id="only its own guest",
+        ),
+        pytest.param(
+            [*without(snapshot(), "node-3"), guest(3, "node-9"), guest(3, "node-0")],
+            {**SEATS, 3: "node-9"},
+            (PEER, 1, "node-0"),
+            id="another's guest before its own",
+        ),
+        pytest.param(
+            [*without(snapshot(), "node-3"), *damaged([guest(3, "node-9")], shard_of(3), 2)],
+            {**SEATS, 3: "node-9"},
+            (DECODE, GUEST_SLOT + 3, "node-9"),
+            id="its own guest, repaired",
+        ),
+        pytest.param(
+            [*without(snapshot(), "node-3"), *damaged([guest(3, "node-0")], shard_of(3), 2)],
+            {**SEATS, 3: "node-9"},
+            (DECODE, 1, "node-0"),
+            id="another's guest, repaired after the fetch",
+        ),
+    ],
+)
+def test_guests_of_an_earlier_attempt(
+    images: list[HeldImage], seats: dict[int, str], expected: tuple[str, int, str]
+) -> None:
+    plan = planned(images, seats)
+    assert places(plan)[3] == expected
+    assert not plan.direct
+    assert plan.kept_slot == 1
+
+
+def test_guests_do_not_decide_the_slot() -> None:
+    images = [*without(snapshot(slot=2), "node-1", "node-2", "node-3"), *(guest(s, f"node-{s}") for s in (1, 2, 3))]
+    plan = planned(images, {**SEATS, 1: "node-9"})
+    assert places(plan)[:2] == [(LOCAL, 2, "node-0"), (PEER, 2, "node-1")]
+    assert plan.kept_slot == 2
+    assert planned([guest(seat, f"node-{seat}") for seat in range(4)]).kept_slot is None
+
+
+def test_of_two_copies_on_a_node_the_one_counts_that_its_keeper_finds() -> None:
+    """By file name: slot-0-1.img before slot-0-103.img before slot-0-2.img."""
+    first = [*damaged(snapshot(slot=2), shard_of(3), 1), guest(3, "node-3")]
+    assert places(planned(first, {**SEATS, 3: "node-9"}))[3] == (PEER, 2, "node-3")
+    second = [*damaged(snapshot(), shard_of(3), 1), guest(3, "node-3")]
+    assert places(planned(second, {**SEATS, 3: "node-9"}))[3] == (DECODE, 1, "node-3")
+
+
+@pytest.mark.parametrize(
+    ("images", "origins", "slot"),
+    [
+        pytest.param([], [OBJECT] * 4, 0, id="everything lost"),
+        pytest.param(without(snapshot(), "node-2"), [LOCAL, LOCAL, DECODE, LOCAL], 1, id="memory first"),
+        pytest.param(
+            without(snapshot(m=1), "node-1", "node-2"), [LOCAL, OBJECT, OBJECT, LOCAL], 1, id="two beyond parity"
+        ),
+        pytest.param(
+            without([i for i in snapshot() if i.kind == "shard"], "node-0"), [OBJECT, LOCAL, LOCAL, LOCAL], 1,
+            id="no parity",
+        ),
+        pytest.param(
+            damaged([i for i in snapshot(m=0)], shard_of(3), 1), [LOCAL, LOCAL, LOCAL, OBJECT], 1, id="damaged"
+        ),
+    ],
+)  # fmt: skip
+def test_what_memory_lacks_comes_from_the_store(images: list[HeldImage], origins: list[str], slot: int) -> None:
+    plan = planned(images, checkpoints=[stored()])
+    assert [restore.source for restore in plan.ranks] == origins
+    assert {restore.slot for restore in plan.ranks} == {plan.kept_slot} == {slot}
+    assert [(restore.rank, restore.node) for restore in plan.ranks] == sorted(SEATS.items())
+    assert not plan.direct
+    for restore, image in zip(plan.ranks, stored().images, strict=True):
+        if restore.source == OBJECT:
+            assert (restore.url, restore.key, restore.length) == (stored().url, image.key, image.size)
+            assert restore.holder is None
+    assert RestorePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_the_newest_counts_wherever_it_is() -> None:
+    in_memory = planned(snapshot(), checkpoints=[stored(OLD)])
+    assert (in_memory.generation, in_memory.origins()) == (NEW, {LOCAL: 4})
+    in_store = planned(snapshot(OLD), checkpoints=[stored()])
+    assert (in_store.generation, in_store.origins()) == (NEW, {OBJECT: 4})
+    newer = [*snapshot(OLD, 0), *without(snapshot(), "node-0", "node-1", "node-2")]
+    found = list(candidates(held(newer), SEATS, 1, [stored(OLD)]))
+    assert [generation for generation, _ in found] == [NEW, OLD]
+    assert "rank 0 has no image" in str(found[0][1])
+    assert places(found[1][1])[0] == (LOCAL, 0, "node-0")  # type: ignore[arg-type]
+
+
+def test_what_is_excluded_is_not_even_told() -> None:
+    checkpoints = [stored(), stored(OLD)]
+    found = candidates(held([*snapshot(OLD, 0), *snapshot()]), SEATS, 1, checkpoints, frozenset({NEW}))
+    assert [generation for generation, _ in found] == [OLD]
+    everything = frozenset({NEW, OLD})
+    assert plan_restore(held(snapshot()), SEATS, 1, [*checkpoints, stored(OLD, foreign=True)], everything) is None
+
+
+def test_a_checkpoint_that_lacks_an_image() -> None:
+    checkpoint = replace(stored(), images=stored().images[:3])
+    assert planned(snapshot(), checkpoints=[checkpoint]).origins() == {LOCAL: 4}
+    ((_, reason),) = candidates([], SEATS, 1, [checkpoint])
+    assert str(reason) == "rank 3 has no image, and no parity of its group is held"
+
+
 def test_which_members_lack_parity() -> None:
     group = range(4)
     assert lacking_parity(held(snapshot()), NEW, group, 2, 1) == ()
@@ -281,8 +417,14 @@ def test_inventories_cross_the_wire() -> None:
         HeldImage.from_json({**snapshot()[0].to_json(), "kind": "cache"})
     broken = planned(snapshot()).to_json()
     broken["ranks"][0]["source"] = "disk"
-    with pytest.raises(ValueError, match="memory-decode"):
+    with pytest.raises(ValueError, match="memory-decode, object"):
         RestorePlan.from_json(broken)
+
+
+def test_checkpoints_cross_the_wire() -> None:
+    for checkpoint in (stored(procs=2), stored(OLD, foreign=True)):
+        assert StoredCheckpoint.from_json(json.loads(json.dumps(checkpoint.to_json()))) == checkpoint
+    assert stored(nodes=3, procs=2).world == 6
 
 
 @st.composite
@@ -311,6 +453,8 @@ def test_a_plan_holds_and_no_newer_one_was_possible(case: tuple[list[HeldImage],
         assert [restore.rank for restore in plan.ranks] == list(range(4))
         for restore in plan.ranks:
             check(restore, images, plan.generation)
+        assert not plan.direct
+        assert plan.kept_slot == (1 if plan.generation == NEW else 0) == plan.ranks[0].slot
     for generation in (OLD, NEW):
         if plan is None or generation > plan.generation:
             assert not possible([image for image in images if image.generation == generation])

@@ -12,6 +12,13 @@ from typing import Any
 
 import pytest
 
+from outlast.api import TrainingJob, load
+from outlast.checkpoint.archive import Archive
+from outlast.checkpoint.manifest import ClaimMark, Entry, Head, JobMark, job_url, manifest_key
+from outlast.checkpoint.store import open_store
+from outlast.errors import RequestError
+from outlast.local.storecheck import identity_of
+from outlast.snapshot.identity import Generation
 from trainctl.live import JsonView, PlainView
 from trainctl.status import event_line, summarize
 
@@ -34,6 +41,7 @@ STATUS: dict[str, Any] = {
     "attempt": 2,
     "metrics": {"loss": 1.23456},
     "nodes": {"node-0": {"state": "active"}, "node-1": {"state": "active"}, "node-2": {"state": "spare"}},
+    "workers": {"ready": 3, "wanted": 2, "spares": 1},
     "goodput": {"ratio": 0.5},
 }
 
@@ -58,12 +66,12 @@ def test_help_names_the_options_and_is_quick(tmp_path: Path) -> None:
         took.append(time.monotonic() - began)
     assert min(took) < 0.3
     text = _trainctl(["run", "--help"], tmp_path).stdout
-    for option in ("--dir", "--fault", "--set", "--replace-after", "--json"):
+    for option in ("--dir", "--fault", "--set", "--replace-after", "--resume", "--json", "node-leave", "node-join"):
         assert option in text
 
 
 def test_help_imports_nothing_heavy() -> None:
-    heavy = ("rich", "pydantic", "yaml", "torch", "ray")
+    heavy = ("rich", "pydantic", "yaml", "torch", "ray", "boto3", "outlast.checkpoint", "outlast.snapshot")
     code = f"import sys, trainctl.main; print([name for name in {heavy} if name in sys.modules])"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=ENV, text=True, capture_output=True, timeout=60, check=True)
@@ -81,6 +89,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["run", "job.yaml", "--replace-after", "nan"], "--replace-after nan: a number of seconds"),
         (["run", "job.yaml", "--set", "spec.workers.replicas=0"], "spec.workers.replicas"),
         (["run", "job.yaml", "--set", "spec.entrypoint=[python, nowhere.py]"], "there is no nowhere.py"),
+        (["run", "job.yaml", "--resume"], "no spec.checkpoint"),
         (["run", "job.yaml", "--dir", "."], "it is not empty"),
         (["run", "job.yaml", "--dir", "job.yaml/x"], "Not a directory"),
         (["walk"], "No such command"),
@@ -96,14 +105,17 @@ def test_wrong_requests_end_with_2_and_a_reason(job: Path, arguments: list[str],
 
 def test_summary_of_a_status() -> None:
     committed = {"step": 16, "age_s": 3.2}
-    summary = dict(summarize({**STATUS, "snapshot": {"committed": committed}}).rows())
+    durable = {"step": 10, "age_s": 40.6}
+    status = {**STATUS, "snapshot": {"committed": committed}, "checkpoint": {"committed": durable}}
+    summary = dict(summarize(status).rows())
     assert summary == {
         "phase": "Running",
         "step": "20/60",
         "loss": "1.2346",
-        "nodes": "2 active, 1 spare",
+        "nodes": "2/2 active, 1 spare",
         "attempt": "2",
         "snapshot": "step 16, 3 s ago",
+        "checkpoint": "step 10, 41 s ago",
         "goodput": "50.0%",
     }
 
@@ -127,3 +139,58 @@ def test_json_lines_are_passed_on(capsys: pytest.CaptureFixture[str], tmp_path: 
     with JsonView(tmp_path) as view:
         view.show({"type": "end", "exit": 0})
     assert capsys.readouterr().out.splitlines()[1] == '{"type": "end", "exit": 0}'
+
+
+def _stored_job(tmp_path: Path, uid: str | None = None) -> TrainingJob:
+    overrides = [f"spec.checkpoint.url=file://{tmp_path}/store"] + ([f"metadata.uid={uid}"] if uid else [])
+    return load(JOB, overrides)
+
+
+def _put_head(tmp_path: Path, steps: Sequence[int]) -> str:
+    """A head of another run of the same job, with checkpoints of these steps; returns their URL."""
+    url = job_url(f"file://{tmp_path}/store", "default", "small")
+    archive = Archive(open_store(url))
+    archive.claim(JobMark("default", "small", "theirs"), ClaimMark(1, "ab" * 8, "controller"), None)
+    generations = [Generation(1, step, "ab" * 8) for step in steps]
+    line = tuple(Entry(g, g.step, manifest_key(g), "0" * 64, 10, "2026-01-01T00:00:00Z") for g in generations)
+    archive.store.put("head.json", Head(JobMark("default", "small", "theirs"), line=line).to_text().encode())
+    return url
+
+
+def test_a_job_without_checkpoints_in_its_store_gets_a_mark_of_its_own(tmp_path: Path) -> None:
+    said: list[str] = []
+    first, second = (identity_of(_stored_job(tmp_path), False, said.append) for _ in range(2))
+    assert len(first) == len(second) == 32
+    assert first != second
+    assert identity_of(_stored_job(tmp_path, "of-kubernetes"), False, said.append) == "of-kubernetes"
+    assert identity_of(load(JOB), False, said.append)
+    assert said == []
+
+
+def test_checkpoints_are_gone_on_from_only_when_asked(tmp_path: Path) -> None:
+    url, said = _put_head(tmp_path, [10, 20]), list[str]()
+    with pytest.raises(RequestError, match=r"the newest of step 20: go on from them with --resume"):
+        identity_of(_stored_job(tmp_path), False, said.append)
+    assert identity_of(_stored_job(tmp_path), True, said.append) == "theirs"
+    assert said == [f"going on from the newest of step 20 at {url}"]
+
+
+def test_a_store_without_checkpoints_lets_a_job_start_afresh(tmp_path: Path) -> None:
+    said: list[str] = []
+    identity_of(_stored_job(tmp_path), True, said.append)
+    _put_head(tmp_path, [])
+    assert identity_of(_stored_job(tmp_path), True, said.append) == "theirs"
+    assert all(line.endswith("starting afresh") for line in said)
+    assert identity_of(_stored_job(tmp_path), False, said.append) == "theirs", "nothing of theirs would be lost"
+    assert len(said) == 2
+
+
+def test_a_refused_run_says_why_and_leaves_nothing(job: Path, tmp_path: Path) -> None:
+    _put_head(tmp_path, [10])
+    before = sorted(tmp_path.rglob("*"))
+    options = ["--set", f"spec.checkpoint.url=file://{tmp_path}/store"]
+    done = _trainctl(["run", "job.yaml", *options, "--dir", "run"], job.parent)
+    assert done.returncode == 2, done.stderr
+    assert "go on from them with --resume" in done.stdout
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != "run") == before
+    assert list((tmp_path / "run").iterdir()) == []

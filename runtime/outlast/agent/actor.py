@@ -1,7 +1,7 @@
 """A node's agent as a Ray actor: events go to the controller's actor, instructions come from it.
 
-The actor is detached and Ray starts it again when it dies; a node whose forkserver is gone has no use for one, so such
-an actor ends for good. Nothing here decides anything: see ``node_agent``.
+The actor is detached and Ray starts it again when it dies; a node that has left the job, or whose forkserver is gone,
+has no use for one, so such an actor ends for good. Nothing here decides anything: see ``node_agent``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayError
 
 from outlast.agent.node_agent import NodeAgent
-from outlast.config import CONTROLLER_ACTOR, NodeConfig
+from outlast.config import CONTROLLER_ACTOR, NodeConfig, agent_actor
 
 NOTIFY_S = 5.0
 """How long the controller may take to acknowledge events."""
@@ -136,8 +136,20 @@ class AgentActor:
     def _end(self, reason: str) -> None:
         """The agent cannot go on: end this process. If the forkserver is gone, the next one cannot even begin."""
         log.error("agent-ended node=%s reason=%s", self._config.node, reason)
+        if self._agent.released:
+            self._end_for_good()
         sys.stderr.flush()
         os._exit(1)
+
+    def _end_for_good(self) -> None:
+        """Tell what is still to be told, and have Ray start no other. Returns when Ray could not be asked."""
+        self._line.close()
+        try:
+            ray.kill(ray.get_actor(agent_actor(self._config.node), namespace=self._config.namespace), no_restart=True)
+        except (RayError, ValueError) as error:
+            log.warning("agent-not-removed node=%s reason=%s", self._config.node, _line(error))
+            return
+        threading.Event().wait(NOTIFY_S)  # ended before that, by Ray
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         del number, frame

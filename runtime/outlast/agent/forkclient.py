@@ -1,8 +1,8 @@
 """The client of a forkserver: ask it for processes, be told when they end.
 
 Call order: ``launch`` starts a server (or ``ForkClient.fork_server`` a further one), ``ForkClient`` connects to it.
-Replies come on a reader thread, which also calls ``on_exit`` and ``on_gone``: both must return soon and must not call
-the client.
+Replies come on a reader thread, which also calls ``on_exit``, ``on_gone`` and ``on_terminating``: these must return
+soon and must not call the client.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ class ForkClient:
     """One connection. Any thread may use it.
 
     ``on_exit`` is told of the ends of own children, and of all whose lifetime is the server's; ``on_gone`` once when
-    the server is gone (not after ``close``). ``timeout`` (seconds) bounds connecting, also to a server that is still
-    starting, and each request. Raises TransferError when the server cannot be reached.
+    the server is gone (not after ``close``); ``on_terminating``, after ``attend``, when the server was told to end,
+    with the seconds that are left until it does. ``timeout`` (seconds) bounds connecting, also to a server that is
+    still starting, and each request. Raises TransferError when the server cannot be reached.
     """
 
     def __init__(
@@ -96,9 +97,10 @@ class ForkClient:
         on_exit: Callable[[Exit], None] = lambda _: None,
         on_gone: Callable[[], None] = lambda: None,
         timeout: float = 30.0,
+        on_terminating: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._path, self._timeout = path, timeout
-        self._on_exit, self._on_gone = on_exit, on_gone
+        self._on_exit, self._on_gone, self._on_terminating = on_exit, on_gone, on_terminating
         self._sock = _connect(path, timeout)
         self._lock = threading.Lock()
         self._asked: dict[int, Future[dict[str, Any]]] = {}
@@ -123,6 +125,14 @@ class ForkClient:
         reply = self._ask("list")
         children = tuple(Child(**child) for child in reply["children"])
         return ServerState(int(reply["pid"]), int(reply["threads"]), tuple(reply["missing"]), children)
+
+    def attend(self, grace_s: float) -> None:
+        """Be told when the server is told to end, and keep it going for up to ``grace_s`` then."""
+        self._ask("attend", grace_s=grace_s)
+
+    def shutdown(self) -> None:
+        """End the server with all its children; ``on_gone`` is called when that has happened."""
+        self._ask("shutdown")
 
     def close(self) -> None:
         """Disconnect: the server kills this client's children."""
@@ -171,6 +181,9 @@ class ForkClient:
     def _handle(self, message: dict[str, Any]) -> None:
         if message["op"] == "exited":
             self._on_exit(Exit(message["id"], message["pid"], message["code"], message["signal"]))
+            return
+        if message["op"] == "terminating":
+            self._on_terminating(float(message["seconds"]))
             return
         answer = self._asked.pop(message["req"], None)
         if answer is not None:

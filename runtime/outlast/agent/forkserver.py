@@ -10,20 +10,25 @@ A client talks newline-delimited JSON over the Unix socket. Each request may car
     {"op": "kill", "id", "signal"}           -> {"op": "killed", "id"}            to the whole process group
     {"op": "list"}                           -> {"op": "list", "pid", "threads", "missing", "children": [...]}
     {"op": "fork_server", ...ServerSetup}    -> {"op": "forked", "pid"}           listening already
+    {"op": "attend", "grace_s"}              -> {"op": "attending"}               this client is told of a SIGTERM
+    {"op": "shutdown"}                       -> {"op": "ending"}
     anything that cannot be done             -> {"op": "error", "text"}
     a child's end, unasked                   -> {"op": "exited", "id", "pid", "code", "signal"}
+    SIGTERM, unasked                         -> {"op": "terminating", "seconds"}  what is left of the grace
 
 Forking is safe because the server never has a second thread. A child of lifetime "client" is killed when the client
 that asked for it disconnects, one of lifetime "server" when the server ends, and then every client is told of its end.
 When a child has ended, what is left of its process group is killed before the end is reported, so that nothing of it
 runs any more; orphans that left the group are adopted and killed once no client's child is alive.
+
+SIGTERM ends the server with all its children: at once, unless a client attends, which may hand over what it has first.
+The server then goes on as before until a client says ``shutdown`` or the longest grace is over.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
 import selectors
 import signal
@@ -31,12 +36,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from outlast.agent import isolation
 from outlast.agent.forkchild import become, redirect, separate
+from outlast.agent.forkconnection import Connection, listen
 from outlast.agent.forkprotocol import DEFAULT_PRELOAD, ServerSetup, Spawn, preload
 from outlast.agent.pidfiles import remove_pid, write_pid
 from outlast.errors import RequestError
@@ -47,6 +53,8 @@ STOP_S = 5.0
 """How long children may take to end when the server is asked to."""
 
 _IDLE_S = 1.0
+_END_AT_ONCE = signal.SIGHUP
+"""What a server sends to the further servers that it ends."""
 
 
 @dataclass(frozen=True)
@@ -66,36 +74,18 @@ class _Forked(Exception):
         self.task = task
 
 
-@dataclass(eq=False)
-class _Client:
-    sock: socket.socket
-    inbox: bytearray = field(default_factory=bytearray)
-    outbox: bytearray = field(default_factory=bytearray)
-
-
 @dataclass
 class _Child:
     id: str
     pid: int
     lifetime: str
     role: str
-    client: _Client | None
+    client: Connection | None
     server: bool = False
 
     def describe(self) -> dict[str, Any]:
         told = {"id": self.id, "pid": self.pid, "lifetime": self.lifetime, "role": self.role}
         return {**told, "orphan": self.lifetime == "client" and self.client is None}
-
-
-def listen(path: str) -> socket.socket:
-    """A listening Unix socket that only this user can use. Raises OSError (its path may have 107 bytes)."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    Path(path).unlink(missing_ok=True)
-    listener.bind(path)
-    Path(path).chmod(0o600)
-    listener.listen(64)
-    listener.setblocking(False)
-    return listener
 
 
 class ForkServer:
@@ -107,15 +97,18 @@ class ForkServer:
         self._missing = list(missing)
         self._watch = watch
         self._children: dict[int, _Child] = {}
-        self._clients: set[_Client] = set()
+        self._clients: set[Connection] = set()
         self._stopping: float | None = None
+        self._leave_by: float | None = None
         self._selector = selectors.DefaultSelector()
         self._wake_out, self._wake_in = socket.socketpair()
-        self._operations: dict[str, Callable[[_Client, dict[str, Any]], dict[str, Any]]] = {
+        self._operations: dict[str, Callable[[Connection, dict[str, Any]], dict[str, Any]]] = {
             "spawn": self._spawn,
             "kill": lambda _, fields: self._kill(str(fields["id"]), int(fields["signal"])),
             "list": lambda _, __: self._list(),
             "fork_server": self._fork_server,
+            "attend": lambda client, fields: self._attend(client, float(fields["grace_s"])),
+            "shutdown": lambda _, __: self._shutdown(),
         }
 
     def serve(self) -> Task | None:
@@ -135,7 +128,7 @@ class ForkServer:
         for end in (self._wake_out, self._wake_in):
             end.setblocking(False)
         signal.set_wakeup_fd(self._wake_in.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGCHLD, signal.SIGTERM):
+        for number in (signal.SIGCHLD, signal.SIGTERM, _END_AT_ONCE):
             signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -146,11 +139,15 @@ class ForkServer:
             write_pid(Path(self._setup.pid_dir), "forkserver", os.getpid())
 
     def _turn(self) -> None:
-        for key, mask in self._selector.select(_IDLE_S):
-            if isinstance(key.data, _Client):
-                self._serve_client(key.data, mask)
-            else:
-                key.data()
+        ready = [(key.data, mask) for key, mask in self._selector.select(_IDLE_S)]
+        for client, mask in ready:
+            if isinstance(client, Connection):
+                self._serve_client(client, mask)
+        for act, _ in ready:  # after what clients said before: one that has left is not waited for
+            if not isinstance(act, Connection):
+                act()
+        if self._leave_by is not None and time.monotonic() > self._leave_by:
+            self._stop()
         self._kill_orphans()
 
     # -- clients
@@ -163,31 +160,25 @@ class ForkServer:
                 return
             raise
         sock.setblocking(False)
-        client = _Client(sock)
+        client = Connection(sock)
         self._clients.add(client)
         self._selector.register(sock, selectors.EVENT_READ, client)
 
-    def _serve_client(self, client: _Client, mask: int) -> None:
+    def _serve_client(self, client: Connection, mask: int) -> None:
         try:
             if mask & selectors.EVENT_WRITE:
-                self._flush(client)
+                client.flush()
+                self._listen_to(client)
             if mask & selectors.EVENT_READ:
                 self._read(client)
         except (ConnectionError, ValueError):
             self._drop(client)
 
-    def _read(self, client: _Client) -> None:
-        data = client.sock.recv(1 << 16)
-        if not data:
-            raise ConnectionResetError
-        client.inbox += data
-        while (end := client.inbox.find(b"\n")) >= 0:
-            line = bytes(client.inbox[:end])
-            del client.inbox[: end + 1]
-            request = json.loads(line)
+    def _read(self, client: Connection) -> None:
+        for request in client.receive():
             self._send(client, {**self._answer(client, request), "req": request.get("req")})
 
-    def _answer(self, client: _Client, request: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, client: Connection, request: dict[str, Any]) -> dict[str, Any]:
         operation = self._operations.get(str(request.get("op")))
         if operation is None:
             return {"op": "error", "text": f"unknown operation {request.get('op')!r}"}
@@ -197,23 +188,15 @@ class ForkServer:
         except (RequestError, OSError, TypeError, KeyError) as error:
             return {"op": "error", "text": f"{request['op']}: {error}"}
 
-    def _send(self, client: _Client, message: dict[str, Any]) -> None:
-        client.outbox += json.dumps(message, separators=(",", ":")).encode() + b"\n"
-        try:
-            self._flush(client)
-        except ConnectionError:
-            client.outbox.clear()  # its end is read from the socket next
+    def _send(self, client: Connection, message: dict[str, Any]) -> None:
+        client.put(message)
+        self._listen_to(client)
 
-    def _flush(self, client: _Client) -> None:
-        try:
-            while client.outbox:
-                del client.outbox[: client.sock.send(client.outbox)]
-        except BlockingIOError:
-            pass
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.outbox else 0)
+    def _listen_to(self, client: Connection) -> None:
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.waiting else 0)
         self._selector.modify(client.sock, events, client)
 
-    def _drop(self, client: _Client) -> None:
+    def _drop(self, client: Connection) -> None:
         self._selector.unregister(client.sock)
         client.sock.close()
         self._clients.discard(client)
@@ -225,7 +208,7 @@ class ForkServer:
 
     # -- operations
 
-    def _spawn(self, client: _Client, fields: dict[str, Any]) -> dict[str, Any]:
+    def _spawn(self, client: Connection, fields: dict[str, Any]) -> dict[str, Any]:
         spawn = Spawn.from_json(fields)
         if any(child.id == spawn.id for child in self._children.values()):
             raise RequestError(f"a child {spawn.id!r} is alive")
@@ -235,7 +218,7 @@ class ForkServer:
             write_pid(Path(self._setup.pid_dir), spawn.role, pid)
         return {"op": "spawned", "id": spawn.id, "pid": pid}
 
-    def _fork_server(self, client: _Client, fields: dict[str, Any]) -> dict[str, Any]:
+    def _fork_server(self, client: Connection, fields: dict[str, Any]) -> dict[str, Any]:
         setup = ServerSetup.from_json(fields)
         listener = listen(setup.socket)
         pid = self._fork(Task(setup, os.getpid(), listener))
@@ -269,8 +252,10 @@ class ForkServer:
 
     def _signalled(self) -> None:
         numbers = self._wake_out.recv(4096)
-        if signal.SIGTERM in numbers:
+        if _END_AT_ONCE in numbers:
             self._stop()
+        elif signal.SIGTERM in numbers:
+            self._leave()
         if signal.SIGCHLD in numbers:
             self._reap()
 
@@ -303,18 +288,41 @@ class ForkServer:
         """What left its group and lost its parent became our child; nobody will need it when no rank is left."""
         if any(child.lifetime == "client" for child in self._children.values()):
             return
-        for pid in _children_of_this_process():
+        for pid in isolation.children():
             if pid not in self._children:
                 _signal_group(pid, signal.SIGKILL)
         self._reap()
 
     # -- the end
 
+    def _leave(self) -> None:
+        """Told to go: as soon as clients that attend say so, at the end of their grace at the latest."""
+        graces = [client.grace_s for client in self._clients if client.grace_s is not None]
+        if not graces:
+            self._stop()
+        elif self._leave_by is None:
+            self._leave_by = time.monotonic() + max(graces)
+            for client in self._clients:
+                self._tell_of_leaving(client)
+
+    def _attend(self, client: Connection, grace_s: float) -> dict[str, Any]:
+        client.grace_s = grace_s
+        self._tell_of_leaving(client)
+        return {"op": "attending"}
+
+    def _tell_of_leaving(self, client: Connection) -> None:
+        if client.grace_s is not None and self._leave_by is not None:
+            self._send(client, {"op": "terminating", "seconds": max(self._leave_by - time.monotonic(), 0.0)})
+
+    def _shutdown(self) -> dict[str, Any]:
+        self._stop()
+        return {"op": "ending"}
+
     def _stop(self) -> None:
         if self._stopping is None:
             self._stopping = time.monotonic() + STOP_S
             for child in self._children.values():
-                _signal_group(child.pid, signal.SIGTERM if child.server else signal.SIGKILL)
+                _signal_group(child.pid, _END_AT_ONCE if child.server else signal.SIGKILL)
             if self._watch is not None:
                 self._selector.unregister(self._watch)
 
@@ -349,14 +357,6 @@ def _signal_group(pid: int, number: int) -> None:
             os.kill(pid, number)
         except ProcessLookupError:
             return
-
-
-def _children_of_this_process() -> list[int]:
-    pid = os.getpid()
-    try:
-        return [int(child) for child in Path(f"/proc/self/task/{pid}/children").read_text().split()]
-    except OSError:  # a kernel without CONFIG_PROC_CHILDREN: orphans are then left to their own
-        return []
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -75,6 +75,15 @@ def adopt_orphans() -> None:
     _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
+def children() -> list[int]:
+    """The children of this process, adopted ones too; none on a kernel without CONFIG_PROC_CHILDREN."""
+    pid = os.getpid()
+    try:
+        return [int(child) for child in Path(f"/proc/self/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
 def _mount(source: str, target: str, kind: str | None, flags: int) -> None:
     done = _libc.mount(source.encode(), target.encode(), kind.encode() if kind else None, ctypes.c_ulong(flags), None)
     _check(done, f"mount of {target}")

@@ -8,11 +8,25 @@ from typing import Any
 
 from outlast import messages as m
 from outlast.agent.keeper_host import KeeperHost
+from outlast.agent.rank_messages import slots
 from outlast.agent.reactor import Reactor
+from outlast.api import TrainingJob
 from outlast.clock import Clock
-from outlast.errors import CapacityError, OutlastError, StaleAttemptError, TransferError
+from outlast.errors import (
+    CapacityError,
+    CheckpointError,
+    ImageError,
+    ObjectMissing,
+    OutlastError,
+    RequestError,
+    StaleAttemptError,
+    StoreDenied,
+    StoreError,
+    TransferError,
+)
 from outlast.snapshot.identity import Attempt
-from outlast.snapshot.inventory import HeldImage, Inventory, RankRestore
+from outlast.snapshot.inventory import HeldImage, Inventory, RankRestore, RestorePlan
+from outlast.snapshot.stored import StoredImage
 
 CALL_S = 30.0
 """A call that moves no images; long enough for a keeper to be restarted."""
@@ -20,16 +34,27 @@ FENCE_TRIES = 3
 VERIFY_S = 300.0
 """Hashing all of a node's images (a core does several GB a second)."""
 REBUILD_S = 600.0
+FETCH_S = 3600.0
+"""Getting one image from object storage; a store that does not answer is given up sooner."""
 ENCODE_S = 300.0
+UPLOAD_S = 6 * 3600.0
+"""Bounds what nobody waits for: a newer attempt ends an upload."""
 
 
 class KeeperTasks:
     """One node's requests. All methods but ``status`` and ``held`` are called on the reactor's thread."""
 
     def __init__(
-        self, node: str, host: KeeperHost, reactor: Reactor, emit: Callable[[m.Event], None], clock: Clock
+        self,
+        node: str,
+        job: TrainingJob,
+        host: KeeperHost,
+        reactor: Reactor,
+        emit: Callable[[m.Event], None],
+        clock: Clock,
     ) -> None:
         self._node, self._host, self._reactor, self._emit, self._clock = node, host, reactor, emit, clock
+        self._slots, self._procs = slots(job), job.spec.workers.procs_per_worker
 
     def status(self) -> dict[str, Any]:
         """What the keeper has, as it says itself. Blocks until there is a keeper; raises TransferError."""
@@ -81,13 +106,12 @@ class KeeperTasks:
         return self._call("fence", CALL_S, attempt)
 
     def rebuild(self, start: m.Start, dirty: frozenset[int]) -> None:
-        """Get back what this node lacks of the plan, all ranks at once; then tell that it is ready.
+        """Get back what this node lacks of the plan, all images at once; then tell that it is ready.
 
-        What cannot be rebuilt ends the attempt, as if its rank had: nobody trains on bytes that do not verify.
+        What cannot be rebuilt ends the attempt, as if its rank had, or, where it was to come from object storage, with
+        ``RestoreFailed``: nobody trains on bytes that do not verify.
         """
-        plan = start.restore
-        wanted = plan.on_node(self._node) if plan is not None else ()
-        lacking = [restore for restore in wanted if restore.source != "memory-local"]
+        lacking = _lacking(start.restore, self._node)
         replies: list[dict[str, Any]] = []
         left, failed = len(lacking), False
 
@@ -97,15 +121,14 @@ class KeeperTasks:
             if isinstance(reply, OutlastError):
                 failed = True
                 self._complain("rebuild-failed", reply)
-                told = m.ErrorInfo(self._clock.wall(), type(reply).__name__, f"its state could not be rebuilt: {reply}")
-                self._emit(m.RankExited(self._node, start.attempt, restore.rank, error=told, time=told.time))
+                self._emit(self._not_rebuilt(start, restore, reply))
             else:
                 replies.append(reply)
             if left == 0 and not failed:
-                self._emit(_ready(self._node, start.attempt, replies))
+                self._emit(_rebuilt(self._node, start.attempt, replies))
 
         if not lacking:
-            self._emit(_ready(self._node, start.attempt, replies))
+            self._emit(_rebuilt(self._node, start.attempt, replies))
         for restore in lacking:
             fresh = restore.local_rank in dirty
             self._reactor.work(partial(self._rebuild, start, restore, fresh), partial(done, restore))
@@ -113,11 +136,20 @@ class KeeperTasks:
     def _rebuild(self, start: m.Start, restore: RankRestore, fresh: bool) -> dict[str, Any]:
         assert start.restore is not None
         peers = {node: list(address) for node, address in start.keepers.items()}
-        generation = str(start.restore.generation)
-        wanted = restore.to_json()
+        generation, wanted = str(start.restore.generation), restore.to_json()
+        seconds = FETCH_S if restore.source == "object" else REBUILD_S
         return self._call(
-            "rebuild", REBUILD_S, start.attempt, generation=generation, restore=wanted, peers=peers, fresh=fresh
+            "rebuild", seconds, start.attempt, generation=generation, restore=wanted, peers=peers, fresh=fresh
         )
+
+    def _not_rebuilt(self, start: m.Start, restore: RankRestore, error: OutlastError) -> m.RestoreFailed | m.RankExited:
+        plan, trouble = start.restore, trouble_of(error)
+        assert plan is not None
+        if restore.source == "object" and trouble is not None:
+            return m.RestoreFailed(self._node, start.attempt, plan.generation, str(error), trouble, restore.rank)
+        rank = start.seat * start.procs if plan.direct else restore.rank  # the old world's ranks are nobody's
+        told = m.ErrorInfo(self._clock.wall(), type(error).__name__, f"its state could not be rebuilt: {error}")
+        return m.RankExited(self._node, start.attempt, rank, error=told, time=told.time)
 
     def encode(self, encode: m.Encode, attempt: Attempt | None) -> None:
         """Make parity; ``Encoded`` or ``EncodeFailed``. It is not tried again here: peers may be gone."""
@@ -136,8 +168,28 @@ class KeeperTasks:
 
         self._reactor.work(partial(self._call, "encode", ENCODE_S, attempt, False, **_encode_fields(encode)), done)
 
+    def upload(
+        self, upload: m.Upload, attempt: Attempt, seat: int, then: Callable[[m.Uploaded | m.UploadFailed], None]
+    ) -> None:
+        """Put the seat's images of a generation into the store; ``then`` gets how that went. It is not tried again
+        here: the keeper itself is patient with the store, and one that had to be restarted has lost its place.
+        """
+        generation = upload.generation
+
+        def done(reply: dict[str, Any] | OutlastError) -> None:
+            if isinstance(reply, OutlastError):
+                trouble = trouble_of(reply) or ("denied" if isinstance(reply, RequestError) else "unavailable")
+                then(m.UploadFailed(self._node, generation, str(reply), trouble))
+            else:
+                images = tuple(StoredImage.from_json(image) for image in reply["images"])
+                then(m.Uploaded(self._node, generation, images, int(reply["bytes"]), float(reply["seconds"])))
+
+        fields: dict[str, Any] = {"generation": str(generation), "seat": seat, "url": upload.url, "procs": self._procs}
+        job = partial(self._call, "upload", UPLOAD_S, attempt, False, bandwidth=upload.bandwidth, **fields)
+        self._reactor.work(job, done)
+
     def commit(self, commit: m.Commit, attempt: Attempt | None) -> None:
-        """Have the keeper remember a commit; ``CommitAcked`` when it does."""
+        """Have the keeper remember a commit, and drop what it makes useless; ``CommitAcked`` when it does."""
         if attempt is None:
             return
 
@@ -147,7 +199,8 @@ class KeeperTasks:
             else:
                 self._emit(m.CommitAcked(self._node, commit.generation))
 
-        self._reactor.work(partial(self._call, "commit", CALL_S, attempt, generation=str(commit.generation)), done)
+        fields: dict[str, Any] = {"generation": str(commit.generation), "slots": self._slots, "procs": self._procs}
+        self._reactor.work(partial(self._call, "commit", CALL_S, attempt, **fields), done)
 
     def _call(self, op: str, timeout: float, attempt: Attempt, again: bool = True, **fields: Any) -> dict[str, Any]:
         identity = {"attempt": attempt.number, "incarnation": attempt.incarnation}
@@ -157,7 +210,28 @@ class KeeperTasks:
         self._emit(m.Note(self._node, None, kind, str(error)))
 
 
-def _ready(node: str, attempt: Attempt, replies: list[dict[str, Any]]) -> m.RestoreReady:
+def trouble_of(error: OutlastError) -> m.StoreTrouble | None:
+    """What an error of a transfer says of the store; None when it says nothing."""
+    match error:
+        case StoreDenied():
+            return "denied"
+        case ObjectMissing() | CheckpointError() | ImageError():
+            return "bad"
+        case StoreError():
+            return "unavailable"
+    return None
+
+
+def _lacking(plan: RestorePlan | None, node: str) -> list[RankRestore]:
+    """The images that ``node`` has to make before anyone can load. From a direct plan's store and peers ranks read
+    themselves."""
+    wanted = plan.on_node(node) if plan is not None else ()
+    if plan is not None and plan.direct:
+        return [restore for restore in wanted if restore.source == "memory-decode"]
+    return [restore for restore in wanted if restore.source != "memory-local"]
+
+
+def _rebuilt(node: str, attempt: Attempt, replies: list[dict[str, Any]]) -> m.RestoreReady:
     moved = sum(int(reply["bytes"]) for reply in replies)
     return m.RestoreReady(node, attempt, moved, max((float(reply["seconds"]) for reply in replies), default=0.0))
 

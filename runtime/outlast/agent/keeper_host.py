@@ -7,10 +7,10 @@ is started again. ``call`` blocks, so it belongs in a worker thread; it waits fo
 from __future__ import annotations
 
 import json
-import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from outlast.agent.forkclient import Exit, ForkClient
 from outlast.agent.forkprotocol import Spawn
 from outlast.agent.rank_process import isolate_of
+from outlast.api import TrainingJob
 from outlast.clock import Clock
 from outlast.config import NodeConfig
 from outlast.errors import RequestError, TransferError
@@ -27,6 +28,13 @@ from outlast.snapshot.wire import KeeperClient
 KEEPER = "keeper"
 READY_S = 20.0
 """How long a keeper may take to listen."""
+
+ABSENT_S = 60.0
+"""How long a call waits for a keeper that is being started."""
+
+_PLAIN = "outlast.snapshot.keeper:main"
+_DURABLE = "outlast.checkpoint.serving:main"
+"""With an object tier, for a job that has checkpoints."""
 
 _POLL_S = 0.005
 _NEWS_S = 0.5
@@ -47,15 +55,18 @@ class KeeperHost:
     """The keeper of one node.
 
     Call order: ``obtain`` once; then ``call`` from any thread, and ``ended`` when the forkserver tells of its end,
-    after which ``obtain`` starts another.
+    after which ``obtain`` starts another; ``close``.
     """
 
-    def __init__(self, config: NodeConfig, max_memory: int | None, forks: ForkClient, clock: Clock) -> None:
-        self._config, self._max_memory, self._forks, self._clock = config, max_memory, forks, clock
+    def __init__(self, config: NodeConfig, job: TrainingJob, forks: ForkClient, clock: Clock) -> None:
+        self._config, self._forks, self._clock = config, forks, clock
+        self._max_memory = job.spec.snapshot.max_memory
+        self._program = _PLAIN if job.spec.checkpoint is None else _DURABLE
         self._info = Path(config.socket_dir) / "keeper.json"
         self._token = Path(config.token_file).read_text().strip()
         self._serving: Serving | None = None
         self._changed = threading.Condition()
+        self._calls: set[KeeperClient] = set()
         self._began = clock.monotonic()
         self._pause = 0.0
         self._closed = False
@@ -98,30 +109,39 @@ class KeeperHost:
     def call(self, op: str, *, timeout: float, again: bool = True, **args: Any) -> dict[str, Any]:
         """One operation. With ``again`` it is repeated when the keeper ended meanwhile (it must bear that).
 
-        Raises what the keeper raises; TransferError after ``timeout`` seconds.
+        Raises what the keeper raises; TransferError after ``timeout`` seconds, or when there is no keeper for ABSENT_S.
         """
         deadline = self._clock.monotonic() + timeout
         while True:
             left = deadline - self._clock.monotonic()
-            serving = self._wait_serving(left)
+            serving = self._wait_serving(min(left, ABSENT_S))
             try:
-                with KeeperClient(*serving.address, self._token, max(left, _LEAST_S)) as client:
+                with self._connected(serving, max(left, _LEAST_S)) as client:
                     return client.call(op, **args)
             except TransferError:
                 if not again or not self._has_ended(serving):
                     raise
 
     def close(self) -> None:
-        """Let every wait end. The keeper goes on."""
+        """Let every wait end, also those for answers. The keeper goes on."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            for client in self._calls:
+                client.shutdown()
 
-    def stop(self) -> None:
-        """End the keeper as well (its files stay)."""
-        self.close()
-        if self._running() is not None:
-            self._forks.kill(KEEPER, signal.SIGTERM)
+    @contextmanager
+    def _connected(self, serving: Serving, seconds: float) -> Iterator[KeeperClient]:
+        with KeeperClient(*serving.address, self._token, seconds) as client:
+            with self._changed:
+                self._calls.add(client)
+                if self._closed:
+                    client.shutdown()
+            try:
+                yield client
+            finally:
+                with self._changed:
+                    self._calls.discard(client)
 
     @property
     def _log(self) -> Path:
@@ -164,7 +184,7 @@ class KeeperHost:
         spawn = Spawn(
             id=KEEPER,
             kind="call",
-            target="outlast.snapshot.keeper:main",
+            target=self._program,
             args=(keeper,),
             env=config.env,
             cwd=config.cwd,

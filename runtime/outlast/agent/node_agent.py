@@ -29,20 +29,23 @@ from outlast import messages as m
 from outlast.agent import attempt_record, stacks
 from outlast.agent.attempt_record import AttemptRecord
 from outlast.agent.clearing import Clearing
+from outlast.agent.departure import Departure
 from outlast.agent.forkclient import Exit, ForkClient
 from outlast.agent.keeper_calls import KeeperTasks
 from outlast.agent.keeper_host import KEEPER, KeeperHost, KeeperWatch, Serving
 from outlast.agent.pidfiles import remove_pid, write_pid
 from outlast.agent.portholder import PortHolder
-from outlast.agent.rank_messages import SLOTS, permit, protection, restore_message
+from outlast.agent.rank_messages import abort, permit, proceed, protection, restore_message, slots
 from outlast.agent.rank_news import RankNews, Send
-from outlast.agent.ranks import Ranks
+from outlast.agent.ranklink import Message
+from outlast.agent.ranks import Rank, Ranks
 from outlast.agent.reactor import Reactor
+from outlast.agent.uploading import Uploading
 from outlast.api import TrainingJob
 from outlast.clock import Clock, SystemClock
 from outlast.config import NodeConfig
 from outlast.errors import OutlastError, RequestError
-from outlast.snapshot.identity import Attempt
+from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.inventory import Inventory
 
 HEARTBEAT_S = 0.25
@@ -54,7 +57,8 @@ _CONNECT_S = 5.0
 
 
 class NodeAgent:
-    """One node's agent. ``on_end(reason)`` is called when it cannot go on: its forkserver is gone, or it has a bug.
+    """One node's agent. ``on_end(reason)`` is called when it cannot go on: its forkserver is gone, or it has a bug; or
+    when it need not: its node has left the job (``released``).
 
     Call order: ``start``; then ``join`` and ``perform`` from any thread, neither of which waits; ``close``.
     Raises TransferError when the forkserver cannot be reached, SpecError when the job is none.
@@ -78,11 +82,14 @@ class NodeAgent:
         self._forks = ForkClient(
             config.forkserver_socket,
             on_exit=lambda exit_: post(lambda: self._on_exit(exit_)),
-            on_gone=lambda: post(lambda: on_end("the forkserver is gone")),
+            on_gone=lambda: post(self._on_gone),
             timeout=_CONNECT_S,
+            on_terminating=lambda seconds: post(lambda: self._departure.begin(seconds)),
         )
-        self._host = KeeperHost(config, self._job.spec.snapshot.max_memory, self._forks, self._clock)
-        self._keeper = KeeperTasks(config.node, self._host, self._reactor, self._emit, self._clock)
+        self._host = KeeperHost(config, self._job, self._forks, self._clock)
+        self._keeper = KeeperTasks(config.node, self._job, self._host, self._reactor, self._emit, self._clock)
+        self._uploading = Uploading(config.node, self._keeper, lambda: self._record, self._emit)
+        self._departure = Departure(config.node, self._memory, self._forks, self._emit, self._clock)
         self._news = RankNews(config.node, self._reactor, send, self._clock)
         self._ranks: Ranks | None = None
         self._clearing: Clearing | None = None
@@ -96,10 +103,13 @@ class NodeAgent:
             m.Start: self._do_start,
             m.Load: self._do_load,
             m.Permit: self._do_permit,
-            m.Abort: self._do_abort,
+            m.Proceed: lambda it: self._tell_ranks(it.generation, lambda _: proceed(it)),
+            m.Abort: lambda it: self._tell_ranks(it.generation, lambda _: abort(it)),
             m.Encode: lambda encode: self._keeper.encode(encode, self._record.in_force),
             m.Commit: lambda commit: self._keeper.commit(commit, self._record.in_force),
+            m.Upload: self._uploading.begin,
             m.Register: lambda _: self._do_register(),
+            m.Release: lambda _: self._clear(lambda _: self._release()),
             m.DumpStacks: self._do_dump,
         }
 
@@ -109,6 +119,7 @@ class NodeAgent:
         """Find or start the keeper. ``Joined`` is sent when ``join`` asks for it, heartbeats from then on."""
         post = self._reactor.post
         write_pid(Path(self.config.socket_dir), "agent", os.getpid())
+        self._forks.attend(self.config.grace_s)
         self._reactor.post(self._beat)
         self._reactor.start()
         self._watch = KeeperWatch(
@@ -116,6 +127,11 @@ class NodeAgent:
             lambda serving: post(lambda: self._on_keeper(serving)),
             lambda text: post(lambda: self._note("keeper-failed", text)),
         )
+
+    @property
+    def released(self) -> bool:
+        """Whether this node has left the job: no agent is needed there any more."""
+        return self._departure.released
 
     def join(self) -> None:
         """Send ``Joined``, as soon as the keeper serves."""
@@ -187,6 +203,7 @@ class NodeAgent:
             return
         self._emit(self._describe(serving, status))
         self._joined_once = True
+        self._departure.tell()
         self._inform()
         if self._ranks is not None and self._ranks.well():
             self._news.repeat(self._ranks)
@@ -209,7 +226,13 @@ class NodeAgent:
             held=self._keeper.held(status),
             registration=self._registration,
             restart_count=record.restart_count,
+            memory=int(status["available"]),
+            dirty=self._dirty(self._unconfirmed),
         )
+
+    def _dirty(self, local_ranks: frozenset[int]) -> tuple[tuple[int, int], ...]:
+        """Files that those who may still live could write to: (local rank, slot)."""
+        return tuple((local_rank, slot) for local_rank in sorted(local_ranks) for slot in range(slots(self._job)))
 
     # --- instructions -----------------------------------------------------------------------------------------------
 
@@ -244,8 +267,7 @@ class NodeAgent:
     def _stopped(self, stop: m.Stop, dirty: frozenset[int], inventory: Inventory) -> None:
         if stop.attempt != self._record.in_force or self._begun == stop.attempt:
             return
-        slots = tuple((local_rank, slot) for local_rank in sorted(dirty) for slot in range(SLOTS))
-        self._emit(m.Stopped(self.config.node, stop.attempt, inventory, slots, self._port.renew()))
+        self._emit(m.Stopped(self.config.node, stop.attempt, inventory, self._dirty(dirty), self._port.renew()))
 
     def _do_start(self, start: m.Start) -> None:
         if not self._admit(start.attempt) or self._begun == start.attempt:
@@ -276,20 +298,19 @@ class NodeAgent:
         ranks = self._ranks
         if ranks is not None and ranks.attempt == load.attempt and not ranks.ending:
             start = ranks.instruction
-            limits = protection(self._job, start.seat)
+            limits = protection(self._job, start.seat, start.world_nodes)
             ranks.load(restore_message(self.config.node, self._memory, start, limits))
 
     def _do_permit(self, instruction: m.Permit) -> None:
-        ranks = self._ranks
-        if ranks is not None and instruction.generation.taken_by(ranks.attempt):
-            for rank in ranks.members.values():
-                ranks.link.send(rank.rank, permit(instruction, self.config.node, rank.local_rank))
+        node = self.config.node
+        self._tell_ranks(instruction.generation, lambda rank: permit(instruction, node, rank.local_rank))
 
-    def _do_abort(self, instruction: m.Abort) -> None:
+    def _tell_ranks(self, generation: Generation, message: Callable[[Rank], Message]) -> None:
+        """A snapshot concerns the ranks of the attempt that takes it."""
         ranks = self._ranks
-        if ranks is not None:
-            for rank in ranks.members:
-                ranks.link.send(rank, {"op": "abort", "generation": str(instruction.generation)})
+        if ranks is not None and generation.taken_by(ranks.attempt):
+            for rank in ranks.members.values():
+                ranks.link.send(rank.rank, message(rank))
 
     def _do_register(self) -> None:
         """This node was given up: it has no ranks any more when it comes again, as a new one."""
@@ -299,6 +320,12 @@ class NodeAgent:
             self._join()
 
         self._clear(come_again)
+
+    def _release(self) -> None:
+        """No rank lives here any more, nor is one to: end all that is left of the node."""
+        if self._watch is not None:
+            self._watch.close()
+        self._departure.release()
 
     def _do_dump(self, instruction: m.DumpStacks) -> None:
         subjects = self._ranks.subjects() if self._ranks is not None else []
@@ -350,6 +377,13 @@ class NodeAgent:
             self._emit(m.KeeperBack(node, *serving.address))
         self._keeper_lost = serving is None
         self._inform()
+
+    def _on_gone(self) -> None:
+        if self.released:
+            self._departure.clear()
+            self._on_end("the node has left the job")
+        else:
+            self._on_end("the forkserver is gone")
 
     def _on_exit(self, exit_: Exit) -> None:
         if exit_.id == KEEPER and self._watch is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from outlast import messages as m
 from outlast.api import TrainingJob
@@ -13,8 +13,10 @@ from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.inventory import RankRestore
 from outlast.snapshot.placement import groups
 
-SLOTS = 2
-"""Slots a node; a third comes with the object tier."""
+
+def slots(job: TrainingJob) -> int:
+    """Slots of a node: two that ranks' snapshots take turns in, and a third where one may be pinned by an upload."""
+    return 2 if job.spec.checkpoint is None else 3
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,9 @@ def event_of(speaker: Speaker, said: Mapping[str, Any]) -> m.Event | None:
     node, attempt, rank = speaker.node, speaker.attempt, speaker.rank
     match said["op"]:
         case "ready":
-            return m.RankReady(
-                node, attempt, rank, int(said["restored_step"]), float(said["restore_s"]), str(said["source"])
-            )
+            return _ready(speaker, said)
+        case "restore-failed":
+            return _restore_failed(speaker, said)
         case "busy":
             limit = said.get("limit_s")
             return m.Busy(node, attempt, rank, str(said["label"]), None if limit is None else float(limit))
@@ -52,6 +54,26 @@ def event_of(speaker: Speaker, said: Mapping[str, Any]) -> m.Event | None:
         case "copied":
             return _copied(speaker, said)
     return None
+
+
+def _ready(speaker: Speaker, said: Mapping[str, Any]) -> m.RankReady:
+    return m.RankReady(
+        node=speaker.node,
+        attempt=speaker.attempt,
+        rank=speaker.rank,
+        restored_step=int(said["restored_step"]),
+        restore_s=float(said["restore_s"]),
+        source=str(said["source"]),
+        about=dict(said.get("about") or {}),
+    )
+
+
+def _restore_failed(speaker: Speaker, said: Mapping[str, Any]) -> m.RestoreFailed:
+    trouble: m.StoreTrouble | None = next((kind for kind in get_args(m.StoreTrouble) if kind == said["trouble"]), None)
+    if trouble is None:
+        raise ValueError(f"{said['trouble']!r} is no trouble with a store")
+    generation, reason = Generation.parse(said["generation"]), str(said["reason"])
+    return m.RestoreFailed(speaker.node, speaker.attempt, generation, reason, trouble, speaker.rank)
 
 
 def _copied(speaker: Speaker, said: Mapping[str, Any]) -> m.Copied:
@@ -81,33 +103,77 @@ def permit(instruction: m.Permit, node: str, local_rank: int) -> dict[str, Any]:
         "step": instruction.generation.step,
         "replan": instruction.replan,
         "fresh": local_rank in instruction.fresh.get(node, ()),
+        "hold": instruction.hold,
     }
 
 
+def proceed(instruction: m.Proceed) -> dict[str, Any]:
+    """What a rank that is held is told when it may go on."""
+    return {"op": "proceed", "generation": str(instruction.generation)}
+
+
+def abort(instruction: m.Abort) -> dict[str, Any]:
+    """What a rank is told of a generation that will not be."""
+    return {"op": "abort", "generation": str(instruction.generation)}
+
+
 def restore_message(node: str, memory_dir: Path, start: m.Start, protection: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer to ``hello``: what to restore and where each rank's image is, once all rebuilds are done."""
+    """The answer to ``hello``: what to restore and where each image is, once all rebuilds are done.
+
+    ``images`` are by rank; in a direct plan, which an old world's images serve, by the ranks of that world: ``world``
+    tells how many these were.
+    """
     plan = start.restore
     told: dict[str, Any] = {"op": "restore", "plan": None, "images": {}, "protection": dict(protection)}
     if plan is not None:
-        sources = {str(restore.rank): restore.source for restore in plan.ranks}
-        told["plan"] = {"generation": str(plan.generation), "sources": sources}
-        told["images"] = {str(restore.rank): _where(node, memory_dir, start, restore) for restore in plan.ranks}
+        told["plan"] = {
+            "generation": str(plan.generation),
+            "sources": {str(restore.rank): restore.source for restore in plan.ranks},
+            "direct": plan.direct,
+            "world": len(plan.ranks),
+        }
+        where = _where_to_read if plan.direct else _where_it_is
+        told["images"] = {str(restore.rank): where(node, memory_dir, start, restore) for restore in plan.ranks}
     return told
 
 
-def _where(node: str, memory_dir: Path, start: m.Start, restore: RankRestore) -> dict[str, Any]:
+def _where_it_is(node: str, memory_dir: Path, start: m.Start, restore: RankRestore) -> dict[str, Any]:
+    """A rank of this world has its image on its own node by now; the others read it through that node's keeper."""
     if restore.node == node:
-        return {"path": str(memory_dir / f"slot-{restore.local_rank}-{restore.slot}.img")}
-    host, port = start.keepers.get(restore.node) or start.peers[restore.seat]
+        return {"path": _path(memory_dir, restore)}
+    return _at_keeper(start.keepers.get(restore.node) or start.peers[restore.seat], restore)
+
+
+def _where_to_read(node: str, memory_dir: Path, start: m.Start, restore: RankRestore) -> dict[str, Any]:
+    """An image of an old world: in the store, or at the keeper of the node that has it (or had it decoded)."""
+    if restore.source == "object":
+        return {"url": restore.url, "key": restore.key}
+    told = _at_keeper(start.keepers[restore.node], restore)
+    return {**told, "path": _path(memory_dir, restore)} if restore.node == node else told
+
+
+def _path(memory_dir: Path, restore: RankRestore) -> str:
+    return str(memory_dir / f"slot-{restore.local_rank}-{restore.slot}.img")
+
+
+def _at_keeper(address: m.Address, restore: RankRestore) -> dict[str, Any]:
+    host, port = address
     return {"host": host, "port": port, "local_rank": restore.local_rank, "seat": restore.seat}
 
 
-def protection(job: TrainingJob, seat: int) -> dict[str, Any]:
-    """What decides how much memory a node needs for snapshots: {"slots", "parity", "group", "max_memory"}.
+def protection(job: TrainingJob, seat: int, world_nodes: int) -> dict[str, Any]:
+    """What decides how much memory a node needs for snapshots ({"slots", "parity", "group", "max_memory"}), and whether
+    ranks wait at the end until their last step is protected ("final").
 
-    The sizes of groups are estimated as if every node were a failure domain of its own.
+    The sizes of groups are those of ``world_nodes``, estimated as if every node were a failure domain of its own.
     """
     wanted, erasure = job.spec.snapshot, job.spec.snapshot.erasure
-    nodes = [(index, str(index)) for index in range(job.spec.workers.replicas)]
+    nodes = [(index, str(index)) for index in range(world_nodes)]
     group = next(group for group in groups(nodes, erasure.group_size, erasure.parity) if seat in group.seats)
-    return {"slots": SLOTS, "parity": group.parity, "group": len(group.seats), "max_memory": wanted.max_memory}
+    return {
+        "slots": slots(job),
+        "parity": group.parity,
+        "group": len(group.seats),
+        "max_memory": wanted.max_memory,
+        "final": job.spec.checkpoint is not None,
+    }

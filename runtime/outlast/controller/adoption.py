@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from outlast.controller import durable, ending
 from outlast.controller.job import Job
 from outlast.controller.phases import Phase
 from outlast.controller.progress import Progress
 from outlast.controller.recovery import Restored, seat_groups, unprotected
 from outlast.controller.settings import MachineConfig
+from outlast.controller.snapshot_work import Committed
 from outlast.controller.snapshots import SnapshotCycle
 from outlast.messages.events import Joined, RankDone, RankExited, RankReady
 from outlast.messages.instructions import Stop
@@ -56,8 +58,24 @@ class Gathering:
             return None
         newest = max(by_attempt)
         seats = by_attempt[newest]
-        whole = set(seats) == set(range(config.replicas))
-        return (newest, dict(sorted(seats.items()))) if whole else None
+        size = len(seats)
+        whole = set(seats) == set(range(size)) and config.least <= size <= config.replicas
+        if not whole or (size < config.replicas and self.held_size(config, newest) != size):
+            return None
+        return newest, dict(sorted(seats.items()))
+
+    def held_size(self, config: MachineConfig, attempt: Attempt | None = None) -> int | None:
+        """How many nodes wrote the newest images that are held (those of ``attempt`` if there are any); None when they
+        do not say."""
+        images = [image for event in self.joined.values() for image in event.held if image.world]
+        own = [image for image in images if attempt is not None and image.generation.taken_by(attempt)]
+        newest = max(own or images, key=lambda image: image.generation, default=None)
+        return None if newest is None else newest.world // config.procs
+
+    def expected(self, config: MachineConfig) -> int:
+        """The nodes to wait for: as many as wrote the newest images, if so few may train, else all that are wanted."""
+        held = self.held_size(config)
+        return held if held is not None and config.least <= held <= config.replicas else config.replicas
 
     def history(self) -> bool:
         """Whether anything was ever started: then nodes that are still to come may hold what is needed."""
@@ -70,7 +88,7 @@ class Gathering:
         if len(self.joined) >= config.replicas + config.spares:
             return True
         held = {image.seat for event in self.joined.values() for image in event.held if image.kind == "shard"}
-        return held == set(range(config.replicas))
+        return held == set(range(self.expected(config)))
 
     def restart_count(self) -> int:
         """The most restarts that any node was told of."""
@@ -105,11 +123,16 @@ def gathered(job: Job, gathering: Gathering, now: float) -> None:
     if running is not None:
         _adopt(job, gathering, *running, now)
         return
-    enough = len(job.members.alive) >= job.config.replicas
-    settled = now - gathering.last_join >= job.config.patience.settle_s
-    if enough and (settled or not gathering.history() or gathering.complete(job.config)):
+    config, here = job.config, job.members.usable
+    enough = here >= gathering.expected(config)
+    if not enough and config.min_replicas is not None and now - job.began >= config.shrink_after_s:
+        enough = here >= config.min_replicas
+    settled = now - gathering.last_join >= config.patience.settle_s
+    if enough and (settled or not gathering.history() or gathering.complete(config)):
         job.restart_count = gathering.restart_count()
         job.begin_attempt(now)
+        if job.preparation is not None:
+            job.preparation.size = max(config.least, min(here, config.replicas))
 
 
 def _adopt(job: Job, gathering: Gathering, attempt: Attempt, seats: dict[int, str], now: float) -> None:
@@ -121,14 +144,27 @@ def _adopt(job: Job, gathering: Gathering, attempt: Attempt, seats: dict[int, st
     placed = seat_groups(job.config, job.members, seats)
     held = {seat: gathering.joined[name].held for seat, name in seats.items()}
     restored = newest_whole(held, placed, job.config.procs)
-    job.cycle = SnapshotCycle(job.config, job.members, attempt, placed, restored, job.totals, adopted=True)
+    job.cycle = SnapshotCycle(job.around, attempt, placed, restored, adopted=True)
     job.emit("adopted", f"attempt {attempt.number} goes on under a new controller", attempt=attempt.number)
     job.enter(Phase.RUNNING, now)
     job.story.running(0, now)
     job.load_again_at = now + job.config.patience.settle_s
     job.out += [Stop(name, attempt) for name, node in job.members.alive.items() if node.seat is None]
-    for event in (event for name in seats.values() for event in gathering.said[name]):
+    durable.claim_again(job, now)
+    said = [event for name in seats.values() for event in gathering.said[name]]
+    _know_final(job, restored, said)
+    for event in said:
         if isinstance(event, RankDone):
-            job.rank_done(event.rank, event.digest, event.steps, now)
+            ending.rank_done(job, event.rank, event.digest, event.steps, now)
         else:
+            durable.hear_about(job, event)
             job.rank_ready(event.rank, now)
+
+
+def _know_final(job: Job, restored: Restored | None, said: Sequence[RankReady | RankDone]) -> None:
+    """Ranks that have ended did so after a snapshot of the last step, which may still be on its way to the store."""
+    if job.config.checkpoint is None or job.cycle is None or restored is None:
+        return
+    if any(isinstance(event, RankDone) and event.steps == restored.generation.step for event in said):
+        job.final = restored.generation
+        job.cycle.newest = Committed(restored.generation, restored.slot or 0, restored.lengths)

@@ -18,6 +18,7 @@ import ray
 
 from outlast.clock import SystemClock
 from outlast.config import ControllerConfig
+from outlast.controller.archivist import Archivist, Charge
 from outlast.controller.driver import Driver, Logs
 from outlast.controller.http import Api, make_app, serving
 from outlast.controller.job_settings import settings_of
@@ -43,7 +44,9 @@ class ControllerActor:
         self._identity = secrets.token_hex(8)
         machine = Machine(settings_of(self._config.job), clock.monotonic(), lambda: secrets.token_hex(8))
         agents = RayAgents(self._config.namespace)
-        self._driver = Driver(self._config, self._identity, machine, agents, self._logs, clock)
+        charge = Charge.of(self._config, self._identity)
+        archivist = None if charge is None else Archivist(charge, clock)
+        self._driver = Driver(self._config, self._identity, machine, agents, self._logs, clock, archivist)
         self._leaving: asyncio.Task[None] | None = None
         self._running = asyncio.get_running_loop().create_task(self._run())
         self._running.add_done_callback(self._ended)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from outlast.controller import durable, ending, preparing, resizing
 from outlast.controller.faults import Symptom
 from outlast.controller.job import Job
 from outlast.controller.phases import Phase
@@ -18,6 +19,8 @@ def due(job: Job, now: float) -> None:
     limit = job.config.active_deadline_s
     if limit is not None and now - job.began > limit and job.outcome is None:
         job.finish("failed", f"the job has not ended within its activeDeadlineSeconds ({limit:.0f})", now)
+    if job.members.leaving:
+        resizing.release_done(job, now)
     _DUE.get(job.phase, _nothing)(job, now)
 
 
@@ -41,34 +44,44 @@ def _stopping(job: Job, now: float) -> None:
         if node is not None:
             silent = now - job.entered
             job.lose(node, f"it has not confirmed the end of its ranks in {silent:.0f} s", silent, now)
-    job.advance(now)
+    preparing.advance(job, now)
 
 
 def _waiting(job: Job, now: float) -> None:
-    """The end of a backoff; the end of the patience for missing nodes."""
+    """The end of a backoff; the end of the patience for missing nodes, and for the store."""
     preparation, limit = job.preparation, job.config.start_timeout_s
     if preparation is None:
         return
-    since = preparation.short_since
-    if since is not None and now - since > limit:
-        here, wanted = len(job.members.alive), job.config.replicas
-        why = f"only {here} of {wanted} nodes are left, and no other joined within {limit:.0f} s (startTimeout)"
-        job.finish("failed", why, now)
+    since, deaf_since = preparation.short_since, preparation.lacking_since
+    if deaf_since is not None and job.claims.unknown and now - deaf_since > limit:
+        why = f"the object store did not answer within {limit:.0f} s (startTimeout), and nothing is left in memory"
+        job.finish("failed", f"{why}: to begin anew would lose the job's checkpoints", now)
         return
-    job.advance(now)
+    if since is not None and now - since > limit:
+        here, wanted = job.members.usable, job.config.replicas
+        why = f"only {here} of {wanted} nodes are left, and no other joined within {limit:.0f} s (startTimeout)"
+        job.finish("failed", f"{why}; {preparation.told}" if preparation.told else why, now)
+        return
+    preparing.advance(job, now)
 
 
 def _starting(job: Job, now: float) -> None:
     """Nodes that cannot rebuild, ranks that never become ready, scripts that do not use outlast."""
     progress, silence = job.progress, now - job.entered
+    resizing.drive(job, now)
+    if job.phase is not Phase.STARTING:
+        return
     if job.awaiting:
         if silence > job.config.start_timeout_s:
             names = ", ".join(sorted(job.awaiting)[:8])
             _give_up_start(job, f"{names} did not finish restoring within {silence:.0f} s", now)
     elif progress.ready:
         if silence > job.config.start_timeout_s:
-            missing = sorted(set(range(job.config.world)) - progress.ready)[:8]
+            missing = sorted(set(range(job.world)) - progress.ready)[:8]
             _give_up_start(job, f"ranks {missing} did not become ready within {silence:.0f} s", now)
+    elif job.resumes:  # its ranks use outlast, and may have much to read
+        if silence > job.config.start_timeout_s:
+            _give_up_start(job, f"no rank has loaded its state within {silence:.0f} s", now)
     elif silence > job.config.patience.silent_s:
         text = "no rank uses outlast so far: the script is restarted when it fails, and not restored"
         job.emit("unprotected", text)
@@ -81,25 +94,48 @@ def _give_up_start(job: Job, text: str, now: float) -> None:
 
 
 def _running(job: Job, now: float) -> None:
-    """The snapshot cycle, hangs and stragglers."""
+    """Changes of size, snapshots, checkpoints, the end; hangs and stragglers."""
     progress = job.progress
     if now >= job.load_again_at:
         job.load_again_at = math.inf
         if not job.all_ready and job.attempt is not None:  # the controller before may not have come to say so
             job.out.append(Load(job.members.seated_names(), job.attempt))
-    if job.cycle is not None and job.all_ready:
-        job.out += job.cycle.tick(progress, now)
-    if now > progress.hang_deadline(job.config.hang_timeout_s):
-        _suspect_hang(job, now)
-    elif progress.ready and not progress.stepped and not progress.busy and not progress.done:
-        waited = now - progress.moved_at
-        if waited > job.config.start_timeout_s:
-            _give_up_start(job, f"no rank has done its first step within {waited:.0f} s", now)
+    for step in (resizing.drive, _snapshot, durable.drive, ending.look, _judge_progress):
+        if job.phase is Phase.RUNNING:
+            step(job, now)
     if now >= job.look_for_stragglers_at:
         job.look_for_stragglers_at = now + STRAGGLERS_EVERY_S
         for rank, times in progress.stragglers().items():
             text = f"rank {rank} takes {times:.1f} times as long for its own part of a step as the median rank"
             job.emit("straggler", text, rank=rank, times=round(times, 2))
+
+
+def _snapshot(job: Job, now: float) -> None:
+    if job.cycle is not None and job.all_ready:
+        job.out += job.cycle.tick(job.progress, now)
+
+
+def _judge_progress(job: Job, now: float) -> None:
+    """Ranks that do not move hang, unless they wait for a word of the controller's."""
+    progress, cycle = job.progress, job.cycle
+    if job.ended_at is not None:
+        return
+    if cycle is not None and cycle.holding:
+        progress.moved_at = now
+    elif now > progress.hang_deadline(job.config.hang_timeout_s):
+        if not _waits_at_end(job, now):
+            _suspect_hang(job, now)
+    elif progress.ready and not progress.stepped and not progress.busy and not progress.done:
+        waited = now - progress.moved_at
+        if waited > job.config.start_timeout_s and not _waits_at_end(job, now):
+            _give_up_start(job, f"no rank has done its first step within {waited:.0f} s", now)
+
+
+def _waits_at_end(job: Job, now: float) -> bool:
+    """Whether all ranks wait for the snapshot of the last step, and not for too long."""
+    if job.config.checkpoint is None or job.final is not None or not job.progress.at_end(job.world):
+        return False
+    return now - job.progress.moved_at <= job.config.patience.final_s
 
 
 def _suspect_hang(job: Job, now: float) -> None:

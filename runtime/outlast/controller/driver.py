@@ -1,8 +1,9 @@
 """Executes the machine: what arrives becomes events, what it decides becomes calls, log lines and files.
 
 One task consumes one inbox, so that events are handled in the order in which they came, and nothing in it waits: a call
-to an agent is queued on its ``AgentLink``. Ticks go through the same inbox, behind what arrived before them, so that
-after a pause of the driver's own its nodes are heard before they are judged.
+to an agent is queued on its ``AgentLink``, one to the object store on the archivist's thread. Ticks go through the same
+inbox, behind what arrived before them, so that after a pause of the driver's own its nodes are heard before they are
+judged.
 
 Call order: ``Driver(...)``, then ``run()`` as a task; the others from the same loop. An exception that leaves ``run``
 is a bug: the process must end, Ray starts another, and that learns everything anew from the agents.
@@ -20,6 +21,7 @@ from typing import Any, Protocol, get_args
 from outlast import messages as m
 from outlast.clock import Clock
 from outlast.config import ControllerConfig, NodeConfig
+from outlast.controller.archivist import Librarian
 from outlast.controller.link import AgentLink, Agents
 from outlast.controller.registry import NodeRegistry, write_private_json
 from outlast.errors import RequestError, TransferError
@@ -98,10 +100,18 @@ class Logs:
 
 
 class Driver:
-    """One job's controller without its surroundings; ``identity`` tells it from the one before."""
+    """One job's controller without its surroundings; ``identity`` tells it from the one before; ``archivist`` None: the
+    job has no object tier."""
 
     def __init__(
-        self, config: ControllerConfig, identity: str, machine: Decider, agents: Agents, logs: Logs, clock: Clock
+        self,
+        config: ControllerConfig,
+        identity: str,
+        machine: Decider,
+        agents: Agents,
+        logs: Logs,
+        clock: Clock,
+        archivist: Librarian | None = None,
     ) -> None:
         self.config = config
         self.identity = identity
@@ -109,6 +119,7 @@ class Driver:
         self._agents = agents
         self._logs = logs
         self._clock = clock
+        self._archivist = archivist
         self._registry = NodeRegistry(config.nodes_file)
         self._links: dict[str, AgentLink] = {}
         self._line_tasks: dict[str, asyncio.Task[None]] = {}
@@ -134,6 +145,17 @@ class Driver:
             self.log("controller-started", f"controller {self.identity} drives {len(self._links)} known nodes")
             group.create_task(self._tick())
             group.create_task(self._consume())
+            if self._archivist is not None and not self.finished:
+                group.create_task(self._archive(self._archivist))
+
+    async def _archive(self, archivist: Librarian) -> None:
+        """Have the archivist work, in a thread that ends after the call to the store that is under way."""
+        call = asyncio.get_running_loop().call_soon_threadsafe
+        answer, log = self._inbox.put_nowait, self.log
+        try:
+            await asyncio.to_thread(archivist.run, lambda event: call(answer, event), lambda *line: call(log, *line))
+        finally:
+            archivist.close()
 
     async def _consume(self) -> None:
         while True:
@@ -246,6 +268,8 @@ class Driver:
         status["total"] = status.get("total") or self._total
         status["lag_s"] = {"last": round(self._lag.last_s, 3), "worst": round(self._lag.worst_s, 3)}
         status["nodes"] = _with_info(status.get("nodes", {}), self._info)
+        if self._archivist is not None:
+            status["store"] = self._archivist.status()
         return status
 
     async def events_after(self, seq: int, wait_s: float, limit: int) -> list[LogEvent]:
@@ -284,7 +308,10 @@ class Driver:
                 self._finish(instruction)
             case m.GiveUp():
                 self._give_up(instruction)
-            case m.Load() | m.Permit() | m.Abort() | m.Commit():
+            case m.Claim() | m.CommitCheckpoint() | m.Quarantine():
+                if self._archivist is not None:
+                    self._archivist.submit(instruction)
+            case m.Load() | m.Permit() | m.Proceed() | m.Abort() | m.Commit() | m.Upload():
                 for node in instruction.nodes:
                     self._send(node, _for_node(instruction, node))
             case _:
@@ -346,7 +373,7 @@ class Driver:
             self._inbox.put_nowait(m.NodeGone(node, text))
 
 
-def _for_node(instruction: m.Load | m.Permit | m.Abort | m.Commit, node: str) -> m.Instruction:
+def _for_node(instruction: m.Load | m.Permit | m.Proceed | m.Abort | m.Commit | m.Upload, node: str) -> m.Instruction:
     """The part of an instruction for many nodes that concerns ``node``."""
     if isinstance(instruction, m.Permit):
         fresh = {node: instruction.fresh[node]} if node in instruction.fresh else {}

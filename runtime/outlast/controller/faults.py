@@ -10,7 +10,9 @@ from typing import Literal
 from outlast.controller import policy
 from outlast.messages.events import ErrorInfo, RankExited
 
-Kind = Literal["rank-exit", "rank-error", "node-lost", "agent-lost", "hang", "start-timeout"]
+Kind = Literal[
+    "rank-exit", "rank-error", "node-lost", "agent-lost", "hang", "start-timeout", "restore-failed", "image-damaged"
+]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 ::
 
-    gather -> begin_attempt -> advance -> (conclude) -> launch -> loaded -> ready -> ... fault -> begin_attempt
-           -> adopt, when ranks outlived a controller                                  -> finish
+    gather -> begin_attempt -> preparing.advance -> launch -> loaded -> ready -> ... fault -> begin_attempt
+           -> adopt, when ranks outlived a controller                        -> resize -> begin_attempt, planned
+                                                                             -> ending -> finish
 
 Every move appends what is to be done to ``out``, and enters a phase that ``phases.TRANSITIONS`` allows.
 """
@@ -15,27 +16,36 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
+from outlast.controller import preparing
+from outlast.controller.checkpoints import CheckpointCycle
+from outlast.controller.claims import Claims
 from outlast.controller.detector import AwakeClock
-from outlast.controller.faults import Symptom, first_cause
+from outlast.controller.faults import Symptom
+from outlast.controller.intervals import memory_chooser, object_chooser
 from outlast.controller.membership import Membership, Node
 from outlast.controller.phases import LIVE, OVER, PREPARING, TRANSITIONS, Phase
 from outlast.controller.policy import RestartBudget
 from outlast.controller.progress import Progress
-from outlast.controller.recovery import Launch, Preparation, plan_launch, start_instructions
+from outlast.controller.recovery import Planned, Preparation
+from outlast.controller.resizing import Resizing
+from outlast.controller.rhythm import Rhythm
 from outlast.controller.settings import MachineConfig
-from outlast.controller.snapshots import SnapshotCycle, SnapshotTotals
+from outlast.controller.snapshot_work import SnapshotTotals
+from outlast.controller.snapshots import SnapshotCycle, Surroundings
 from outlast.controller.story import Story
 from outlast.messages.instructions import Emit, Finish, GiveUp, Instruction, Load, Stop
-from outlast.snapshot.identity import Attempt
+from outlast.snapshot.identity import Attempt, Generation
+from outlast.snapshot.stored import StoredCheckpoint
 
 Outcome = Literal["succeeded", "failed", "stopped"]
 _END: dict[Outcome, Phase] = {"succeeded": Phase.SUCCEEDED, "failed": Phase.FAILED, "stopped": Phase.STOPPED}
 
 
 class Job:
-    """The state. ``attempt``: the living one, or the one in preparation (then ``before``
-    is the one that lived last); ``symptoms``: faults since it was last well;
-    ``decide_at``: the end of a diagnosis or of finishing; ``awaiting``: nodes that have not rebuilt what they lack.
+    """The state. ``attempt``: the living one, or the one in preparation (then ``before`` is the one that lived last);
+    ``symptoms``: faults since it was last well; ``decide_at``: the end of a diagnosis or of finishing; ``awaiting``:
+    nodes that have not rebuilt what they lack; ``resumes``: the attempt has a state to load, ``origin``: from that
+    checkpoint; ``final``: the committed snapshot of the last step; ``ended_at``: when all ranks were done.
     """
 
     def __init__(self, config: MachineConfig, now: float, new_incarnation: Callable[[], str]) -> None:
@@ -51,11 +61,24 @@ class Job:
         self.progress = Progress(now)
         self.cycle: SnapshotCycle | None = None
         self.totals = SnapshotTotals()
+        self.snapshot_rhythm = Rhythm(memory_chooser(config.replicas))
+        self.checkpoint_rhythm = Rhythm(object_chooser(config.replicas))
+        self.claims = Claims(config.checkpoint is not None)
+        self.checkpoints: CheckpointCycle | None = None
+        if config.checkpoint is not None:
+            self.checkpoints = CheckpointCycle(config.checkpoint, config.procs, self.checkpoint_rhythm.interval)
+        self.around = Surroundings(config, self.members, self.totals, self.snapshot_rhythm, self._pinned)
+        self.resizing = Resizing(config.grow_after_s)
         self.story = Story(now)
         self.budget = RestartBudget(config.max_restarts, config.window_s)
         self.symptoms: list[Symptom] = []
         self.awaiting: set[str] = set()
         self.stacks_awaited: set[str] = set()
+        self.resumes = False
+        self.origin: StoredCheckpoint | None = None
+        self.about: dict[str, Any] = {}
+        self.final: Generation | None = None
+        self.ended_at: float | None = None
         self.decide_at = math.inf
         self.best_at_start = 0
         self.look_for_stragglers_at = now
@@ -71,6 +94,19 @@ class Job:
         """Whether the outcome is final."""
         return self.phase in OVER
 
+    @property
+    def size(self) -> int:
+        """Seats of the living attempt, or, between two, of the one before; 0 before the first."""
+        return len(self.members.seats)
+
+    @property
+    def world(self) -> int:
+        """Ranks of that attempt."""
+        return self.size * self.config.procs
+
+    def _pinned(self) -> int | None:
+        return self.checkpoints.pinned if self.checkpoints is not None else None
+
     def enter(self, phase: Phase, now: float) -> None:
         """Go to a phase. Raises RuntimeError when there is no such way."""
         if phase is not self.phase:
@@ -84,23 +120,39 @@ class Job:
 
     # --- between attempts -------------------------------------------------------------------------------------------
 
-    def begin_attempt(self, now: float) -> None:
-        """Tell every node to stop, under the number of the attempt to come."""
+    def begin_attempt(self, now: float, planned: Planned | None = None) -> None:
+        """Tell every node to stop, under the number of the attempt to come; ``planned``: without a fault."""
         members = self.members
         number = 1 + max(members.best_seen_attempt, self.attempt.number if self.attempt else 0)
-        self.cycle = None  # its permits die with the ranks, its encodings with the fence
-        if self.phase in LIVE:
-            self.before = self.attempt
+        self._leave_attempt(now, planned)
         first = self.attempt is None
         self.attempt = Attempt(number, self._new_incarnation())
         deadline = now + self.config.patience.stop_s
         self.preparation = Preparation(self.attempt, now, set(members.alive), deadline, concluded=not self.symptoms)
+        self.preparation.size = self._sufficient(planned)
         self.enter(Phase.STOPPING, now)
         self.story.stopping(now)
         kind, text = ("start", "starts") if first else ("restart", "restarts")
         step = self.progress.top_step
         self.emit(kind, f"attempt {number} {text} all ranks", attempt=number, step=step, nodes=len(members.alive))
         self.out += [Stop(name, self.attempt) for name in members.alive]
+        self.out += self.claims.ask(self.attempt, now, self.config.patience.claim_s)
+
+    def _leave_attempt(self, now: float, planned: Planned | None) -> None:
+        """What belonged to the living attempt ends: permits with its ranks, encodings and uploads with its fence."""
+        self.cycle, self.final, self.ended_at = None, None, None
+        if self.checkpoints is not None:
+            self.checkpoints.drop()
+        if self.phase in LIVE:
+            self.before = self.attempt
+        if planned is not None and not self.symptoms:
+            self.out.append(self.story.planned(planned, self.attempt.number if self.attempt else 0, now))
+
+    def _sufficient(self, planned: Planned | None) -> int | None:
+        """Nodes to begin with without waiting for more: those that there were, less such as leave."""
+        if planned is not None and planned.kind == "node-left":
+            return max(self.config.least, min(self.members.usable, self.config.replicas))
+        return max(self.config.least, self.size) if self.size else None
 
     def ask_to_stop(self, node: Node, now: float) -> None:
         """A node has joined while the next attempt is prepared, or beside a living one."""
@@ -108,96 +160,24 @@ class Job:
             return
         if self.phase in PREPARING and self.preparation is not None:
             if self.members.best_seen_attempt >= self.attempt.number:
-                self._prepare_anew(self.preparation, now)
+                self.prepare_anew(self.preparation, now)
             else:
                 self.out.append(self.preparation.ask(node, now, self.config.patience.stop_s))
                 self.enter(Phase.STOPPING, now)
         else:
             self.out.append(Stop(node.name, self.attempt))
 
-    def _prepare_anew(self, before: Preparation, now: float) -> None:
-        """A node has seen a higher number than that of the attempt in preparation, and would refuse it."""
+    def prepare_anew(self, before: Preparation, now: float) -> None:
+        """A node, or the store, has seen a higher number than that of the attempt in preparation, or the same."""
         self.begin_attempt(now)
-        if self.preparation is not None and before.concluded:
-            self.preparation.concluded, self.preparation.not_before = True, before.not_before
-            self.preparation.short_since = before.short_since
-
-    def advance(self, now: float) -> None:
-        """While preparing: name the cause once all have stopped, and start once there are enough nodes."""
-        preparation = self.preparation
-        if self.phase not in PREPARING or preparation is None or preparation.waiting:
-            return
-        if not preparation.concluded and not self._conclude(preparation, now):
-            return
-        short = len(self.members.alive) < self.config.replicas
-        if short or now < preparation.not_before:
-            if self.phase is not Phase.WAITING:
-                self.story.ledger.enter("idle", now)
-            self.enter(Phase.WAITING, now)
-            self._note_shortage(preparation, short, now)
-            return
-        self._launch(now)
-
-    def _note_shortage(self, preparation: Preparation, short: bool, now: float) -> None:
-        if not short:
-            preparation.short_since = None
-        elif preparation.short_since is None:
-            preparation.short_since = now
-            here, wanted = len(self.members.alive), self.config.replicas
-            limit = self.config.start_timeout_s
-            self.emit("waiting", f"{here} of {wanted} nodes are here; waiting {limit:.0f} s for more", nodes=here)
-
-    def _conclude(self, preparation: Preparation, now: float) -> bool:
-        """Name the first cause and ask the budget; False when the job fails by it."""
-        cause = first_cause(self.symptoms)
-        self.out.append(self.story.concluded(cause, self.symptoms, now))
-        preparation.concluded = True
-        self.symptoms = []
-        crash = (cause.step or 0, cause.signature) if cause.signature is not None else None
-        progressed = self.story.best_step > self.best_at_start
-        verdict = self.budget.restart(now, progressed, crash)
-        if verdict.reason is not None:
-            self.finish("failed", f"{cause.text}; {verdict.reason}", now)
-            return False
-        self.restart_count += 1
-        preparation.not_before = now + verdict.delay_s
-        if verdict.delay_s > 0:
-            self.emit("backoff", f"restarting after {verdict.delay_s:.0f} s", seconds=verdict.delay_s)
-        return True
+        if self.preparation is not None:
+            preparation = self.preparation
+            preparation.short_since, preparation.size = before.short_since, before.size
+            preparation.lacking_since, preparation.told = before.lacking_since, before.told
+            if before.concluded:
+                preparation.concluded, preparation.not_before = True, before.not_before
 
     # --- starting ---------------------------------------------------------------------------------------------------
-
-    def _launch(self, now: float) -> None:
-        """Give seats, plan the restore and start the ranks."""
-        attempt = self.attempt
-        if attempt is None:
-            return
-        launch = plan_launch(self.config, self.members, attempt)
-        self.preparation = None
-        self.members.seat_all(launch.seats)
-        self.progress = Progress(now, launch.step)
-        self.best_at_start = self.story.best_step
-        self.cycle = SnapshotCycle(self.config, self.members, attempt, launch.groups, launch.restored, self.totals)
-        self.awaiting = set(launch.seats.values())
-        self.enter(Phase.STARTING, now)
-        self._tell_restore(launch)
-        self.story.launched(launch, self.config.world, now)
-        self.out += start_instructions(launch, self.members, self.config.procs, self.restart_count)
-
-    def _tell_restore(self, launch: Launch) -> None:
-        sources, number = launch.sources(self.config.world), launch.attempt.number
-        for reason in launch.reasons:
-            self.emit("passed-over", f"cannot be rebuilt: {reason}")
-        fields = {"attempt": number, "step": launch.step, "restore_sources": sources, "seats": _names(launch.seats)}
-        if launch.plan is not None:
-            origin = ", ".join(f"{count} {source}" for source, count in sorted(sources.items()))
-            text = f"attempt {number} resumes with step {launch.step} ({origin})"
-            self.emit("restored", text, generation=str(launch.plan.generation), **fields)
-        elif launch.reasons or self.story.best_step or self.restart_count:
-            why = "no snapshot can be rebuilt" if launch.reasons else "no snapshot was held"
-            self.emit("restored-none", f"attempt {number} restarts from step 0: {why}", restored="none", **fields)
-        else:
-            self.emit("fresh", f"attempt {number} begins at step 0", **fields)
 
     def loaded(self, now: float) -> None:
         """Every node has rebuilt what it lacked."""
@@ -220,13 +200,15 @@ class Job:
     @property
     def all_ready(self) -> bool:
         """Whether every rank has said that it has its state."""
-        return len(self.progress.ready) == self.config.world
+        return len(self.progress.ready) == self.world > 0
 
     def run(self, now: float) -> None:
         """The attempt runs."""
         self.enter(Phase.RUNNING, now)
         self.story.running(self.progress.restored_step, now)
         self.progress.moved_at = now
+        self.snapshot_rhythm.resumed(now)
+        self.checkpoint_rhythm.resumed(now)
         number, step = self.attempt.number if self.attempt else 0, self.progress.restored_step
         self.emit("running", f"attempt {number} runs from step {step}", attempt=number, step=step)
 
@@ -234,18 +216,39 @@ class Job:
 
     def lose(self, node: Node, reason: str, silent_s: float, now: float) -> None:
         """Give a node up."""
-        seat = node.seat
+        handed_over = node.leaving is not None and self.phase in PREPARING
+        seat, needed = node.seat, self.needs(node) and not handed_over
         self.members.lose(node, reason)
         self.out.append(GiveUp(node.name, reason))
-        self.emit("node-lost", f"{node.name} is lost: {reason}", node=node.name, seat=seat)
+        if node.leaving is not None and not needed:
+            self.emit("node-left", f"{node.name} has left: {reason}", node=node.name)
+        else:
+            self.emit("node-lost", f"{node.name} is lost: {reason}", node=node.name, seat=seat)
         if self.preparation is not None:
             self.preparation.waiting.discard(node.name)
         self.stacks_awaited.discard(node.name)
-        if seat is not None and not self.ranks_done(seat):
+        if needed:
+            self.resizing.pause.lost(now)
             text = f"{node.name} (seat {seat}) was lost: {reason}"
             step = self.progress.top_step
             self.fault(Symptom("node-lost", text, now, now - silent_s, node.name, step=step), now)
-        self.advance(now)
+        preparing.advance(self, now)
+
+    def needs(self, node: Node) -> bool:
+        """Whether the loss of a node would be a fault: its ranks have steps to do, or it an upload of the last one."""
+        if node.seat is None:
+            return False
+        if not self.ranks_done(node.seat):
+            return True
+        return self.final_pending and not self._uploaded(node.name)
+
+    @property
+    def final_pending(self) -> bool:
+        """Whether the last step is yet to reach the store."""
+        return self.final is not None and not self.claims.holds_step(self.final.step)
+
+    def _uploaded(self, name: str) -> bool:
+        return self.checkpoints is None or self.final is None or self.checkpoints.uploaded_by(name, self.final)
 
     def ranks_done(self, seat: int) -> bool:
         """Whether all ranks of a seat have done all their steps."""
@@ -262,6 +265,7 @@ class Job:
             return
         if self.phase not in LIVE:
             return
+        self.snapshot_rhythm.failed(now)
         self.symptoms.append(symptom)
         self.out += self.story.fault(symptom, number, now)
         if not symptom.collateral and symptom.kind != "hang":
@@ -275,7 +279,8 @@ class Job:
     def _fault_while_preparing(self, symptom: Symptom, number: int, now: float) -> None:
         """Ranks are being killed already: it may be the cause, or is one more once that is named."""
         if self.preparation is not None and self.preparation.concluded:
-            self.out.append(self.story.struck_again(symptom))
+            if not symptom.collateral:
+                self.out.append(self.story.struck_again(symptom))
         else:
             self.symptoms.append(symptom)
             self.out += self.story.fault(symptom, number, now)
@@ -286,18 +291,6 @@ class Job:
         recovered = self.story.moved(self.progress.top_step, self.progress.restored_step, now)
         if recovered is not None:
             self.out.append(recovered)
-
-    def rank_done(self, rank: int, digest: str, steps: int, now: float) -> None:
-        """A rank has done all its steps; no snapshot is of use any more, and the last rank ends the job."""
-        self.progress.done[rank] = digest
-        self.progress.moved_at = now
-        self.note_step(steps, now)
-        if digest and (rank == 0 or self.weights_digest is None):
-            self.weights_digest = digest
-        if self.cycle is not None:
-            self.out += self.cycle.close()
-        if len(self.progress.done) == self.config.world:
-            self.finish("succeeded", f"all {self.config.world} ranks have done all their steps", now)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -320,8 +313,3 @@ class Job:
         """Take what is to be done."""
         out, self.out = self.out, []
         return out
-
-
-def _names(seats: dict[int, str]) -> list[str]:
-    """The nodes in the order of seats; for a large job, the first ones."""
-    return list(seats.values())[:64]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
-from outlast.api import TrainingJob
-from outlast.controller.settings import MachineConfig
+from outlast.api import Metadata, TrainingJob, TrainingJobSpec
+from outlast.checkpoint.manifest import job_url
+from outlast.controller.settings import CheckpointConfig, MachineConfig
 from outlast.errors import SpecError
 from outlast.resource import explain
 
@@ -16,9 +19,10 @@ from outlast.resource import explain
 def settings_of(job: Mapping[str, Any]) -> MachineConfig:
     """The machine's settings for a TrainingJob given as JSON. Raises SpecError when it is none."""
     try:
-        spec = TrainingJob.model_validate(job).spec
+        parsed = TrainingJob.model_validate(job)
     except ValidationError as error:
         raise SpecError(explain(error, TrainingJob)) from error
+    spec = parsed.spec
     every, hang = spec.snapshot.every_steps, spec.recovery.hang_timeout
     return MachineConfig(
         replicas=spec.workers.replicas,
@@ -32,4 +36,28 @@ def settings_of(job: Mapping[str, Any]) -> MachineConfig:
         hang_timeout_s=None if hang == "auto" else hang,
         start_timeout_s=spec.recovery.start_timeout,
         active_deadline_s=spec.active_deadline_seconds,
+        min_replicas=spec.workers.min_replicas,
+        shrink_after_s=spec.recovery.shrink_after,
+        grow_after_s=spec.recovery.grow_after,
+        checkpoint=_checkpoint(parsed.metadata, spec),
+        fingerprint=_fingerprint(spec),
     )
+
+
+def _checkpoint(metadata: Metadata, spec: TrainingJobSpec) -> CheckpointConfig | None:
+    wanted = spec.checkpoint
+    if wanted is None:
+        return None
+    return CheckpointConfig(
+        url=job_url(wanted.url, metadata.namespace, metadata.name),
+        interval_steps=wanted.interval if isinstance(wanted.interval, int) else None,
+        interval_s=wanted.interval if isinstance(wanted.interval, float) else None,
+        bandwidth=wanted.bandwidth,
+        restore_from=wanted.restore_from,
+    )
+
+
+def _fingerprint(spec: TrainingJobSpec) -> str:
+    """Of what decides, besides the script and the world, what a job computes: the command and its environment."""
+    parts = spec.model_dump(mode="json", include={"entrypoint", "env"})
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,9 @@
 """The controller's decisions: events in, instructions out, no I/O and no clock.
 
 ``Machine.handle`` looks up what an event means in ``_HANDLERS``; what becomes due with time is in ``deadlines``. State
-and the moves between phases are in ``job``, the snapshot cycle in ``snapshots``. What comes from a node that was given
-up, or speaks of another attempt than the living one, changes nothing.
+and the moves between phases are in ``job``, what happens between two attempts in ``preparing``, at the end in
+``ending``; the snapshot cycle is in ``snapshots``, the object tier in ``durable``, changes of size in ``resizing``.
+What comes from a node that was given up, or speaks of another attempt than the living one, changes nothing.
 
 After dask/distributed's worker state machine: decisions apart from their execution, so that they can be tested as
 tables and under any order of events.
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from outlast.controller import durable, ending, preparing, resizing
 from outlast.controller.adoption import Gathering, gathered
 from outlast.controller.deadlines import due
 from outlast.controller.faults import Symptom, rank_symptom
@@ -85,7 +87,7 @@ class Machine:
             return
         seat = known.seat if known is not None and known.gone is None else None
         answered = known is not None and known.stopped is not None and known.stopped == job.attempt
-        node = job.members.join(event, job.awake.now)
+        node = job.members.join(event, job.awake.now, now)
         job.emit("joined", f"{node.name} joined ({node.domain})", node=node.name, domain=node.domain)
         if job.phase is Phase.GATHERING:
             self._gathering.add(event, now)
@@ -97,6 +99,8 @@ class Machine:
             job.fault(Symptom("agent-lost", text, now, now, node.name, step=job.progress.top_step), now)
         if node.seat is None or job.phase not in LIVE:
             job.ask_to_stop(node, now)
+        elif job.checkpoints is not None:
+            job.out += job.checkpoints.keeper_back(node.name)
 
     def _heartbeat(self, event: e.Heartbeat, now: float) -> None:
         job = self.job
@@ -108,6 +112,16 @@ class Machine:
             return
         if job.progress.heartbeat(event, now) and job.phase is Phase.RUNNING:
             job.note_step(job.progress.top_step, now)
+            if event.node == job.members.seats.get(0):
+                self._measure(event)
+
+    def _measure(self, event: e.Heartbeat) -> None:
+        """What a step takes, with and without something else going on."""
+        job = self.job
+        for seconds in event.step_seconds.values():
+            job.snapshot_rhythm.step(seconds, job.cycle is not None and job.cycle.busy)
+            job.checkpoint_rhythm.step(seconds, job.checkpoints is not None and job.checkpoints.work is not None)
+            break
 
     def _node_gone(self, event: e.NodeGone, now: float) -> None:
         node = self.job.members.alive.get(event.node)
@@ -122,7 +136,7 @@ class Machine:
         job.members.stopped(node, event)
         if job.preparation is not None:
             job.preparation.waiting.discard(node.name)
-            job.advance(now)
+            preparing.advance(job, now)
 
     def _keeper_lost(self, event: e.KeeperLost, now: float) -> None:
         node = self._alive(event.node, now)
@@ -139,6 +153,13 @@ class Machine:
             self.job.emit("keeper-back", f"the keeper of {node.name} serves again", node=node.name)
             if self.job.cycle is not None:
                 self.job.out += self.job.cycle.keeper_back(node.name, now)
+            if self.job.checkpoints is not None:
+                self.job.out += self.job.checkpoints.keeper_back(node.name)
+
+    def _leaving(self, event: e.Leaving, now: float) -> None:
+        node = self._alive(event.node, now)
+        if node is not None:
+            resizing.leave(self.job, node, event, now)
 
     # --- ranks ------------------------------------------------------------------------------------------------------
 
@@ -155,7 +176,12 @@ class Machine:
         if job.phase is Phase.GATHERING:
             self._gathering.hear(event)
         elif self._of_attempt(event.node, event.attempt, now) is not None:
+            durable.hear_about(job, event)
             job.rank_ready(event.rank, now)
+
+    def _restore_failed(self, event: e.RestoreFailed, now: float) -> None:
+        if self._of_attempt(event.node, event.attempt, now) is not None:
+            durable.restore_failed(self.job, event, now)
 
     def _rank_exited(self, event: e.RankExited, now: float) -> None:
         job, node = self.job, self._alive(event.node, now)
@@ -182,7 +208,7 @@ class Machine:
             return
         if job.phase is Phase.STARTING:
             job.run(now)
-        job.rank_done(event.rank, event.digest, event.steps, now)
+        ending.rank_done(job, event.rank, event.digest, event.steps, now)
 
     def _busy(self, event: e.Busy, now: float) -> None:
         if self._of_attempt(event.node, event.attempt, now) is not None:
@@ -236,8 +262,35 @@ class Machine:
             self.job.out += self.job.cycle.encode_failed(event.node, event.generation, event.reason, now)
 
     def _commit_acked(self, event: e.CommitAcked, now: float) -> None:
-        if self.job.cycle is not None and self._with_seat(event.node, now) is not None:
-            self.job.out += self.job.cycle.commit_acked(event, now)
+        job = self.job
+        if job.cycle is None or self._with_seat(event.node, now) is None:
+            return
+        told = job.cycle.commit_acked(event, now)
+        job.out += told
+        if told:
+            ending.committed(job, now)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _claimed(self, event: e.Claimed, now: float) -> None:
+        durable.claimed(self.job, event, now)
+
+    def _claim_failed(self, event: e.ClaimFailed, now: float) -> None:
+        durable.claim_failed(self.job, event, now)
+
+    def _uploaded(self, event: e.Uploaded, now: float) -> None:
+        if self.job.checkpoints is not None and self._with_seat(event.node, now) is not None:
+            self.job.out += self.job.checkpoints.uploaded(event)
+
+    def _upload_failed(self, event: e.UploadFailed, now: float) -> None:
+        if self._with_seat(event.node, now) is not None:
+            durable.upload_failed(self.job, event, now)
+
+    def _checkpoint_committed(self, event: e.CheckpointCommitted, now: float) -> None:
+        durable.committed(self.job, event, now)
+
+    def _checkpoint_failed(self, event: e.CheckpointFailed, now: float) -> None:
+        durable.commit_failed(self.job, event, now)
 
     # --- the controller's own ---------------------------------------------------------------------------------------
 
@@ -277,6 +330,14 @@ class Machine:
         e.Encoded: _encoded,
         e.EncodeFailed: _encode_failed,
         e.CommitAcked: _commit_acked,
+        e.Leaving: _leaving,
+        e.RestoreFailed: _restore_failed,
+        e.Uploaded: _uploaded,
+        e.UploadFailed: _upload_failed,
+        e.Claimed: _claimed,
+        e.ClaimFailed: _claim_failed,
+        e.CheckpointCommitted: _checkpoint_committed,
+        e.CheckpointFailed: _checkpoint_failed,
         e.Tick: _tick,
         e.StopRequested: _stop_requested,
         e.Finalized: _finalized,

@@ -18,9 +18,27 @@ from outlast.snapshot.inventory import HeldImage, Inventory
 
 
 @dataclass(slots=True)
+class Departure:
+    """A node's leave. ``told_at`` and ``grace_s``: when it was told, and after how many seconds it will be gone;
+    ``source``: it had a seat, so that its images may be needed; ``released``: it knows that they are not.
+    """
+
+    told_at: float
+    grace_s: float
+    reason: str
+    source: bool = False
+    released: bool = False
+
+    def spent(self, now: float) -> float:
+        """The share of its time that is over."""
+        return (now - self.told_at) / self.grace_s if self.grace_s > 0 else 1.0
+
+
+@dataclass(slots=True)
 class Node:
     """One node as it is known. ``gone``: why it was given up; ``stopped``: the attempt for which it has answered
-    ``Stop``, with ``inventory``; ``dirty``: (local rank, slot) of files that a rank may still write.
+    ``Stop``, with ``inventory``; ``dirty``: (local rank, slot) of files that a rank may still write; ``leaving``: that
+    it was told to go; ``memory``: bytes that its images may take in all, where known.
     """
 
     name: str
@@ -37,37 +55,49 @@ class Node:
     held: tuple[HeldImage, ...] = ()
     dirty: set[tuple[int, int]] = field(default_factory=set)
     told_at: float | None = None
+    joined_at: float = 0.0
+    leaving: Departure | None = None
+    memory: int | None = None
 
     @property
     def state(self) -> str:
-        """For people: active, spare, joining or lost."""
+        """For people: active, spare, joining, leaving, left or lost."""
         if self.gone is not None:
-            return "lost"
+            return "left" if self.leaving is not None and self.leaving.released else "lost"
+        if self.leaving is not None:
+            return "leaving"
         if self.seat is not None:
             return "active"
         return "spare" if self.stopped is not None else "joining"
 
 
 class Membership:
-    """All nodes. ``alive``: those not given up, in the order of joining; ``seats``: the living attempt's."""
+    """All nodes. ``alive``: those not given up, in the order of joining; ``seats``: the living attempt's, or, between
+    two attempts, those of the one before; ``leaving``: those of the living that were told to go.
+    """
 
     def __init__(self, config: MachineConfig) -> None:
         self.nodes: dict[str, Node] = {}
         self.alive: dict[str, Node] = {}
+        self.leaving: dict[str, Node] = {}
         self.seats: dict[int, str] = {}
         self.best_seen_attempt = 0
         self.watch = Watch(config.detector)
 
-    def join(self, event: Joined, awake: float) -> Node:
+    def join(self, event: Joined, awake: float, now: float) -> Node:
         """Take a node in, or again under a new registration."""
         old = self.nodes.get(event.node)
         node = Node(
             event.node, event.domain, event.host, event.keeper, event.free_port, event.registration, held=event.held
         )
+        node.dirty, node.memory, node.joined_at = set(event.dirty), event.memory, now
         if old is not None:
             node.seat = None if old.gone is not None else old.seat
-            node.dirty = old.dirty
+            node.dirty |= old.dirty
+            node.leaving = old.leaving
         self.nodes[event.node] = self.alive[event.node] = node
+        if node.leaving is not None:
+            self.leaving[event.node] = node
         self.best_seen_attempt = max(
             self.best_seen_attempt, event.best_seen_attempt, event.attempt.number if event.attempt else 0
         )
@@ -81,7 +111,22 @@ class Membership:
         node.stopped = None
         node.inventory = None
         self.alive.pop(node.name, None)
+        self.leaving.pop(node.name, None)
         self.watch.remove(node.name)
+
+    def depart(self, node: Node, departure: Departure) -> None:
+        """A node was told to leave: it gets no seat any more."""
+        node.leaving = departure
+        self.leaving[node.name] = node
+
+    @property
+    def usable(self) -> int:
+        """How many nodes may have a seat."""
+        return len(self.alive) - len(self.leaving)
+
+    def free(self) -> list[Node]:
+        """The nodes that may have a seat and have none."""
+        return [node for node in self.alive.values() if node.seat is None and node.leaving is None]
 
     def stopped(self, node: Node, event: Stopped) -> None:
         """A node has confirmed that its ranks are dead."""
@@ -112,8 +157,9 @@ class Membership:
         return [node.inventory for node in self.alive.values() if node.inventory is not None]
 
     def candidates(self) -> list[Candidate]:
-        """The living nodes with what they hold."""
-        return [Candidate(node.name, node.domain, newest_by_seat(_images(node))) for node in self.alive.values()]
+        """The nodes that may have a seat, with what they hold."""
+        usable = (node for node in self.alive.values() if node.leaving is None)
+        return [Candidate(node.name, node.domain, newest_by_seat(_images(node))) for node in usable]
 
 
 def newest_by_seat(images: Iterable[HeldImage]) -> dict[int, Generation]:

@@ -18,6 +18,7 @@ from outlast.snapshot.placement import Group
 MOST_TRIES = 5
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 30.0
+COMPLAIN_EVERY_S = 60.0
 
 
 @dataclass
@@ -63,6 +64,7 @@ class ParityRound:
         self._work = [_Work(group, targets[group] if targets is not None else None) for group in wanted]
         self._of_node = {members.seats[seat]: i for i, work in enumerate(self._work) for seat in work.group.seats}
         self._open = set(range(len(self._work)))
+        self._complain_at = 0.0
 
     @property
     def done(self) -> bool:
@@ -74,6 +76,17 @@ class ParityRound:
         """Why a group that was asked too often failed; None while there is hope."""
         spent = (work for work in self._unfinished() if work.tries >= self._most_tries and not work.waiting)
         return next((work.failure or "no answer in time" for work in spent), None)
+
+    def complaint(self, now: float) -> str | None:
+        """What people are to know of a group that was asked often and still has no parity, once a minute."""
+        if now < self._complain_at:
+            return None
+        failed = (work for work in self._unfinished() if work.tries >= MOST_TRIES and work.failure and not work.waiting)
+        work = next(failed, None)
+        if work is None:
+            return None
+        self._complain_at = now + COMPLAIN_EVERY_S
+        return f"seats {list(work.group.seats)} have no parity after {work.tries} tries: {work.failure}"
 
     def due(self, now: float, patience_s: float) -> list[Instruction]:
         """Ask the groups whose turn has come; those that have not answered in time have failed."""

@@ -154,11 +154,16 @@ def _fewest_of_a_domain(free: Iterable[Candidate], used: Sequence[str]) -> list[
     return order
 
 
+def leavers(seats: Mapping[int, str], free: Sequence[str], count: int) -> list[str]:
+    """Which ``count`` nodes go when a job is made smaller: those without a seat, then those with the highest seats.
+
+    ``free``: the nodes without a seat. Fewer than ``count`` when there are no more.
+    """
+    return [*sorted(free, key=natural), *(seats[seat] for seat in sorted(seats, reverse=True))][:count]
+
+
 # --- when to snapshot -----------------------------------------------------------------------------------------------
 
-BUSY_SHARE = 0.1
-"""The share of the time that snapshots may be under way when their interval is chosen."""
-LONGEST_INTERVAL_S = 60.0
 LEAD_S = 0.35
 """From the decision to permit a snapshot until every rank knows: a tick, two calls, and some slack."""
 
@@ -170,21 +175,20 @@ def margin_steps(step_s: float | None, factor: int) -> int:
 
 
 def next_snapshot(
-    every: int | None, first: int, last: int | None, cycle_s: float | None, step_s: float | None, hurry: bool
+    every: int | None, first: int, last: int | None, interval_s: float, step_s: float | None, hurry: bool
 ) -> int:
     """The step before which the next snapshot is taken.
 
     ``first`` is the earliest that all ranks still hear of in time, ``last`` that of the snapshot before. ``every`` N
-    means multiples of N; None chooses the interval so that copying, encoding and committing (``cycle_s``) take a
-    tenth of the time, at most a minute apart. ``hurry``: as soon as possible, since one was missed.
+    means multiples of N; None follows ``interval_s``, seconds of training from one snapshot to the next. ``hurry``: as
+    soon as possible.
     """
     if hurry:
         return first
     if every is not None:
         return -(-first // every) * every
-    if last is None or not step_s or cycle_s is None:
+    if last is None or not step_s:
         return first
-    interval_s = min(LONGEST_INTERVAL_S, cycle_s / BUSY_SHARE)
     return max(first, last + max(1, math.ceil(interval_s / step_s)))
 
 

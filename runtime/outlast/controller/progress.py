@@ -73,6 +73,13 @@ class Progress:
             return self.top_step
         return self.top_step + math.floor(min(_FURTHEST_GUESS_S, now - self.moved_at) / self.step_s)
 
+    def at_end(self, world: int) -> bool:
+        """Whether every one of ``world`` ranks has done all steps that it said it would."""
+        if self.total is None or self.top_step < self.total:
+            return False
+        steps, total, restored = self.steps, self.total, self.restored_step
+        return all(steps.get(rank, restored) >= total or rank in self.done for rank in range(world))
+
     def set_busy(self, rank: int, label: str, limit_s: float | None, now: float) -> None:
         """A rank announced a pause."""
         self.busy[rank] = (label, math.inf if limit_s is None else now + limit_s)

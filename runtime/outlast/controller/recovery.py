@@ -2,16 +2,17 @@
 
 ::
 
-    Stop to every node -> Stopped with verified inventories -> seats, restore plan -> Start to every seat
-                       -> RestoreReady of all -> Load -> RankReady of all ranks
+    Stop to every node, Claim -> Stopped with verified inventories, Claimed -> seats, restore plan
+                              -> Start to every seat -> RestoreReady of all -> Load -> RankReady of all ranks
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from outlast.controller.capacity import Fit, fits, resize_need
 from outlast.controller.membership import Membership, Node
 from outlast.controller.policy import choose_seats
 from outlast.controller.settings import MachineConfig
@@ -20,13 +21,26 @@ from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.inventory import Inventory, RestorePlan
 from outlast.snapshot.placement import Group, groups
 from outlast.snapshot.restore import candidates, lacking_parity
+from outlast.snapshot.stored import StoredCheckpoint
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An attempt that is begun on purpose, with nothing lost: ``kind`` is resize or node-left, ``cause`` the sentence;
+    ``node``: who leaves."""
+
+    kind: str
+    cause: str
+    node: str | None = None
 
 
 @dataclass
 class Preparation:
     """The time between two attempts. ``waiting``: nodes that have not answered ``Stop``; ``deadline``: when those are
     given up; ``not_before``: the end of the backoff; ``short_since``: since when there are too few nodes;
-    ``concluded``: the cause is named and a restart allowed.
+    ``concluded``: the cause is named and a restart allowed; ``size``: nodes that suffice without waiting for more;
+    ``lacking_since``: since when the job waits for the object store, as nothing is left in memory; ``looked``: usable
+    nodes and claim with which no way to begin was found; ``told``: what the event log was told of that.
     """
 
     attempt: Attempt
@@ -36,22 +50,31 @@ class Preparation:
     not_before: float = 0.0
     short_since: float | None = None
     concluded: bool = False
+    size: int | None = None
+    lacking_since: float | None = None
+    looked: tuple[int, Attempt | None] | None = None
+    told: str = ""
 
     def ask(self, node: Node, now: float, patience_s: float) -> Instruction:
         """Tell one more node to stop."""
         self.waiting.add(node.name)
+        self.looked = None
         self.deadline = max(self.deadline, now + patience_s)
         return Stop(node.name, self.attempt)
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A generation that the new attempt resumes from, and what its protection lacks: group -> members, where any."""
+    """A generation that the new attempt resumes from. ``slot`` must stay as it is until the next commit (None: no
+    image of it lies in a slot); ``targets``: what its protection lacks, group -> members, where any. ``direct``:
+    another world wrote it, so that it cannot be protected, and is to be replaced by a snapshot soon.
+    """
 
     generation: Generation
-    slot: int
+    slot: int | None
     lengths: dict[int, int]
     targets: dict[Group, tuple[int, ...]]
+    direct: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,23 +94,51 @@ class Launch:
         return self.plan.generation.step if self.plan else 0
 
     def sources(self, world: int) -> dict[str, int]:
-        """How many ranks have their state from where."""
+        """How many images (without a plan: ranks) come from where."""
         return self.plan.origins() if self.plan else {"none": world}
 
+    def origin(self, stored: Sequence[StoredCheckpoint]) -> StoredCheckpoint | None:
+        """The checkpoint that it reads from, even if only a part; None when all comes from memory."""
+        urls = {restore.url for restore in self.plan.ranks if restore.source == "object"} if self.plan else set()
+        read = (c for c in stored if self.plan and c.generation == self.plan.generation and c.url in urls)
+        return next(read, None)
 
-def plan_launch(config: MachineConfig, members: Membership, attempt: Attempt) -> Launch:
-    """Seats, redundancy groups and restore plan for the nodes that have stopped."""
-    seats = choose_seats(members.seats, members.candidates(), config.replicas)
+
+def plan_launch(
+    config: MachineConfig,
+    members: Membership,
+    attempt: Attempt,
+    size: int,
+    stored: Sequence[StoredCheckpoint] = (),
+    excluded: Collection[Generation] = frozenset(),
+) -> Launch:
+    """``size`` seats, redundancy groups and restore plan for the nodes that have stopped."""
+    seats = choose_seats(members.seats, members.candidates(), size)
     placed = seat_groups(config, members, seats)
-    inventories = members.inventories()
-    plan, reasons = _newest(inventories, seats, config.procs)
-    restored = None
-    if plan is not None:
-        lengths = {restore.rank: restore.length for restore in plan.ranks}
-        slot = plan.ranks[0].slot
-        held = {seat: members.nodes[name].inventory or Inventory(name) for seat, name in seats.items()}
-        restored = Restored(plan.generation, slot, lengths, unprotected(plan.generation, held, placed, config.procs))
+    plan, reasons = _newest(members, seats, config.procs, stored, excluded)
+    restored = None if plan is None else _restored(plan, members, seats, placed, config.procs)
     return Launch(attempt, seats, placed, plan, restored, reasons)
+
+
+def _restored(
+    plan: RestorePlan, members: Membership, seats: dict[int, str], placed: Sequence[Group], procs: int
+) -> Restored:
+    lengths = {restore.rank: restore.length for restore in plan.ranks}
+    if plan.direct:
+        return Restored(plan.generation, plan.kept_slot, lengths, {}, direct=True)
+    held = {seat: members.nodes[name].inventory or Inventory(name) for seat, name in seats.items()}
+    targets = unprotected(plan.generation, held, placed, procs)
+    return Restored(plan.generation, plan.kept_slot or 0, lengths, targets)
+
+
+def room(config: MachineConfig, members: Membership, names: Sequence[str], lengths: dict[int, int]) -> Fit:
+    """Whether these nodes have the memory for snapshots of a job of just them. ``lengths``: images by rank, as they are
+    or will be restored; without any, nothing is known against it.
+    """
+    nodes = [members.nodes[name] for name in names]
+    domains = [node.domain for node in nodes]
+    need = resize_need(lengths, len(nodes), config.procs, config.group_size, config.parity, config.slots, domains)
+    return fits(need, {node.name: node.memory for node in nodes})
 
 
 def seat_groups(config: MachineConfig, members: Membership, seats: dict[int, str]) -> tuple[Group, ...]:
@@ -97,10 +148,14 @@ def seat_groups(config: MachineConfig, members: Membership, seats: dict[int, str
 
 
 def _newest(
-    inventories: Sequence[Inventory], seats: dict[int, str], procs: int
+    members: Membership,
+    seats: dict[int, str],
+    procs: int,
+    stored: Sequence[StoredCheckpoint],
+    excluded: Collection[Generation],
 ) -> tuple[RestorePlan | None, tuple[str, ...]]:
     reasons: list[str] = []
-    for generation, found in candidates(inventories, seats, procs):
+    for generation, found in candidates(members.inventories(), seats, procs, stored, excluded):
         if isinstance(found, RestorePlan):
             return found, tuple(reasons)
         reasons.append(f"{generation}: {found}")

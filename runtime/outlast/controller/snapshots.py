@@ -8,170 +8,180 @@
                                 ENCODING --a group fails again and again--> Abort, RESTING (never when restored)
 
 What must hold: a permit goes out only when every keeper knows the last commit, and never for the slot of the newest
-generation that is whole; so one committed generation exists at every moment. A generation that was restored is encoded
-and committed again before the first permit, since the node that replaces a lost one has no parity yet.
+generation that is whole, nor for one that is being uploaded; so one committed generation exists at every moment. A
+generation that was restored is encoded and committed again before the first permit, since the node that replaces a lost
+one has no parity yet; one of another world cannot be, and its slot is kept until the first snapshot is committed.
+
+A permit may hold the ranks: once it is committed they stay where they are, ``held``, until somebody says ``proceed`` or
+their attempt ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from outlast.controller import policy
 from outlast.controller.membership import Membership, Node
+from outlast.controller.pace import Next, Pace
 from outlast.controller.parity import ParityRound
 from outlast.controller.progress import Progress
 from outlast.controller.recovery import Restored
+from outlast.controller.rhythm import Rhythm
 from outlast.controller.settings import MachineConfig
+from outlast.controller.snapshot_work import Committed, SnapshotTotals, Stage, Work
 from outlast.messages.events import CommitAcked, Copied, Encoded, Missed, Planned
-from outlast.messages.instructions import Abort, Commit, Emit, Instruction, Permit
+from outlast.messages.instructions import Abort, Commit, Emit, Instruction, Permit, Proceed
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.placement import Group
 
-MOST_MARGIN_FACTOR = 16
-RETRY_S = 1.0
-LONGEST_RETRY_S = 30.0
+LET_GO_S = 2.0
+"""Ranks that have not moved for so long under a new controller may be held by a permit of the one before it."""
 
 
-class Stage(StrEnum):
-    """What is under way."""
+@dataclass(frozen=True)
+class Surroundings:
+    """What outlasts an attempt and its cycle. ``pinned``: the slot that is being uploaded."""
 
-    RESTING = "resting"
-    PLANNING = "planning"
-    COPYING = "copying"
-    ENCODING = "encoding"
-    COMMITTING = "committing"
-    CLOSED = "closed"
-
-
-@dataclass
-class Work:
-    """The generation under way. ``waiting``: ranks (planning, copying) or nodes (committing) that have not answered."""
-
-    generation: Generation
-    slot: int
-    permitted_at: float
-    restored: bool = False
-    waiting_ranks: set[int] = field(default_factory=set)
-    waiting_nodes: set[str] = field(default_factory=set)
-    lengths: dict[int, int] = field(default_factory=dict)
-    bytes: int = 0
-    stall_s: float = 0.0
-    copy_began: float | None = None
-    deadline: float = 0.0
-    parity: ParityRound | None = None
-
-
-@dataclass
-class SnapshotTotals:
-    """Over all attempts: what was committed. ``stall_s``: the longest of all ranks for each snapshot, summed."""
-
-    count: int = 0
-    bytes: int = 0
-    stall_s: float = 0.0
-    newest: Generation | None = None
-    newest_at: float | None = None
+    config: MachineConfig
+    members: Membership
+    totals: SnapshotTotals
+    rhythm: Rhythm
+    pinned: Callable[[], int | None]
 
 
 class SnapshotCycle:
-    """One attempt's cycle. Every method returns what is to be done."""
+    """One attempt's cycle, made when its seats are given. Every method returns what is to be done.
+
+    ``newest``: the last generation committed in this attempt; ``held``: the one at which ranks wait, since
+    ``held_since``. ``pace`` decides on permits. ``adopted``: the attempt runs already.
+    """
 
     def __init__(
         self,
-        config: MachineConfig,
-        members: Membership,
+        around: Surroundings,
         attempt: Attempt,
         placed: tuple[Group, ...],
         restored: Restored | None,
-        totals: SnapshotTotals,
         *,
         adopted: bool = False,
     ) -> None:
         self.stage = Stage.RESTING
         self.work: Work | None = None
         self.attempt = attempt
-        self._config, self._members, self._placed = config, members, placed
-        self.totals = totals
-        self._nodes = members.seated_names()
-        self._restored = restored
+        self.newest: Committed | None = None
+        self.held: Generation | None = None
+        self.held_since = 0.0
+        direct = restored is not None and restored.direct
+        interval = around.rhythm.interval
+        self.pace = Pace(around.config, interval, adopted=adopted, hurry=direct)
+        self.totals = around.totals
+        self._around = around
+        self._config, self._members, self._placed = around.config, around.members, placed
+        self._nodes = self._members.seated_names()
+        self._world = len(self._nodes) * self._config.procs
+        self._restored = None if direct else restored
         self._kept_slot: int | None = restored.slot if restored else None
+        self._step_s: float | None = None
         self._adopted = adopted
-        self._planned = False
-        self._missed = False
-        self._last_permitted = -1
-        self._last_copied: int | None = None
-        self._factor = 1
-        self._errors = 0
-        self._cycle_s: float | None = None
-        self._not_before = 0.0
-        self._not_before_step = 0
+        self._total: int | None = None
+        self._stuck: tuple[int, float] | None = None
+        self._moved = not adopted
+        self._let_go: set[Generation] = set()
 
     # --- from outside -----------------------------------------------------------------------------------------------
 
     def begin(self, now: float) -> list[Instruction]:
         """All ranks are ready: protect again what they were restored from."""
-        restored = self._restored
+        restored, self._restored = self._restored, None
         if restored is None:
             return []
-        work = Work(restored.generation, restored.slot, now, restored=True, lengths=restored.lengths, copy_began=now)
+        slot, lengths = restored.slot or 0, restored.lengths
+        work = Work(restored.generation, slot, now, restored=True, lengths=lengths, copy_began=now)
         self.work = work
         return self._encode(work, restored.targets, now)
 
     def close(self) -> list[Instruction]:
         """No snapshot any more: the attempt ends. What ranks have not copied yet is called off."""
         work, stage = self.work, self.stage
-        self.work, self.stage = None, Stage.CLOSED
+        self.work, self.stage, self.pace.ended = None, Stage.CLOSED, True
         if work is not None and stage in (Stage.PLANNING, Stage.COPYING):
             return [Abort(self._nodes, work.generation)]
         return []
 
     def tick(self, progress: Progress, now: float) -> list[Instruction]:
         """Permit the next snapshot when its time has come; see to what takes too long."""
-        work = self.work
+        work, self._step_s, self._total = self.work, progress.step_s, progress.total
         if self.stage is Stage.RESTING:
-            return self._permit(progress, now)
+            return self._let_move(progress, now) or self._permit(progress, now)
         if work is None:
             return []
         if self.stage in (Stage.PLANNING, Stage.COPYING):
             late = now > work.deadline
-            return self._abandon(work, "not all ranks answered in time") if late else []
+            return self._abandon(work, "not all ranks answered in time", now) if late else []
         if self.stage is Stage.ENCODING:
             return self._drive_parity(work, now)
         return self._commit_again(work, now) if now > work.deadline else []
 
+    def proceed(self) -> list[Instruction]:
+        """Let the ranks that are held go on."""
+        held, self.held = self.held, None
+        return [Proceed(self._nodes, held)] if held is not None else []
+
+    @property
+    def holding(self) -> bool:
+        """Whether all ranks wait for the snapshot that they have taken."""
+        return self.held is not None or (self.work is not None and self.work.hold and self.work.copied_at is not None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is being copied or encoded."""
+        return self.stage in (Stage.COPYING, Stage.ENCODING, Stage.COMMITTING)
+
     # --- permit -----------------------------------------------------------------------------------------------------
 
     def _permit(self, progress: Progress, now: float) -> list[Instruction]:
-        """The next permit, once its step is near enough to be sure of it and far enough for all ranks to hear of it."""
-        if now < self._not_before or progress.done or (self._adopted and not progress.stepped):
-            return []
-        estimate = progress.estimate(now)
-        margin = policy.margin_steps(progress.step_s, self._factor)
-        if self._adopted:  # permits of the controller before this one may still be on their way
-            self._adopted, self._not_before_step = False, estimate + 4 * margin + 8
-        first = max(estimate + margin, self._not_before_step, self._last_permitted + 1)
-        hurry = self._missed or not self._planned
-        every, last = self._config.every_steps, self._last_copied
-        step = policy.next_snapshot(every, first, last, self._cycle_s, progress.step_s, hurry)
-        over = progress.total is not None and step >= progress.total
-        if over or step > estimate + 2 * margin:
-            return []
-        wait_s = 3.0 * (step - estimate) * (progress.step_s or 1.0)
-        return self._send_permit(step, now, now + wait_s + self._config.patience.copy_s)
+        permit = None if self.held is not None else self.pace.next(progress, now)
+        return [] if permit is None else self._send_permit(permit, now)
 
-    def _send_permit(self, step: int, now: float, deadline: float) -> list[Instruction]:
-        generation = Generation.of(self.attempt, step)
-        slot = 0 if self._kept_slot is None else 1 - self._kept_slot
-        replan = not self._planned
+    def _send_permit(self, permit: Next, now: float) -> list[Instruction]:
+        generation, slot, replan = Generation.of(self.attempt, permit.step), self._free_slot(), permit.replan
         self.stage = Stage.PLANNING if replan else Stage.COPYING
-        self.work = Work(generation, slot, now, deadline=deadline, waiting_ranks=set(range(self._config.world)))
-        self._last_permitted = step
+        waiting = set(range(self._world))
+        self.work = Work(generation, slot, now, hold=permit.hold, deadline=permit.deadline, waiting_ranks=waiting)
         kind = "replan-permitted" if replan else "snapshot-permitted"
-        fields = {"generation": str(generation), "step": step, "slot": slot}
-        text = f"all ranks agree on how to cut their state at step {step}" if replan else f"snapshot at step {step}"
+        fields = {"generation": str(generation), "step": permit.step, "slot": slot}
+        text = f"snapshot at step {permit.step}"
+        if replan:
+            text = f"all ranks agree on how to cut their state at step {permit.step}"
         fresh = {} if replan else self._fresh(slot)
-        return [Permit(self._nodes, generation, slot, replan, fresh), Emit(kind, text, fields)]
+        # At the end ranks may still wait for the word of the controller before this one on the same generation.
+        again = [Abort(self._nodes, generation)] if self._adopted and self._at_end(permit.step) else []
+        told = Permit(self._nodes, generation, slot, replan, fresh, permit.hold)
+        return [*again, told, Emit(kind, text, fields)]
+
+    def _free_slot(self) -> int:
+        """The lowest that has neither the newest whole generation nor the one on its way to the store."""
+        taken = {self._kept_slot, self._around.pinned()}
+        return next(slot for slot in range(self._config.slots) if slot not in taken)
+
+    def _let_move(self, progress: Progress, now: float) -> list[Instruction]:
+        """Ranks that the controller before this one held may still wait for its word."""
+        if self._moved or not progress.steps:
+            return []
+        step = progress.top_step
+        if self._stuck is None:
+            self._stuck = (step, now + LET_GO_S)
+        since_step, let_go_at = self._stuck
+        if step > since_step:
+            self._moved = True
+        elif now >= let_go_at and not self._at_end(step):
+            self._stuck = (step, now + LET_GO_S)
+            return [Proceed(self._nodes, Generation.of(self.attempt, step))]
+        return []
+
+    def _at_end(self, step: int) -> bool:
+        """Whether ranks wait at this boundary in any case."""
+        return self.pace.final and (self._total is None or step >= self._total)
 
     def _fresh(self, slot: int) -> dict[str, tuple[int, ...]]:
         """Node -> local ranks whose file in ``slot`` a former writer may still hold."""
@@ -186,18 +196,20 @@ class SnapshotCycle:
     def planned(self, event: Planned) -> list[Instruction]:
         """A rank has agreed."""
         work = self._current(Stage.PLANNING, event.generation)
-        if work is not None:
-            work.waiting_ranks.discard(event.rank)
-            if not work.waiting_ranks:
-                self._planned = True
-                self._rest()
+        if work is None:
+            self.pace.answered(event.generation.step, event.rank)
+            return []
+        work.waiting_ranks.discard(event.rank)
+        if not work.waiting_ranks:
+            self.pace.planned = True
+            self._rest()
         return []
 
     def copied(self, event: Copied, now: float) -> list[Instruction]:
         """A rank's image is sealed."""
         work = self._current(Stage.COPYING, event.generation)
-        if work is None or event.rank not in work.waiting_ranks:
-            return []
+        if work is None or event.rank not in work.waiting_ranks or event.slot != work.slot:
+            return self._not_ours(event)
         work.waiting_ranks.discard(event.rank)
         work.lengths[event.rank] = event.length
         work.bytes += event.bytes
@@ -207,26 +219,34 @@ class SnapshotCycle:
         self._members.nodes[event.node].dirty.discard((event.rank % self._config.procs, event.slot))
         if work.waiting_ranks:
             return []
-        self._missed, self._last_copied, self._errors = False, event.generation.step, 0
+        work.copied_at, self._adopted = now, False
+        self.pace.copied(event.generation.step)
         return self._encode(work, None, now)
+
+    def _not_ours(self, event: Copied) -> list[Instruction]:
+        """An answer to what was called off, or to a permit of the controller before, which may hold its ranks."""
+        self.pace.answered(event.generation.step, event.rank)
+        known = self.work is not None and self.work.generation == event.generation
+        if known or not self._adopted or not event.generation.taken_by(self.attempt):
+            return []
+        if event.generation in self._let_go or self._at_end(event.generation.step):
+            return []
+        self._let_go.add(event.generation)
+        return [Proceed(self._nodes, event.generation)]
 
     def missed(self, event: Missed, now: float) -> list[Instruction]:
         """A rank did not take it: none does."""
         work = self._current(Stage.PLANNING, event.generation) or self._current(Stage.COPYING, event.generation)
         if work is None:
+            self.pace.answered(event.generation.step, event.rank)
             return []
-        if event.reason == "late":
-            self._factor = min(MOST_MARGIN_FACTOR, 2 * self._factor)
-        else:
-            self._planned = False
-        if event.reason not in ("late", "replan"):
-            self._errors += 1
-            self._not_before = now + min(LONGEST_RETRY_S, RETRY_S * 2.0 ** (self._errors - 1))
-        return self._abandon(work, f"rank {event.rank}: {event.reason}")
+        work.waiting_ranks.discard(event.rank)
+        self.pace.missed(event.reason, now)
+        return self._abandon(work, f"rank {event.rank}: {event.reason}", now)
 
-    def _abandon(self, work: Work, reason: str) -> list[Instruction]:
+    def _abandon(self, work: Work, reason: str, now: float) -> list[Instruction]:
         """This generation will not be; the next one as soon as possible."""
-        self._missed = True
+        self.pace.called_off(work.generation.step, work.waiting_ranks, now)
         self._rest()
         text = f"no snapshot at step {work.generation.step}: {reason}"
         fields = {"generation": str(work.generation), "step": work.generation.step, "reason": reason}
@@ -251,10 +271,17 @@ class SnapshotCycle:
             return []
         if parity.done:
             return self._commit(work, now)
-        if parity.hopeless is None:
-            return parity.due(now, self._config.patience.encode_s)
-        self._not_before = now + RETRY_S
-        return self._abandon(work, f"its parity could not be made: {parity.hopeless}")
+        if parity.hopeless is not None:
+            self.pace.unprotected(now)
+            return self._abandon(work, f"its parity could not be made: {parity.hopeless}", now)
+        return [*self._complain(work, parity, now), *parity.due(now, self._config.patience.encode_s)]
+
+    @staticmethod
+    def _complain(work: Work, parity: ParityRound, now: float) -> list[Instruction]:
+        """What was restored is tried to be protected without end, but not in silence."""
+        complaint = parity.complaint(now) if work.restored else None
+        fields = {"generation": str(work.generation), "step": work.generation.step}
+        return [Emit("not-protected", f"step {work.generation.step}: {complaint}", fields)] if complaint else []
 
     def encoded(self, event: Encoded, now: float) -> list[Instruction]:
         """A member's parity is sealed."""
@@ -314,11 +341,14 @@ class SnapshotCycle:
         self._rest()
         totals, step = self.totals, work.generation.step
         totals.newest, totals.newest_at = work.generation, now
+        self.newest = Committed(work.generation, work.slot, work.lengths)
         seconds = now - (now if work.copy_began is None else work.copy_began)
         fields = {"generation": str(work.generation), "step": step, "bytes": work.bytes, "seconds": round(seconds, 3)}
         if work.restored:
             return [Emit("protected", f"step {step} is protected again after {seconds:.2f} s", fields)]
-        self._cycle_s = seconds if self._cycle_s is None else self._cycle_s + 0.25 * (seconds - self._cycle_s)
+        if work.hold:
+            self.held, self.held_since = work.generation, now if work.copied_at is None else work.copied_at
+        self._around.rhythm.safe(work.stall_s, seconds, self._step_s)
         totals.count += 1
         totals.bytes += work.bytes
         totals.stall_s += work.stall_s

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from outlast.controller.membership import Node
 from outlast.controller.phases import SHOWN, Phase
+from outlast.controller.policy import leavers
 from outlast.controller.story import symptom_json
 
 if TYPE_CHECKING:
     from outlast.controller.job import Job
 
 LAST_RECOVERIES = 200
+MOST_LEAVERS = 64
 
 
 def status_of(job: Job, now: float) -> dict[str, Any]:
@@ -33,15 +35,14 @@ def status_of(job: Job, now: float) -> dict[str, Any]:
         "incarnation": job.attempt.incarnation if job.attempt else None,
         "restarts": dict(story.restarts),
         "nodes": {node.name: _node(job, node) for node in job.members.nodes.values()},
-        "workers": {
-            "ready": len(job.members.alive),
-            "wanted": job.config.replicas,
-            "spares": sum(1 for node in job.members.alive.values() if node.seat is None),
-        },
-        "ranks": {"ready": len(progress.ready), "done": len(progress.done), "world": job.config.world},
+        "workers": _workers(job),
+        "ranks": {"ready": len(progress.ready), "done": len(progress.done), "world": _world(job)},
         "stragglers": sorted(progress.named),
         "snapshot": _snapshot(job, now),
         "snapshots": _totals(job),
+        "checkpoint": _checkpoint(job, now),
+        "checkpoints": _checkpoint_totals(job),
+        "resizes": list(job.resizing.records),
         "goodput": story.ledger.to_json(now),
         "recoveries": [record.to_json() for record in story.records[-LAST_RECOVERIES:]],
         "failures": [symptom_json(symptom, now) for symptom in story.failures],
@@ -70,6 +71,70 @@ def _node(job: Job, node: Node) -> dict[str, Any]:
     }
 
 
+def _world(job: Job) -> int:
+    return job.world or job.config.replicas * job.config.procs
+
+
+def _workers(job: Job) -> dict[str, Any]:
+    """``ready``: living nodes; ``size``: those with seats; ``would_leave``: which go first if the job is made smaller.
+    """
+    members, config = job.members, job.config
+    seats = {seat: name for seat, name in members.seats.items() if name in members.alive}
+    free = [node.name for node in members.free()]
+    return {
+        "ready": len(members.alive),
+        "wanted": config.replicas,
+        "least": config.least,
+        "size": job.size,
+        "growing_to": job.resizing.target,
+        "spares": len(free),
+        "leaving": len(members.leaving),
+        "would_leave": leavers(seats, free, min(MOST_LEAVERS, max(0, len(free) + len(seats) - config.least))),
+    }
+
+
+def _checkpoint_totals(job: Job) -> dict[str, Any]:
+    cycle = job.checkpoints
+    if cycle is None:
+        return {}
+    totals = cycle.totals
+    return {
+        "count": totals.count,
+        "skipped": totals.skipped,
+        "failed": totals.failed,
+        "bytes": totals.bytes,
+        "last_step": totals.last_step,
+        "url": cycle.config.url,
+    }
+
+
+def _checkpoint(job: Job, now: float) -> dict[str, Any] | None:
+    """The newest one and what is under way; None without an object tier."""
+    cycle, newest = job.checkpoints, job.claims.newest
+    if cycle is None:
+        return None
+    totals, work, config = cycle.totals, cycle.work, cycle.config
+    committed = None
+    if newest is not None:
+        age = None if totals.newest_at is None or totals.newest != newest.generation else now - totals.newest_at
+        committed = {
+            "generation": str(newest.generation),
+            "step": newest.generation.step,
+            "age_s": None if age is None else round(age, 3),
+        }
+    automatic = config.interval_steps is None and config.interval_s is None
+    return {
+        "committed": committed,
+        **{key: committed[key] if committed else None for key in ("generation", "step", "age_s")},
+        **_checkpoint_totals(job),
+        "stage": cycle.stage.value,
+        "under_way": str(work.generation) if work is not None else None,
+        "claimed": job.claims.claimed is not None and job.claims.claimed == job.attempt,
+        "last_error": totals.last_error,
+        "interval": job.checkpoint_rhythm.to_json(now) if automatic else None,
+    }
+
+
 def _totals(job: Job) -> dict[str, Any]:
     totals = job.totals
     return {"count": totals.count, "bytes": totals.bytes, "stall_s": round(totals.stall_s, 6)}
@@ -88,4 +153,5 @@ def _snapshot(job: Job, now: float) -> dict[str, Any]:
         **_totals(job),
         "stage": cycle.stage.value if cycle is not None else None,
         "under_way": str(work.generation) if work else None,
+        "interval": job.snapshot_rhythm.to_json(now) if job.config.every_steps is None else None,
     }

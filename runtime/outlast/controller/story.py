@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from outlast.controller.faults import Symptom
-from outlast.controller.recovery import Launch
+from outlast.controller.recovery import Launch, Planned
 from outlast.messages.instructions import Emit
 from outlast.snapshot.identity import Generation
 from outlast.telemetry.goodput import Ledger, RecoveryRecord
@@ -37,13 +37,26 @@ class Story:
     def fault(self, symptom: Symptom, attempt: int, now: float) -> list[Emit]:
         """A fault was seen: a recovery begins, or the one under way is struck again. Of many victims a few are told."""
         self._running = False
-        if self.open is None:
+        if self.open is None or self.open.planned:
             self.open = RecoveryRecord(symptom.kind, symptom.text, attempt, symptom.happened_at, symptom.detect_s)
             self.records.append(self.open)
             self.ledger.move("detect", symptom.detect_s, now)
             self._told = 0
         self._told += 1
         return [_fault_line(symptom)] if self._told <= MOST_TOLD or not symptom.collateral else []
+
+    def planned(self, planned: Planned, attempt: int, now: float) -> Emit:
+        """An attempt is begun on purpose: it is recorded like a recovery, though nothing was lost."""
+        if self.open is None:
+            self.open = RecoveryRecord(planned.kind, planned.cause, attempt, now, 0.0, node=planned.node, planned=True)
+            self.records.append(self.open)
+        else:
+            self.open.further.append(planned.cause)
+        return Emit("planned", planned.cause, {"kind": planned.kind, "node": planned.node})
+
+    def held(self, seconds: float, now: float) -> None:
+        """All ranks waited for a snapshot to be committed."""
+        self.ledger.move("snapshot_stall", seconds, now)
 
     def struck_again(self, symptom: Symptom) -> Emit:
         """A fault was seen when the cause of the recovery had been named already."""
@@ -116,8 +129,9 @@ class Story:
             return None
         self.open = None
         record.total_s = now - record.fault_at
-        text = f"recovered from: {record.cause} ({record.total_s:.2f} s, {record.lost_steps} steps lost)"
-        return Emit("recovered", text, record.to_json())
+        kind, text = ("resumed", "went on") if record.planned else ("recovered", "recovered from")
+        text = f"{text}: {record.cause} ({record.total_s:.2f} s, {record.lost_steps} steps lost)"
+        return Emit(kind, text, record.to_json())
 
     def first_error(self) -> dict[str, Any] | None:
         """The last named cause, for people: {cause, text, node, rank, step, attempt, type, message, traceback}."""

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-LOST = frozenset({"lost", "gone", "given-up"})
+LOST = frozenset({"lost", "left"})
+"""States of nodes that the job has no more."""
 RUNNING = "Running"
 
 

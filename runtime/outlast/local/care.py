@@ -1,22 +1,30 @@
-"""What a cluster does about lost nodes: an empty one takes a lost one's place after a while.
+"""What a cluster does about nodes that are gone: an empty one takes a lost or drained one's place after a while.
 
 A node that a fault has paused is left alone, to come back as a zombie would; it goes on once it was given up and the
-job has done a later step without it.
+job has done a later step without it. A node that was told to leave is not lost: it ends by itself within its grace
+period, or is killed after it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from outlast.config import NodeConfig
+from outlast.errors import TransferError
 from outlast.local.board import Board, Replacements
 from outlast.local.client import ControllerClient
 from outlast.local.nodes import LocalNodes
 from outlast.local.output import Output
 
+LEAVING_EVERY_S = 0.1
+
 
 class NodeCare:
-    """``tend`` after every status; it raises TransferError when the controller is gone, and is then called again."""
+    """``tend`` after every status; it raises TransferError when the controller is gone, and is then called again.
+
+    ``watch_leaving`` beside it, until it is cancelled.
+    """
 
     def __init__(self, client: ControllerClient, output: Output, nodes: LocalNodes, replacements: Replacements) -> None:
         self._client = client
@@ -24,16 +32,43 @@ class NodeCare:
         self._nodes = nodes
         self._replacements = replacements
         self._unregistered: NodeConfig | None = None
+        self._joining: list[NodeConfig] = []
 
     async def tend(self, board: Board) -> None:
-        """Replace what has been lost for long enough, and let paused nodes go on."""
-        lost = board.lost() | self._nodes.lost()
+        """Replace what has been gone for long enough, and let paused nodes go on."""
+        await self._register_joining()
+        lost = (board.lost() - self._nodes.leaving()) | self._nodes.lost()
         for node in self._replacements.due(lost, time.monotonic()):
             await self._replace(node)
         for node, paused_at in self._nodes.paused().items():
             if node in lost and board.running and board.step > paused_at:
                 self._output.progress(f"{node}, paused and given up, goes on")
                 self._nodes.resume(node)
+
+    async def introduce(self, config: NodeConfig) -> None:
+        """Register one more node: now, or with a later ``tend`` when no controller answers."""
+        self._joining.append(config)
+        try:
+            await self._register_joining()
+        except TransferError:
+            return
+
+    async def watch_leaving(self) -> None:
+        """See off the nodes that were told to leave."""
+        while True:
+            for node, ended in (await self._nodes.see_off()).items():
+                self._output.progress(f"{node} has left" if ended else f"{node} had no time left: it is taken away")
+            await asyncio.sleep(LEAVING_EVERY_S)
+
+    async def _register_joining(self) -> None:
+        while self._joining:
+            config = self._joining.pop(0)
+            try:
+                await self._client.add_node(config)
+            except TransferError:
+                self._joining.insert(0, config)
+                raise
+            self._output.progress(f"{config.node} joins")
 
     async def _replace(self, node: str) -> None:
         if node not in self._nodes.paused():

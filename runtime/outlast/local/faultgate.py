@@ -1,9 +1,9 @@
 """The gate at which ranks ask before a step that has faults, and the list of what is still to break.
 
-A rank connects to an AF_UNIX socket, writes ``{"rank", "node", "attempt", "step"}`` as a line of JSON before each of
-its fault steps and waits for ``{"go": true}``, ``{"raise": text}`` or ``{"slow": factor}``. Faults of one boundary are
-performed together when every rank of the attempt has arrived there (then all of the previous step's collectives are
-over, so that what is lost is the same in every run), and only then is any rank let go.
+A rank connects to an AF_UNIX socket, writes ``{"rank", "world", "node", "attempt", "step"}`` as a line of JSON before
+each of its fault steps and waits for ``{"go": true}``, ``{"raise": text}`` or ``{"slow": factor}``. Faults of one
+boundary are performed together when every rank of the attempt has arrived there (then all of the previous step's
+collectives are over, so that what is lost is the same in every run), and only then is any rank let go.
 """
 
 from __future__ import annotations
@@ -70,12 +70,11 @@ class _Gathering:
 
 
 class FaultGate:
-    """Serves the gate for a job of ``world`` ranks, ``procs`` on each node."""
+    """Serves the gate for a job with ``procs`` ranks on each node; each attempt may have another number of ranks."""
 
-    def __init__(self, path: Path, plan: FaultPlan, world: int, procs: int, perform: Performer) -> None:
+    def __init__(self, path: Path, plan: FaultPlan, procs: int, perform: Performer) -> None:
         self.path = path
         self._plan = plan
-        self._world = world
         self._procs = procs
         self._perform = perform
         self._gatherings: dict[tuple[int, int], _Gathering] = {}
@@ -111,7 +110,7 @@ class FaultGate:
         answer = gathering.answers.setdefault(rank, loop.create_future())
         if gathering.timer is None:
             gathering.timer = loop.call_later(GATHER_LIMIT_S, self._expire, attempt, step)
-        if len(gathering.answers) == self._world:
+        if len(gathering.answers) == int(asked["world"]):
             self._fire(attempt, step)
         return await asyncio.shield(answer)
 

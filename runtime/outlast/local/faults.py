@@ -8,6 +8,8 @@
     straggler@20:1*3            rank 1 takes three times as long for each step from there on
     node-loss@20:2              kill all of the node that has seat 2, and wipe its memory files
     node-pause@20:2             SIGSTOP all of it; SIGCONT once it was given up and the job runs on
+    node-leave@20:2             SIGTERM to it: it has its grace period to hand over, then it is taken away
+    node-join@20                one more node, empty
     corrupt@20:2/header         flip bytes in the newest images of seat 2's node: header, data, parity or trailer
     keeper-crash@20:2           SIGKILL that node's keeper alone
     agent-crash@20:2            SIGKILL that node's agent alone
@@ -38,6 +40,8 @@ class Kind(StrEnum):
     STRAGGLER = "straggler"
     NODE_LOSS = "node-loss"
     NODE_PAUSE = "node-pause"
+    NODE_LEAVE = "node-leave"
+    NODE_JOIN = "node-join"
     CORRUPT = "corrupt"
     KEEPER_CRASH = "keeper-crash"
     AGENT_CRASH = "agent-crash"
@@ -64,7 +68,9 @@ class Part(StrEnum):
 
 
 RANK_KINDS = frozenset({Kind.RANK_CRASH, Kind.RANK_ERROR, Kind.HANG, Kind.STRAGGLER})
-NODE_KINDS = frozenset({Kind.NODE_LOSS, Kind.NODE_PAUSE, Kind.CORRUPT, Kind.KEEPER_CRASH, Kind.AGENT_CRASH})
+NODE_KINDS = frozenset(
+    {Kind.NODE_LOSS, Kind.NODE_PAUSE, Kind.NODE_LEAVE, Kind.CORRUPT, Kind.KEEPER_CRASH, Kind.AGENT_CRASH}
+)
 ANSWERED_KINDS = frozenset({Kind.RANK_ERROR, Kind.STRAGGLER})
 """Kinds that the rank itself carries out when the gate tells it to: they need a rank that asks."""
 

@@ -9,7 +9,7 @@ from the loss of the controller, or of Ray's head, when ranks had to be started 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,7 @@ class History:
         self._heard[name] = (self._heard.get(name, (now, now))[0], now)
 
     def merged(self) -> dict[str, Any]:
-        """The newest status with recoveries, goodput and snapshots of all controllers; empty before the first."""
+        """The newest status with what happened under all controllers; empty before the first."""
         all_of_them = list(self._last.values())
         if not all_of_them:
             return {}
@@ -125,6 +125,8 @@ class History:
             "recoveries": self._recoveries(),
             "goodput": self._goodput(),
             "snapshots": _sums([status.get("snapshots") or {} for status in all_of_them]),
+            "checkpoints": _checkpoints([status.get("checkpoints") or {} for status in all_of_them]),
+            "resizes": [resize for status in all_of_them for resize in status.get("resizes") or []],
         }
 
     def _recoveries(self) -> list[dict[str, Any]]:
@@ -153,6 +155,13 @@ class History:
         return sum(max(0.0, later[0] - earlier[1]) for earlier, later in itertools.pairwise(spans))
 
 
-def _sums(counts: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _checkpoints(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is counted, added up; what is known of the newest one, as it was said last."""
+    newest = {name: one[name] for one in told for name in ("last_step", "url") if one.get(name) is not None}
+    counts = [{name: value for name, value in one.items() if name not in newest} for one in told]
+    return {**_sums(counts), **newest}
+
+
+def _sums(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = {name for count in counts for name, value in count.items() if isinstance(value, int | float)}
     return {name: sum(count.get(name) or 0 for count in counts) for name in sorted(names)}

@@ -14,7 +14,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from outlast.errors import TransferError
+from outlast.config import NodeConfig
+from outlast.errors import OutlastError, TransferError
 from outlast.local import processes
 from outlast.local.board import Board
 from outlast.local.faultgate import Scene
@@ -34,6 +35,8 @@ class Controller(Protocol):
     def pid(self) -> int | None: ...
 
 
+Introduce = Callable[[NodeConfig], Awaitable[None]]
+"""Have the controller know of a node, now or as soon as there is one that answers."""
 Say = Callable[[str], None]
 Reached = Callable[[int], None]
 """Told how many steps were done when a fault struck, which nobody who survives it may know."""
@@ -43,11 +46,19 @@ class Injury:
     """``perform`` is the gate's performer; phase faults use it with a scene from ``scene``."""
 
     def __init__(
-        self, nodes: LocalNodes, ray: RayHead, controller: Controller, journal: Path, say: Say, reached: Reached
+        self,
+        nodes: LocalNodes,
+        ray: RayHead,
+        controller: Controller,
+        introduce: Introduce,
+        journal: Path,
+        say: Say,
+        reached: Reached,
     ) -> None:
         self._nodes = nodes
         self._ray = ray
         self._controller = controller
+        self._introduce = introduce
         self._journal = journal
         self._say = say
         self._reached = reached
@@ -132,6 +143,20 @@ class Injury:
         del fault
         return [] if node is None else list(self._nodes.pause(node, scene.step))
 
+    async def _drain_node(self, fault: Fault, scene: Scene, node: str | None) -> list[Any]:
+        del fault, scene
+        return [] if node is None else list(self._nodes.tell_to_leave(node))
+
+    async def _add_node(self, fault: Fault, scene: Scene, node: str | None) -> list[Any]:
+        del fault, scene, node
+        try:
+            config = await self._nodes.create()
+        except OutlastError as error:
+            self._say(str(error))
+            return []
+        await self._introduce(config)
+        return [config.node]
+
     async def _corrupt_node(self, fault: Fault, scene: Scene, node: str | None) -> list[Any]:
         del scene
         if node is None:
@@ -162,6 +187,8 @@ class Injury:
         Kind.STRAGGLER: _answer_rank,
         Kind.NODE_LOSS: _lose_node,
         Kind.NODE_PAUSE: _pause_node,
+        Kind.NODE_LEAVE: _drain_node,
+        Kind.NODE_JOIN: _add_node,
         Kind.CORRUPT: _corrupt_node,
         Kind.KEEPER_CRASH: _crash_member,
         Kind.AGENT_CRASH: _crash_member,

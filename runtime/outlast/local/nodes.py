@@ -1,4 +1,4 @@
-"""Local nodes: folders, a forkserver from the zygote, and losing them as a machine would be lost.
+"""Local nodes: folders, a forkserver from the zygote, and losing or draining them as machines are lost or drained.
 
 The zygote has imported torch once; each node's forkserver is a fork of it, and keeper and ranks are forks of that. So a
 node is the tree below its forkserver, and its agent, which is Ray's child.
@@ -7,12 +7,14 @@ node is the tree below its forkserver, and its agent, which is Ray's child.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,11 +69,13 @@ class NodeTemplate:
 
 @dataclass
 class LocalNode:
-    """One node. ``forkserver`` is its pid; ``paused_at``: the step at which a fault stopped it."""
+    """One node. ``forkserver`` is its pid; ``paused_at``: the step at which a fault stopped it; ``leave_by``: when
+    (monotonic seconds) it is taken away after it was told to leave."""
 
     config: NodeConfig
     forkserver: int
     paused_at: int | None = None
+    leave_by: float | None = None
     gone: bool = False
     stopped: list[int] = field(default_factory=list)
 
@@ -84,6 +88,7 @@ class LocalNodes:
         self._template = template
         self._zygote: subprocess.Popen[bytes] | None = None
         self._nodes: dict[str, LocalNode] = {}
+        self._numbers = itertools.count()
 
     @property
     def zygote_pid(self) -> int | None:
@@ -93,8 +98,12 @@ class LocalNodes:
         return self._nodes[node]
 
     def lost(self) -> set[str]:
-        """The nodes that were lost or removed."""
+        """The nodes that were lost, removed or have left."""
         return {name for name, node in self._nodes.items() if node.gone}
+
+    def leaving(self) -> set[str]:
+        """The nodes that were told to leave and are still there."""
+        return {name for name, node in self._nodes.items() if node.leave_by is not None and not node.gone}
 
     def paused(self) -> dict[str, int]:
         """The nodes that are stopped, and the step at which that was done."""
@@ -121,7 +130,7 @@ class LocalNodes:
 
     async def create(self) -> NodeConfig:
         """Make one more node, empty. Raises OutlastError."""
-        config = self._template.config(self._folders, f"node-{len(self._nodes)}")
+        config = self._template.config(self._folders, f"node-{next(self._numbers)}")
         for folder in (config.memory_dir, config.socket_dir):
             Path(folder).mkdir(mode=0o700)
         log = self._folders.logs / f"forkserver.{config.node}.log"
@@ -139,9 +148,9 @@ class LocalNodes:
     def members(self, node: str) -> list[int]:
         """The pids of everything that is this node, its agent and forkserver first."""
         forkserver = self._nodes[node].forkserver
-        agent = self.roles(node).get("agent")
-        tree = [forkserver, *processes.descendants(forkserver)]
-        return [pid for pid in (agent, *tree) if pid is not None and processes.is_running(pid)]
+        roles = self.roles(node)
+        found = dict.fromkeys([roles.get("agent"), forkserver, *processes.descendants(forkserver), *roles.values()])
+        return [pid for pid in found if pid is not None and processes.is_running(pid)]
 
     async def lose(self, node: str) -> list[int]:
         """Kill everything of a node at once and wipe its memory, as a lost machine would; return the pids."""
@@ -162,6 +171,28 @@ class LocalNodes:
         paused.stopped = self.members(node)
         processes.send(paused.stopped, signal.SIGSTOP)
         return paused.stopped
+
+    def tell_to_leave(self, node: str) -> list[int]:
+        """SIGTERM, as before a machine is taken away; ``see_off`` sees to the rest. Returns the forkserver's pid."""
+        leaving = self._nodes[node]
+        if leaving.gone or not processes.is_running(leaving.forkserver):
+            return []
+        leaving.leave_by = time.monotonic() + leaving.config.grace_s
+        processes.send([leaving.forkserver], signal.SIGTERM)
+        return [leaving.forkserver]
+
+    async def see_off(self) -> dict[str, bool]:
+        """What became of nodes that were told to leave: True: it has ended by itself; False: its time was over, and it
+        was killed. Nodes that have time left and still run are not among them."""
+        seen: dict[str, bool] = {}
+        for name, node in self._nodes.items():
+            if node.leave_by is None or node.gone:
+                continue
+            ended = not self.members(name)
+            if ended or time.monotonic() >= node.leave_by:
+                seen[name] = ended
+                await self.lose(name)
+        return seen
 
     def resume(self, node: str) -> None:
         """SIGCONT everything that ``pause`` stopped."""

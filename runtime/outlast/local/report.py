@@ -8,7 +8,7 @@ from typing import Any
 CAUSES = ("detect", "stop", "start", "restore", "recompute", "snapshot_stall", "idle")
 """The ledger's causes of lost seconds."""
 
-SOURCES = ("memory-local", "memory-peer", "memory-decode", "none")
+SOURCES = ("memory-local", "memory-peer", "memory-decode", "object", "none")
 
 PHASES = {"succeeded": "Succeeded", "failed": "Failed", "stopped": "Stopped"}
 
@@ -34,7 +34,9 @@ def build_report(
         "wall_s": round(wall_s, 3),
         "goodput": _goodput(status),
         "recoveries": [_recovery(item) for item in status.get("recoveries") or []],
+        "resizes": [dict(item) for item in status.get("resizes") or []],
         "snapshots": _snapshots(status.get("snapshots") or {}),
+        "checkpoints": _checkpoints(status.get("checkpoints") or {}),
         "weights_digest": status.get("weights_digest"),
         "first_error": status.get("first_error"),
         "faults": [dict(fault) for fault in faults],
@@ -67,3 +69,8 @@ def _recovery(item: Mapping[str, Any]) -> dict[str, Any]:
 
 def _snapshots(item: Mapping[str, Any]) -> dict[str, Any]:
     return {"count": 0, "bytes": 0, "stall_s": 0.0, **item}
+
+
+def _checkpoints(item: Mapping[str, Any]) -> dict[str, Any]:
+    """``skipped``: due while another was under way; ``failed``: begun and not completed."""
+    return {"count": 0, "bytes": 0, "skipped": 0, "failed": 0, "last_step": None, "url": None, **item}

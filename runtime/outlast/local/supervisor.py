@@ -2,7 +2,8 @@
 
 Started by ``trainctl run``, with DIR/job.yaml there. Its life::
 
-    folders, token -> zygote beside Ray's head -> nodes -> controller -> watch -> report -> kill all, remove all
+    the store asked -> folders, token -> zygote beside Ray's head -> nodes -> controller -> watch -> report
+    -> kill all, remove all
 
 It never imports torch or ray: training happens in the nodes' processes, decisions in the controller, and this process
 stands for the data centre: it gives nodes, takes them away and replaces them. It writes JSON lines to its standard
@@ -27,7 +28,7 @@ from typing import Any
 
 from outlast.api import TrainingJob, load
 from outlast.config import ControllerConfig
-from outlast.errors import OutlastError, RequestError, TransferError
+from outlast.errors import CheckpointError, OutlastError, RequestError, StoreDenied, StoreError, TransferError
 from outlast.local import processes
 from outlast.local.board import Board, Replacements
 from outlast.local.care import NodeCare
@@ -42,6 +43,7 @@ from outlast.local.nodes import LocalNodes, NodeTemplate
 from outlast.local.output import Output
 from outlast.local.raycluster import RayHead
 from outlast.local.report import build_report
+from outlast.local.storecheck import identity_of
 from outlast.local.watching import PhaseFaults, StatusWatch, watch_events, watch_head
 
 STOP_LIMIT_S = 15.0
@@ -55,11 +57,12 @@ LAUNCHES = 3
 
 @dataclass(frozen=True)
 class Options:
-    """``replace_after_s`` None: a lost node is never replaced."""
+    """``replace_after_s`` None: a lost node is never replaced. ``resume``: go on from what the job's store holds."""
 
     directory: Path
     faults: tuple[Fault, ...]
     replace_after_s: float | None
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class End:
 class Supervisor:
     """One run. ``run`` once."""
 
-    def __init__(self, options: Options, folders: RunFolders, job: TrainingJob, output: Output) -> None:
+    def __init__(self, options: Options, folders: RunFolders, job: TrainingJob, identity: str, output: Output) -> None:
         self._folders = folders
         self._output = output
         self._began = time.time()
@@ -86,7 +89,7 @@ class Supervisor:
         self._interrupts = 0
         workers = job.spec.workers
         self._node_count = workers.replicas + workers.spares
-        self._config = _controller_config(folders, job)
+        self._config = _controller_config(folders, job, identity, options.resume)
         self._nodes = LocalNodes(folders, _template(options, job, self._config))
         self._ray = RayHead(
             folders.short, folders.token_file, folders.logs / "ray.log", dict(os.environ), self._known_children
@@ -96,12 +99,18 @@ class Supervisor:
         plan = FaultPlan(options.faults)
         self._plan = plan
         self._history = History()
-        journal = folders.faults_file
-        self._injury = Injury(self._nodes, self._ray, self._client, journal, output.progress, self._history.reached)
-        world = workers.replicas * workers.procs_per_worker
-        self._gate = FaultGate(folders.gate_socket, plan, world, workers.procs_per_worker, self._injury.perform)
-        self._phases = PhaseFaults(plan, self._injury, self._nodes)
         self._care = NodeCare(self._client, output, self._nodes, Replacements(options.replace_after_s))
+        self._injury = Injury(
+            self._nodes,
+            self._ray,
+            self._client,
+            self._care.introduce,
+            folders.faults_file,
+            output.progress,
+            self._history.reached,
+        )
+        self._gate = FaultGate(folders.gate_socket, plan, workers.procs_per_worker, self._injury.perform)
+        self._phases = PhaseFaults(plan, self._injury, self._nodes)
         self._watch = StatusWatch(self._client)
 
     async def run(self) -> int:
@@ -141,6 +150,7 @@ class Supervisor:
                 group.create_task(watch_head(self._ray, self._revive)),
                 group.create_task(watch_events(self._client, self._on_event)),
                 group.create_task(self._phases.watch_images()),
+                group.create_task(self._care.watch_leaving()),
                 group.create_task(self._reap()),
             ]
             board = await self._watch.run(self._on_status, self._relaunch)
@@ -265,7 +275,7 @@ class Supervisor:
         return report
 
 
-def _controller_config(folders: RunFolders, job: TrainingJob) -> ControllerConfig:
+def _controller_config(folders: RunFolders, job: TrainingJob, identity: str, resume: bool) -> ControllerConfig:
     name = job.metadata.name
     config = ControllerConfig(
         job=job.model_dump(mode="json", by_alias=True),
@@ -273,6 +283,8 @@ def _controller_config(folders: RunFolders, job: TrainingJob) -> ControllerConfi
         dir=str(folders.root),
         namespace=f"outlast-{name}",
         token_file=str(folders.token_file),
+        store_identity=identity,
+        resume=resume,
     )
     folders.config_file.write_text(config.model_dump_json())
     return config
@@ -317,16 +329,18 @@ def _parse(argv: Sequence[str] | None) -> Options:
     parser.add_argument("--dir", type=Path, required=True, help="the run's folder, which holds job.yaml")
     parser.add_argument("--fault", action="append", default=[], help="KIND@STEP:TARGET")
     parser.add_argument("--replace-after", default="5", help="seconds, or never")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the job's store")
     args = parser.parse_args(argv)
     after = None if args.replace_after == "never" else float(args.replace_after)
-    return Options(args.dir, tuple(parse_fault(text) for text in args.fault), after)
+    return Options(args.dir, tuple(parse_fault(text) for text in args.fault), after, args.resume)
 
 
 async def _main(options: Options, output: Output) -> int:
     job = load((options.directory / "job.yaml").read_text())
+    identity = await asyncio.to_thread(identity_of, job, options.resume, output.progress)
     processes.become_subreaper()
     folders = RunFolders.create(options.directory)
-    supervisor = Supervisor(options, folders, job, output)
+    supervisor = Supervisor(options, folders, job, identity, output)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, supervisor.interrupt)
     loop.add_signal_handler(signal.SIGTERM, supervisor.interrupt, True)
@@ -345,9 +359,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Output(sys.stdout.fileno())
     try:
         return asyncio.run(_main(_parse(argv), output))
-    except RequestError as error:
+    except (RequestError, StoreDenied) as error:
         output.end(2, "refused", str(error), "")
         return 2
+    except (StoreError, CheckpointError) as error:
+        output.end(1, "failed", str(error), "")
+        return 1
 
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ class Capture:
         for name, tensor in tensors:
             collected.leaves[name] = Leaf(name, tensor, False, tuple(tensor.shape), (0,) * tensor.dim(), False)
         objects = ",".join(f"{dump(key)}:{text}" for key, text in collected.state.items())
-        return Moment(collected, f'{{"objects":{{{objects}}},"session":{session}}}'.encode())
+        state = f'{{"objects":{{{objects}}},"weights":{self.collector.weights},"session":{session}}}'
+        return Moment(collected, state.encode())
 
     def needs_plan(self, moment: Moment) -> bool:
         """Whether ranks must agree (again) on how replicated state is cut."""

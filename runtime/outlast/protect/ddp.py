@@ -10,6 +10,7 @@ it.
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,9 +41,11 @@ def bucket_order(ddp: DistributedDataParallel) -> list[list[int]]:
 def set_bucket_order(ddp: DistributedDataParallel, order: list[list[int]]) -> None:
     """Give ``ddp`` a new reducer with these buckets; its first backward then adds in that order already.
 
-    Communication hooks go with it (Python's; built-in ones are recorded nowhere: register them after ``protect``).
+    Left alone when the order is of another number of parameters. Communication hooks go with it (Python's; built-in
+    ones are recorded nowhere: register them after ``protect``).
     """
-    if not order or order == bucket_order(ddp):
+    now = bucket_order(ddp)
+    if order == now or sorted(itertools.chain(*order)) != sorted(itertools.chain(*now)):
         return
     module: Any = torch.distributed
     original = module._compute_bucket_assignment_by_size

@@ -158,6 +158,32 @@ class Collector:
         known = self.parameters.get(id(parameter))
         return known[0] if known else f"{optimizer}/parameter/{index}"
 
+    @cached_property
+    def weights(self) -> str:
+        """JSON: which leaves make up the modules' ``state_dict()``, for who has nothing but an image.
+
+        {"modules": their keys, "aliases": name there -> leaf, where the leaf's name is another (a tied parameter has
+        one leaf; null: nothing holds it), "absent": leaves of modules that it leaves out}. Names have the form of a
+        leaf's.
+        """
+        held = {place: name for place, (name, _) in self.parameters.items()}
+        absent: set[str] = set()
+        for key, parts in self._parts.items():
+            for path, part in parts:
+                for place, buffer in part._buffers.items():
+                    name = f"{key}/{clean(f'{path}.{place}' if path else place)}"
+                    held.setdefault(id(buffer), name)
+                    absent |= {name} if place in part._non_persistent_buffers_set else set()
+        aliases: dict[str, str | None] = {}
+        for key, module in self.modules.items():
+            for path, value in module.state_dict(keep_vars=True).items():
+                name, extra = f"{key}/{clean(path)}", path.removesuffix("_extra_state")
+                own = held.get(id(value)) if extra == path else f"{key}/extra/{clean(extra)[:-1]}"
+                absent.discard(name)
+                if isinstance(value, torch.Tensor) and own != name:
+                    aliases[name] = own
+        return dump({"modules": list(self.modules), "aliases": aliases, "absent": sorted(absent)})
+
     def parameters_of(self, key: str) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, parameter) in the order of an optimizer's groups."""
         index = 0
@@ -205,7 +231,7 @@ class Collector:
         others = {k: v for k, v in optimizer.state.items() if not isinstance(k, torch.Tensor)}
         text = dump(self._tree(groups, f"{key}/groups", found, lazy=False))
         other = dump(self._tree(others, f"{key}/others", found, lazy=False))
-        found.state[key] = f'{{"states":{known.text},"groups":{text},"others":{other}}}'
+        found.state[key] = f'{{"states":{known.text},"members":{known.members},"groups":{text},"others":{other}}}'
 
     def _optimizer_states(self, key: str) -> _OptimizerStates:
         found, states, seen = Collected(), {}, []
@@ -216,7 +242,15 @@ class Collector:
             seen.append((parameter, optimizer.state.get(parameter)))
             if parameter in optimizer.state:
                 states[name] = self._tree(optimizer.state[parameter], f"{key}/state/{name}", found, lazy=True)
-        return _OptimizerStates(found.leaves, dump(states), seen)
+        names = iter([name for name, _ in self.parameters_of(key)])
+        members = [[next(names) for _ in group["params"]] for group in optimizer.param_groups]
+        return _OptimizerStates(found.leaves, dump(states), dump(members), seen)
+
+    def tensors_of(self, key: str) -> dict[str, torch.Tensor]:
+        """The live tensors in the state of an object that is neither module nor optimizer, by name."""
+        value, tensors = self.others[key], list[tuple[str, torch.Tensor]]()
+        flatten(value.state_dict() if isinstance(value, Stateful) else value, key, tensors)
+        return dict(tensors)
 
     def _tree(self, value: object, path: str, found: Collected, *, lazy: bool) -> Json:
         tensors: list[tuple[str, torch.Tensor]] = []
@@ -239,9 +273,9 @@ class _OptimizerStates:
     """
 
     def __init__(
-        self, leaves: dict[str, Leaf], text: str, seen: list[tuple[torch.Tensor, dict[str, Any] | None]]
+        self, leaves: dict[str, Leaf], text: str, members: str, seen: list[tuple[torch.Tensor, dict[str, Any] | None]]
     ) -> None:
-        self.leaves, self.text = leaves, text
+        self.leaves, self.text, self.members = leaves, text, members
         plain = all(isinstance(value, torch.Tensor) for _, state in seen for value in (state or {}).values())
         self._seen = [(p, _pointer(p), state, len(state or {})) for p, state in seen] if plain else None
         self._tensors: list[tuple[dict[str, Any], str, torch.Tensor, int]] = [

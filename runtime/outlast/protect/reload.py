@@ -1,146 +1,127 @@
 """From images back to live objects.
 
-``Shards`` reads one generation: this rank's own image from its node's memory, parts of replicated leaves from the other
-replicas' keepers. ``reload`` writes everything back: parameters and buffers in place, optimizer states exactly as they
-were (dtype included), the rest through ``load_state_dict``.
+``reload`` writes one generation into the protected objects: parameters and buffers in place, optimizer states exactly
+as they were (dtype included), the rest through ``load_state_dict``. Where the world is another one, sharded tensors are
+put together for the shards that there are now; what each rank had for itself is rank 0's, unless a hook chooses.
 """
 
 from __future__ import annotations
 
-import pathlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 
-from outlast.errors import ImageError, StateError
-from outlast.protect.leaves import Collector, Stateful, clean, local_of, make_leaf
-from outlast.protect.plan import STATE, decode_state, part_range
-from outlast.protect.tree import Json, unflatten
-from outlast.snapshot.identity import Generation
-from outlast.snapshot.image import ImageFile, Layout
+from outlast.errors import StateError
+from outlast.protect.leaves import Collector, Leaf, Stateful, clean, local_of, make_leaf
+from outlast.protect.resize import OnResize, chosen_states, follows_its_sampler, set_position
+from outlast.protect.shards import LocalPieces, LocalShard, ShardReader, Shards, Want
+from outlast.protect.tree import Json, tensor_names, unflatten
+
+__all__ = ["LocalPieces", "LocalShard", "ShardReader", "Shards", "Want", "load_module", "reload"]
 
 
-class ShardReader(Protocol):
-    """Reads bytes of one rank's image: a local file, or a keeper's ``read``."""
-
-    def layout(self) -> Layout: ...
-
-    def read_into(self, offset: int, target: memoryview) -> None: ...
-
-
-class LocalShard:
-    """This node's own image file of one generation, verified once more: nobody trains on bytes that were not."""
-
-    def __init__(self, path: pathlib.Path, generation: Generation) -> None:
-        """Raises ImageError when the file is of another generation, or not sealed, or any block does not verify."""
-        self._image = ImageFile.open(path)
-        if self._image.generation != generation:
-            raise ImageError(f"{path} holds generation {self._image.generation}, not {generation}")
-        if not all(self._image.verify()):
-            raise ImageError(f"{path} has blocks that do not verify")
-
-    def layout(self) -> Layout:
-        return self._image.layout
-
-    def read_into(self, offset: int, target: memoryview) -> None:
-        target[:] = self._image.view(offset, len(target))
-
-    def close(self) -> None:
-        self._image.close()
-
-
-@dataclass
-class Shards:
-    """One generation as this rank sees it. ``open_shard(rank)`` is called for each other rank that is needed."""
-
-    own: ShardReader
-    open_shard: Callable[[int], ShardReader]
-    rank: int
-    _others: dict[int, ShardReader] = field(default_factory=dict)
-
-    def names(self) -> dict[str, Mapping[str, Any]]:
-        """Leaf name -> the header's information about it."""
-        return {entry.name: entry.info for entry in self.own.layout().entries if "leaf" in entry.info}
-
-    def state(self) -> Json:
-        return decode_state(self._bytes(self.own, STATE))
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A leaf's local tensor on the CPU, put together from its parts."""
-        info = self.own.layout().entry(name).info
-        dtype = getattr(torch, info["dtype"])
-        if not info["nbytes"]:
-            return torch.empty(info["shape"], dtype=dtype)
-        buffer = np.empty(info["nbytes"], np.uint8)
-        replicas = info["replicas"]
-        for index, rank in enumerate(replicas):
-            start, stop = part_range(info["nbytes"], index, len(replicas))
-            if stop > start:
-                shard = self._shard(rank)
-                shard.read_into(shard.layout().entry(name).offset, buffer.data[start:stop])
-        return torch.from_numpy(buffer).view(dtype).reshape(info["shape"])
-
-    def _shard(self, rank: int) -> ShardReader:
-        if rank == self.rank:
-            return self.own
-        if rank not in self._others:
-            self._others[rank] = self.open_shard(rank)
-        return self._others[rank]
-
-    @staticmethod
-    def _bytes(shard: ShardReader, name: str) -> bytes:
-        entry = shard.layout().entry(name)
-        buffer = bytearray(entry.nbytes)
-        shard.read_into(entry.offset, memoryview(buffer))
-        return bytes(buffer)
-
-
-def reload(collector: Collector, shards: Shards) -> dict[str, Any]:
+def reload(collector: Collector, shards: Shards, on_resize: OnResize | None = None) -> dict[str, Any]:
     """Write one generation's state into the protected objects; returns the session's own state.
 
     Raises StateError that names what does not fit: a missing, unexpected or differently shaped tensor or object.
     """
     state = shards.state()
-    _check_objects(collector, state["objects"], shards.names())
+    objects = state["objects"]
+    leaves = _module_leaves(collector)
+    _check(collector, leaves, objects, shards)
+    shards.expect(_wants(collector, leaves, state, shards))
     for name, parameter in collector.parameters.values():
         _copy_in(name, parameter, shards)
     for key, module in collector.modules.items():
-        for part, place, name, buffer in _buffers(module):
-            if buffer is not None:
-                _copy_in(f"{key}/{name}", buffer, shards)
-            elif f"{key}/{name}" in shards.names():
-                part._buffers[place] = shards.tensor(f"{key}/{name}")  # one that the first forward would make
-        if key in state["objects"]:
-            _load_extra_state(module, unflatten(state["objects"][key], shards.tensor))
+        _load_buffers(key, module, shards)
+        if key in objects:
+            _load_extra_state(module, unflatten(objects[key], shards.tensor))
     for key in collector.optimizers:
-        _load_optimizer(collector, key, state["objects"][key], shards)
-    for key, value in collector.others.items():
-        _load_other(value, unflatten(state["objects"][key], shards.tensor))
+        _load_optimizer(collector, key, objects[key], shards)
     session: dict[str, Any] = unflatten(state["session"], shards.tensor)
+    _load_others(collector, objects, shards, on_resize, int(session["step"]))
     return session
 
 
-def _check_objects(collector: Collector, saved: Mapping[str, Json], names: Mapping[str, Any]) -> None:
+def load_module(key: str, module: torch.nn.Module, shards: Shards) -> None:
+    """Write the parameters and buffers of the module protected as ``key`` into ``module``, which may be another
+    object, sharded in another way or not at all. Raises StateError that names what does not fit.
+    """
+    state, collector = shards.state(), Collector({key: module})
+    leaves = _module_leaves(collector)
+    aliases = {name: leaf for name, leaf in state["weights"]["aliases"].items() if leaf is not None}
+    places = {name: name if name in shards.names else aliases.get(name, name) for name in leaves}
+    held = {n for n in shards.names if n.startswith(f"{key}/") and not n.startswith(f"{key}/extra/")}
+    unused = held - set(places.values()) - _late_buffers(collector) - {name for name in aliases if name in places}
+    problems = [f"{name} is in the model but not in it" for name, place in places.items() if place not in held]
+    problems += [f"{name} is in it but not in the model" for name in sorted(unused)]
+    problems += _misfits({places[name]: leaf for name, leaf in leaves.items() if places[name] in held}, shards)
+    _refuse(problems, f"the model does not fit {shards.label}", "")
+    shards.expect(Want(places[name], leaf) for name, leaf in leaves.items())
+    with torch.no_grad():
+        for name, leaf in leaves.items():
+            leaf.tensor.copy_(shards.tensor(Want(places[name], leaf)))
+    _load_late_buffers(key, module, shards)
+    if key in state["objects"]:
+        _load_extra_state(module, unflatten(state["objects"][key], shards.tensor))
+
+
+# --- does it fit? ---------------------------------------------------------------------------------------------------
+
+
+def _check(collector: Collector, leaves: Mapping[str, Leaf], saved: Mapping[str, Json], shards: Shards) -> None:
+    names = shards.names
     stateful = set(collector.optimizers) | set(collector.others)
     missing = sorted(stateful - set(saved))
-    modules = {f"{key}/" for key in collector.modules}
-    expected = {name for name, _ in collector.parameters.values()}
-    buffers = [(f"{key}/{n}", b) for key, module in collector.modules.items() for _, _, n, b in _buffers(module)]
-    expected |= {name for name, buffer in buffers if buffer is not None}
-    late = {name for name, buffer in buffers if buffer is None}
+    modules, late = {f"{key}/" for key in collector.modules}, _late_buffers(collector)
     held = {n for n in names if any(n.startswith(prefix) and not n.startswith(f"{prefix}extra/") for prefix in modules)}
     problems = [f"protect({name}=...) is not in the snapshot" for name in missing]
-    problems += [f"{name} is in the script but not in the snapshot" for name in sorted(expected - held)]
-    problems += [f"{name} is in the snapshot but not in the script" for name in sorted(held - expected - late)]
+    problems += [f"{name} is in the script but not in the snapshot" for name in sorted(set(leaves) - held)]
+    problems += [f"{name} is in the snapshot but not in the script" for name in sorted(held - set(leaves) - late)]
     keys = {name.split("/", 1)[0] for name in names if not name.startswith("__")} | set(saved)
     problems += [f"{key}= is in the snapshot but not protected now" for key in sorted(keys - set(collector.objects))]
+    problems += _misfits({name: leaf for name, leaf in leaves.items() if name in held}, shards)
+    _refuse(problems, f"the script does not fit {shards.label}", " Was the script changed between attempts?")
+
+
+def _refuse(problems: list[str], what: str, question: str) -> None:
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise StateError(f"the script does not fit the snapshot: {shown}. Was the script changed between attempts?")
+        raise StateError(f"{what}: {shown}.{question}")
+
+
+def _misfits(leaves: Mapping[str, Leaf], shards: Shards) -> list[str]:
+    """Tensors whose shape or dtype is another than the snapshot's; sharded ones are compared as a whole."""
+    found = []
+    for name, leaf in leaves.items():
+        info = shards.info(name)
+        spread = leaf.distributed or info["distributed"]
+        mine, theirs = (leaf.global_shape, info["global_shape"]) if spread else (leaf.shape, info["shape"])
+        dtype = getattr(torch, info["dtype"])
+        if tuple(mine) != tuple(theirs) or leaf.tensor.dtype != dtype:
+            found.append(
+                f"tensor {name!r} is {tuple(mine)} {leaf.tensor.dtype} in the script "
+                f"but {tuple(theirs)} {dtype} in the snapshot"
+            )
+    return found
+
+
+def _module_leaves(collector: Collector) -> dict[str, Leaf]:
+    """The live parameters and buffers of all modules, by name."""
+    found = {name: make_leaf(name, parameter, lazy=False) for name, parameter in collector.parameters.values()}
+    for key, module in collector.modules.items():
+        for _, _, name, buffer in _buffers(module):
+            if buffer is not None:
+                found[f"{key}/{name}"] = make_leaf(f"{key}/{name}", buffer, lazy=False)
+    return found
+
+
+def _late_buffers(collector: Collector) -> set[str]:
+    """Buffers that the first forward would make."""
+    return {f"{key}/{n}" for key, module in collector.modules.items() for _, _, n, b in _buffers(module) if b is None}
 
 
 def _buffers(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, str, torch.Tensor | None]]:
@@ -150,21 +131,54 @@ def _buffers(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, st
             yield part, place, clean(f"{path}.{place}" if path else place), buffer
 
 
+# --- what is read, in the order in which it is loaded -----------------------------------------------------------------
+
+
+def _wants(collector: Collector, leaves: Mapping[str, Leaf], state: Json, shards: Shards) -> Iterator[Want]:
+    objects, places = state["objects"], dict(leaves)
+    yield from itertools.starmap(Want, leaves.items())
+    for key in collector.modules:
+        yield from map(Want, tensor_names(objects.get(key)))
+    for key in collector.optimizers:
+        yield from map(Want, tensor_names([objects[key]["groups"], objects[key]["others"]]))
+        for name, parameter in collector.parameters_of(key):
+            if name not in places:
+                places[name] = make_leaf(name, parameter, lazy=False)
+                _refuse(_misfits({name: places[name]}, shards), f"the script does not fit {shards.label}", "")
+                yield Want(name, places[name])
+            for tensor in tensor_names(objects[key]["states"].get(name)):
+                yield _state_want(tensor, places[name], shards)
+    yield from map(Want, tensor_names(state["session"]))
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
 def _copy_in(name: str, live: torch.Tensor, shards: Shards) -> None:
-    local, saved = local_of(live), shards.tensor(name)
-    if local.shape != saved.shape or local.dtype != saved.dtype:
-        raise StateError(
-            f"tensor {name!r} is {tuple(local.shape)} {local.dtype} in the script "
-            f"but {tuple(saved.shape)} {saved.dtype} in the snapshot"
-        )
     with torch.no_grad():
-        local.copy_(saved)
+        local_of(live).copy_(shards.tensor(name))
+
+
+def _load_buffers(key: str, module: torch.nn.Module, shards: Shards) -> None:
+    for _, _, name, buffer in _buffers(module):
+        if buffer is not None:
+            _copy_in(f"{key}/{name}", buffer, shards)
+    _load_late_buffers(key, module, shards)
+
+
+def _load_late_buffers(key: str, module: torch.nn.Module, shards: Shards) -> None:
+    for part, place, name, buffer in _buffers(module):
+        if buffer is None and f"{key}/{name}" in shards.names:
+            part._buffers[place] = shards.tensor(f"{key}/{name}")  # one that the first forward would make
 
 
 def _load_extra_state(module: torch.nn.Module, extra: Mapping[str, Any]) -> None:
     for name, part in module.named_modules():
         if clean(name) in extra:
             part.set_extra_state(extra[clean(name)])
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
 
 
 def _load_optimizer(collector: Collector, key: str, saved: Json, shards: Shards) -> None:
@@ -188,24 +202,90 @@ def _load_optimizer(collector: Collector, key: str, saved: Json, shards: Shards)
             optimizer.state[parameter] = unflatten(saved["states"][name], tensor)
 
 
+def _state_want(name: str, live: Leaf, shards: Shards) -> Want:
+    """How a tensor of an optimizer's state is read: cut like its parameter ``live`` if it was cut like the saved one,
+    be it a DTensor or a plain tensor of the local part's shape; else as it is.
+    """
+    info, saved = shards.info(name), shards.info(live.name)
+    if info["distributed"]:
+        if tuple(info["global_shape"]) == live.global_shape:
+            return Want(name, live)
+        if shards.resized and info["shape"] != info["global_shape"]:
+            raise StateError(
+                f"{name} is cut in another way than {live.name}: "
+                "outlast cannot tell which part of it a rank has when their number changes"
+            )
+        return Want(name)
+    if info["shape"] == saved["shape"] and (saved["distributed"] or live.distributed) and info["shape"]:
+        return Want(name, live, along=live.name)
+    return Want(name)
+
+
 def _optimizer_tensor(name: str, parameter: torch.Tensor, shards: Shards) -> torch.Tensor:
     """A tensor of an optimizer's state as it was: its dtype, its device, a DTensor again if it was one."""
-    info = shards.own.layout().entry(name).info
+    info, along, local = shards.info(name), shards.want(name).along, local_of(parameter)
     saved = shards.tensor(name)
-    if not info["distributed"] and saved.shape == parameter.shape:
-        saved = torch.empty_like(parameter, dtype=saved.dtype, device="cpu").copy_(saved)  # strides as the parameter's
-    if info["distributed"]:
-        from torch.distributed.tensor import DTensor
+    if info["distributed"] or (along is not None and not shards.info(along)["distributed"]):
+        return _like_parameter(saved.to(local.device), parameter, info)
+    if saved.shape == local.shape:
+        saved = torch.empty_like(local, dtype=saved.dtype, device="cpu").copy_(saved)  # strides as the parameter's
+    return saved if info["device"] == "cpu" else saved.to(local.device)
 
-        return DTensor.from_local(
-            saved.to(local_of(parameter).device),
-            parameter.device_mesh,  # type: ignore[attr-defined]
-            parameter.placements,  # type: ignore[attr-defined]
-            run_check=False,
-            shape=torch.Size(info["global_shape"]),
-            stride=parameter.stride(),
-        )
-    return saved if info["device"] == "cpu" else saved.to(parameter.device)
+
+def _like_parameter(local: torch.Tensor, parameter: torch.Tensor, info: Mapping[str, Any]) -> torch.Tensor:
+    """A DTensor on the parameter's mesh with this local part, where the parameter is one."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not isinstance(parameter, DTensor):
+        return local
+    alike, shape = tuple(info["global_shape"]) == tuple(parameter.shape), torch.Size(info["global_shape"])
+    whole = not alike and tuple(local.shape) == tuple(shape)
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        [Replicate()] * parameter.device_mesh.ndim if whole else parameter.placements,
+        run_check=False,
+        shape=shape,
+        stride=parameter.stride() if alike else torch.empty(shape, device="meta").stride(),
+    )
+
+
+# --- everything else --------------------------------------------------------------------------------------------------
+
+
+def _load_others(
+    collector: Collector, saved: Mapping[str, Json], shards: Shards, on_resize: OnResize | None, step: int
+) -> None:
+    chosen: Mapping[str, Any] = {}
+    if shards.resized and on_resize is not None:
+        chosen = chosen_states(on_resize, collector, shards)
+    follows = {k for k, v in collector.others.items() if k not in chosen and shards.resized and follows_its_sampler(v)}
+    kept = [saved[key] for key in collector.others if key not in chosen and key not in follows]
+    shards.expect(Want(name) for name in tensor_names(kept) if not shards.info(name)["distributed"])
+    for key, value in collector.others.items():
+        if key in chosen:
+            _load_other(value, chosen[key])
+        elif key not in follows:
+            _load_other(value, unflatten(saved[key], _tensors_of(collector, key, shards)))
+        elif not any(other is value.batch_sampler for other in collector.others.values()):
+            set_position(value.batch_sampler, step)
+
+
+def _tensors_of(collector: Collector, key: str, shards: Shards) -> Callable[[str], torch.Tensor]:
+    """Supplies the tensors of an object's state; those that were DTensors are made like the live ones."""
+    if not any(info["distributed"] for name, info in shards.names.items() if name.split("/", 1)[0] == key):
+        return shards.tensor
+    live = collector.tensors_of(key)
+
+    def tensor(name: str) -> torch.Tensor:
+        info = shards.info(name)
+        if not info["distributed"] or name not in live:
+            return shards.tensor(name)
+        leaf = make_leaf(name, live[name], lazy=False)
+        _refuse(_misfits({name: leaf}, shards), f"the script does not fit {shards.label}", "")
+        return _like_parameter(shards.tensor(Want(name, leaf)).to(leaf.tensor.device), live[name], info)
+
+    return tensor
 
 
 def _load_other(live: Any, saved: Any) -> None:
@@ -217,4 +297,4 @@ def _load_other(live: Any, saved: Any) -> None:
     elif isinstance(live, list):
         live[:] = saved
     else:
-        local_of(make_leaf("tensor", live, lazy=False).tensor).copy_(saved)
+        local_of(live).copy_(local_of(saved))

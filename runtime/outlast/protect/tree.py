@@ -9,7 +9,7 @@ their bits (JSON is written with ``repr``).
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,19 @@ def unflatten(value: Json, tensor: Callable[[str], torch.Tensor]) -> Any:
     if len(value) == 1 and (key := next(iter(value))).startswith("$"):
         return _unflatten_tagged(key, value[key], tensor)
     return {key: unflatten(item, tensor) for key, item in value.items()}
+
+
+def tensor_names(value: Json) -> Iterator[str]:
+    """The names of the tensors that a JSON form refers to, in its order."""
+    if isinstance(value, list):
+        for item in value:
+            yield from tensor_names(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if len(value) == 1 and key in ("$tensor", "$array"):
+                yield item
+            else:
+                yield from tensor_names(item)
 
 
 def _unflatten_tagged(tag: str, body: Json, tensor: Callable[[str], torch.Tensor]) -> Any:

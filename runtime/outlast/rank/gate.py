@@ -29,7 +29,8 @@ class FaultGate:
     def from_environment(cls, identity: Mapping[str, Any]) -> FaultGate | None:
         path = os.environ.get("OUTLAST_FAULT_GATE")
         steps = frozenset(json.loads(os.environ.get("OUTLAST_FAULT_STEPS", "[]")))
-        return cls(path, steps, identity) if path and steps else None
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        return cls(path, steps, {**identity, "world": world}) if path and steps else None
 
     def pass_step(self, step: int) -> None:
         """Wait until the gate lets this rank do ``step``. Raises InjectedError when the fault is an error."""

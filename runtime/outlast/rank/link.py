@@ -26,7 +26,8 @@ class NoLink:
 
 
 class AgentLink:
-    """A connected link. ``permits`` and ``aborted`` are filled by the reader thread under ``lock``."""
+    """A connected link. The reader thread fills ``permits``, ``aborted`` and ``proceeded`` (generations as text) under
+    ``lock`` and notifies ``news``, as does whoever changes something else that its waiters look at."""
 
     def __init__(self, path: str, timeout_s: float = 30.0) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -42,6 +43,8 @@ class AgentLink:
         self.lock = threading.Lock()
         self.permits: list[dict[str, Any]] = []
         self.aborted: set[str] = set()
+        self.proceeded: set[str] = set()
+        self.news = threading.Condition(self.lock)
         self.on_abort: list[Callable[[str], None]] = []
         self.on_permit: list[Callable[[dict[str, Any]], None]] = []
         threading.Thread(target=self._read, name="outlast-link", daemon=True).start()
@@ -74,16 +77,22 @@ class AgentLink:
     def _handle(self, message: dict[str, Any]) -> None:
         match message["op"]:
             case "permit":
-                with self.lock:
+                with self.news:
                     self.permits.append(message)
+                    self.news.notify_all()
                 for announce in self.on_permit:
                     announce(message)
             case "abort":
-                with self.lock:
+                with self.news:
                     self.aborted.add(message["generation"])
                     self.permits = [p for p in self.permits if p["generation"] != message["generation"]]
+                    self.news.notify_all()
                 for callback in self.on_abort:
                     callback(message["generation"])
+            case "proceed":
+                with self.news:
+                    self.proceeded.add(message["generation"])
+                    self.news.notify_all()
             case "restore":
                 self._restore_message = message
                 self._restore.set()

@@ -3,6 +3,9 @@
 A permit names one coming step. At its boundary the rank either copies, or (when the controller asks for it) only votes
 on which replicas are equal; at any other boundary it says why it could not. From the boundary until ``Window.closed``
 parameters and optimizer states must not change: the optimizer pre-step hook waits for it.
+
+A permit may ask the rank to stay at the boundary when it has copied, until it is told to proceed, or ended: what was
+done by then is not done again elsewhere. After the last step of a job with an object tier all ranks stay so.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from outlast.snapshot.copier import CopyTicket
 from outlast.snapshot.identity import Generation
 
 WINDOW_DEADLINE_S = 600.0
+HOLD_DEADLINE_S = 900.0
+FINAL_DEADLINE_S = 1200.0
 
 
 @dataclass
@@ -99,32 +104,82 @@ class RankSnapshots:
             self.window.wait()
 
     def boundary(self, step: int) -> None:
-        """Obey what is permitted for ``step``; report permits that came too late."""
+        """Obey what is permitted for ``step``, and stay while held; report permits that came too late."""
         if self._failure is not None:
             raise self._failure
         if not self.link.permits and self.window is None:
             return
+        for generation in self._take(step):
+            self.link.send("busy", label=f"held before step {step}", limit_s=HOLD_DEADLINE_S)
+            self._hold(generation, time.monotonic() + HOLD_DEADLINE_S)
+            self.link.send("idle")
+
+    def final(self, step: int) -> None:
+        """Stay at the boundary after the last step, obeying permits, until told to proceed (or for 20 minutes)."""
+        until = time.monotonic() + FINAL_DEADLINE_S
+        while self._wait(lambda: self._proceeded(step) or self._is_due(step), until):
+            if self._proceeded(step):
+                return
+            for generation in self._take(step):
+                self._hold(generation, until)
+        text = f"the last step was not made durable in {FINAL_DEADLINE_S / 60:.0f} min: going on to write the weights"
+        self._note("final-snapshot-late", text)
+
+    def _take(self, step: int) -> list[Generation]:
+        """Obey what is permitted for ``step``; the generations at which to stay."""
         self.barrier()
+        held = []
         for permit in self.link.take_permits(step):
             generation = Generation.parse(permit["generation"])
             if permit["step"] < step or permit["generation"] in self.link.aborted:
                 self.link.send("missed", generation=str(generation), reason="late")
-            else:
-                self._obey(permit, generation)
+            elif self._obey(permit, generation) and permit.get("hold"):
+                held.append(generation)
+        return held
 
-    def _obey(self, permit: Mapping[str, Any], generation: Generation) -> None:
+    def _hold(self, generation: Generation, until: float) -> None:
+        """Stay until this generation is aborted or one of its step is a reason to proceed."""
+        text = str(generation)
+        if not self._wait(lambda: text in self.link.aborted or self._proceeded(generation.step), until):
+            self._note("hold-ended", f"nobody told how to go on after generation {generation}: going on")
+
+    def _proceeded(self, step: int) -> bool:
+        return any(Generation.parse(text).step >= step for text in self.link.proceeded)
+
+    def _is_due(self, step: int) -> bool:
+        return any(permit["step"] <= step for permit in self.link.permits)
+
+    def _wait(self, condition: Callable[[], bool], until: float) -> bool:
+        """Sleep until ``condition`` holds; False when it does not by then. Raises what has ended snapshots."""
+        with self.link.news:
+            held = self.link.news.wait_for(
+                lambda: self._failure is not None or condition(), max(0.0, until - time.monotonic())
+            )
+        if self._failure is not None:
+            raise self._failure
+        return held
+
+    def _fail(self, error: OutlastError) -> None:
+        """The next boundary ends the training loop with ``error``; so does one at which the rank stays."""
+        with self.link.news:
+            self._failure = error
+            self.link.news.notify_all()
+
+    def _obey(self, permit: Mapping[str, Any], generation: Generation) -> bool:
+        """Vote or copy as permitted; whether this rank is copying now."""
         began = time.perf_counter()
         moment = self.capture.observe(self.extra())
         replan = bool(permit.get("replan"))
         if self.capture.needs_plan(moment) and not replan:
             self.link.send("missed", generation=str(generation), reason="replan")
-            return
+            return False
         window = self.window = Window(generation, opened=began)
         if replan:
             self._work.put((str(generation), lambda: self._agree(window, moment)))
         else:
             self._copy_or_tell(window, moment, permit)
         window.stalled_s += time.perf_counter() - began
+        return not replan
 
     # -- voting on replicas
 
@@ -144,7 +199,7 @@ class RankSnapshots:
         try:
             self.fits(plan.layout.total_bytes)
         except CapacityError as error:
-            self._failure = error  # the next boundary ends the training loop with it
+            self._fail(error)
             raise
         self.link.send("planned", generation=str(window.generation))
 
@@ -200,7 +255,7 @@ class RankSnapshots:
             after = self._digests(copying.moment) if self.check else {}
         except TimeoutError as error:  # the copy goes on: the window stays shut, and the loop ends with this
             still_reading = True
-            self._failure = SnapshotError(str(error))
+            self._fail(SnapshotError(str(error)))
             raise
         finally:
             if not still_reading:

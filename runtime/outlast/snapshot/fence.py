@@ -5,7 +5,8 @@ the fence ends what older attempts are still writing *and waits for it*, so that
 of theirs arrives, not even from a peer that was paused in the middle of a push.
 
 Call order: every operation that writes does its writing inside ``with fence.writing(attempt, cancel)``; ``cancel`` is
-called from another thread and must make the writer leave soon.
+called from another thread and must make the writer leave soon. What only reads on this node (an upload, which a slow
+store may hold up) is done inside ``with fence.reading(attempt, cancel)``: it is ended as well, but not waited for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+_Workers = dict[object, tuple[Attempt, Callable[[], None]]]
+
+
 class Fence:
     """The attempt in force on this keeper, and who is writing for it. Threads may share it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._changed = threading.Condition()
-        self._writers: dict[object, tuple[Attempt, Callable[[], None]]] = {}
+        self._writers: _Workers = {}
+        self._readers: _Workers = {}
         stored = read_json(path)
         self._current = Attempt(int(stored["attempt"]), str(stored["incarnation"])) if stored else None
 
@@ -68,24 +73,34 @@ class Fence:
             if attempt != self._current:
                 write_json(self._path, {"attempt": attempt.number, "incarnation": attempt.incarnation})
                 self._current = attempt
-            older = [cancel for writer, cancel in self._writers.values() if writer != attempt]
+            working = [*self._writers.values(), *self._readers.values()]
+            older = [cancel for worker, cancel in working if worker != attempt]
         for cancel in older:
             cancel()
         self._wait_gone(attempt)
 
-    @contextmanager
-    def writing(self, attempt: Attempt, cancel: Callable[[], None]) -> Iterator[None]:
+    def writing(self, attempt: Attempt, cancel: Callable[[], None]) -> AbstractContextManager[None]:
         """Write within this block, as ``attempt``. Raises like ``admit``; ``cancel`` ends the block from outside."""
+        return self._working(self._writers, attempt, cancel)
+
+    def reading(self, attempt: Attempt, cancel: Callable[[], None]) -> AbstractContextManager[None]:
+        """Do within this block, as ``attempt``, what changes nothing here. Raises like ``admit``; a newer attempt calls
+        ``cancel`` and does not wait.
+        """
+        return self._working(self._readers, attempt, cancel)
+
+    @contextmanager
+    def _working(self, workers: _Workers, attempt: Attempt, cancel: Callable[[], None]) -> Iterator[None]:
         self.admit(attempt)
         key = object()
         with self._changed:
             self._check(attempt)
-            self._writers[key] = (attempt, cancel)
+            workers[key] = (attempt, cancel)
         try:
             yield
         finally:
             with self._changed:
-                del self._writers[key]
+                del workers[key]
                 self._changed.notify_all()
 
     def _check(self, attempt: Attempt) -> None:

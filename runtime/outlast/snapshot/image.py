@@ -158,6 +158,12 @@ class ImageFile:
             return None
         return Generation.parse(text.decode("ascii"))
 
+    @property
+    def digest(self) -> str | None:
+        """XXH64 of the checksums that it was sealed with, as 16 hexadecimal digits; None while it is not sealed."""
+        footer = self._footer()
+        return None if footer is None else f"{footer.checksums_digest:016x}"
+
     def view(self, offset: int, length: int) -> memoryview:
         """Bytes [offset, offset + length) of the file, shared. Raises ValueError when it has no such bytes."""
         if offset < 0 or length < 0 or offset + length > self.layout.total_bytes:

@@ -17,6 +17,9 @@ Json = dict[str, Any]
 Kind = Literal["shard", "parity"]
 Origin = Literal["memory-local", "memory-peer", "memory-decode", "object"]
 
+GUEST_SLOT = 100
+"""Where a node keeps an image of a seat that it does not have, for others to read: in slot GUEST_SLOT + that seat."""
+
 
 @dataclass(frozen=True)
 class GroupInfo:
@@ -141,7 +144,11 @@ class RankRestore:
     ``holder`` is the node with a copy of the image: ``node`` itself for memory-local, another for memory-peer. For
     memory-decode that copy is damaged (fetch it unless it is the node's own, then repair its bad blocks) or, when
     ``holder`` is None, there is none; ``group`` (its ``index`` is the wanted member) and ``sources`` are given for
-    decoding alone and include the damaged copy. For object ``url`` and ``key`` say where it is in the store.
+    decoding alone and include the damaged copy. For object ``url`` and ``key`` say where it is in the store. The slot
+    may be a guest's: an image that lies in one stays there, and so does one whose slot holds another seat's image.
+
+    In a direct plan ``rank``, ``seat`` and ``local_rank`` are those of the old world, ``node`` is where ranks read it
+    ("" for object), and a memory-peer is read where it lies: ``holder`` is ``node``.
     """
 
     rank: int
@@ -226,8 +233,18 @@ class RestorePlan:
         """The images that this node has to provide."""
         return tuple(restore for restore in self.ranks if restore.node == node)
 
+    @property
+    def kept_slot(self) -> int | None:
+        """The slot that has this generation once the plan is done, and must stay as it is until the next commit.
+
+        It is the one of most images, guests apart; None when all are guests or read from the store alone.
+        """
+        images = (restore for restore in self.ranks if not (self.direct and restore.source == "object"))
+        slots = Counter(restore.slot for restore in images if restore.slot < GUEST_SLOT)
+        return min(slots, key=lambda number: (-slots[number], number)) if slots else None
+
     def origins(self) -> dict[str, int]:
-        """How many ranks come from where."""
+        """How many images (one for each rank of the world that wrote them) come from where."""
         return dict(Counter(restore.source for restore in self.ranks))
 
     def to_json(self) -> Json:
@@ -251,4 +268,4 @@ def _origin(text: object) -> Origin:
     for origin in get_args(Origin):
         if text == origin:
             return cast(Origin, origin)
-    raise ValueError(f"a restore's source is memory-local, memory-peer or memory-decode, not {text!r}")
+    raise ValueError(f"a restore's source is one of {', '.join(get_args(Origin))}, not {text!r}")

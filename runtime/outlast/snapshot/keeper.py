@@ -5,30 +5,29 @@ directory, so that one started anew after a kill goes on serving them. It decide
 to do, other keepers ask it for bytes. Threads: one accepts, one for each connection. A connection begins with the
 job's token.
 
-Operations (see `KeeperClient.call`; those marked * write, carry ``attempt`` and ``incarnation`` and are refused by the
-fence when these are not in force; a newer attempt comes in force by its first message):
+Operations (see `KeeperClient.call`; those marked * carry ``attempt`` and ``incarnation`` and are refused by the fence
+when these are not in force; a newer attempt comes in force by its first message):
 
 ========== ============================================================ =============================================
 op         arguments                                                    answer
 ========== ============================================================ =============================================
-status                                                                  node, commit, attempt, used, max_memory, images
+status                                                                  node, commit, attempt, images; used, max_memory
+                                                                        and available (bytes)
 inventory                                                               node, images (`Inventory`), damaged: texts
 holds      kind, seat, local_rank, generation                           length
 read       the same and ranges: (offset, bytes, entry)                  payload, then so many bytes
-prepare    sizes by local rank, slots, members, parity                  image, parity, needed, available, missing bytes
 fence *                                                                 attempt
 encode *   generation, slot, group: {seats, parity, lengths by local    bytes, seconds
            rank}, index, peers: [{host, port} or null], targets?
 put_parity attempt, ... of `ParityRequest`, stripe, row                 want; then bytes, put_done
 rebuild *  generation, restore (`RankRestore`), peers: {node: [host,    bytes, seconds
            port]}, fresh?
-commit *   generation                                                   commit
-forget *   generations?, slots?                                         images
-wipe *                                                                  images
+upload *   generation, seat, url, bandwidth?, procs?                    images (`StoredImage`), bytes, seconds
+commit *   generation, slots?, procs?                                   commit, removed: how many images
 ========== ============================================================ =============================================
 
 Run as ``python -m outlast.snapshot.keeper CONFIG`` (a JSON file with the fields of `KeeperConfig`, ``-`` for stdin), or
-``main(config)`` in a forked child.
+``main(config)`` in a forked child; ``outlast.checkpoint.serving`` is the same with an object tier.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,12 @@ from outlast.snapshot.encoding import EncodeRequest, Encoding, receive_parity
 from outlast.snapshot.fence import write_json
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.image import ImageFile
+from outlast.snapshot.inventory import GUEST_SLOT
 from outlast.snapshot.keeper_store import Place, Store
+from outlast.snapshot.offloading import NO_TIER, Upload, UploadRequest, Uploads
 from outlast.snapshot.peers import Peers
 from outlast.snapshot.rebuilding import Rebuilding, RebuildRequest
+from outlast.snapshot.stored import ObjectTier
 from outlast.snapshot.wire import MAX_HELLO, SEND_PIECE, Channel, Deadline, ImageName, error_message
 
 HELLO_SECONDS = 10.0
@@ -88,10 +90,14 @@ class KeeperConfig:
 
 
 class Keeper:
-    """The server of one node's images. Raises RequestError when its address cannot be had."""
+    """The server of one node's images. ``objects``: its way to object storage, None where the job has none.
 
-    def __init__(self, config: KeeperConfig) -> None:
+    Raises RequestError when its address cannot be had.
+    """
+
+    def __init__(self, config: KeeperConfig, objects: ObjectTier | None = None) -> None:
         self._config = config
+        self._objects = objects
         self._store = Store(config.node, Path(config.memory_dir), config.max_memory)
         try:
             self._listener = socket.create_server((config.host, config.port), backlog=128)
@@ -100,19 +106,18 @@ class Keeper:
             raise RequestError(f"{config.node}: the keeper cannot listen on {where}: {error.strerror}") from error
         self.host, self.port = config.host, int(self._listener.getsockname()[1])
         self._rebuilds: dict[Place, threading.Lock] = {}
+        self._uploads = Uploads()
         self._handlers: dict[str, Callable[[Message, Channel, Deadline], Reply | None]] = {
             "status": lambda _message, _channel, _deadline: self._store.status(),
             "inventory": self._inventory,
             "holds": self._holds,
             "read": self._read,
-            "prepare": self._prepare,
             "fence": self._fence,
             "encode": self._encode,
             "put_parity": self._put_parity,
             "rebuild": self._rebuild,
+            "upload": self._upload,
             "commit": self._commit,
-            "forget": self._forget,
-            "wipe": self._wipe,
         }
 
     def serve(self) -> None:
@@ -196,11 +201,6 @@ class Keeper:
                     raise TransferError(f"{name} was overwritten while it was read")
                 channel.send_bytes(view[start : start + SEND_PIECE], deadline)
 
-    def _prepare(self, message: Message, _channel: Channel, _deadline: Deadline) -> Reply:
-        sizes = {int(local_rank): int(size) for local_rank, size in message["sizes"].items()}
-        members, parity = int(message["members"]), int(message["parity"])
-        return {**self._store.prepare(sizes, int(message["slots"]), members, parity)}
-
     def _fence(self, message: Message, _channel: Channel, _deadline: Deadline) -> Reply:
         attempt = _attempt(message)
         self._store.fence.admit(attempt)
@@ -220,7 +220,7 @@ class Keeper:
         addresses = {node: (str(host), int(port)) for node, (host, port) in message["peers"].items()}
         addresses[self._config.node] = (self.host, self.port)
         request = RebuildRequest.from_json(message)
-        rebuilding = Rebuilding(self._store, Peers(addresses, self._config.token), request, deadline)
+        rebuilding = Rebuilding(self._store, Peers(addresses, self._config.token), request, deadline, self._objects)
         lock = self._rebuilds.setdefault(request.place, threading.Lock())
         with self._store.fence.writing(request.attempt, rebuilding.cancel):
             if not lock.acquire(timeout=deadline.left()):
@@ -230,32 +230,45 @@ class Keeper:
             finally:
                 lock.release()
 
-    def _commit(self, message: Message, _channel: Channel, _deadline: Deadline) -> Reply:
+    def _upload(self, message: Message, _channel: Channel, deadline: Deadline) -> Reply:
+        if self._objects is None:
+            raise RequestError(f"{self._config.node}: {NO_TIER}")
+        request = UploadRequest.from_json(message)
+        upload = Upload(self._store, self._objects, request, deadline)
+        with self._store.fence.reading(request.attempt, upload.cancel), self._uploads.alone(upload, deadline):
+            return upload.run()
+
+    def _commit(self, message: Message, _channel: Channel, deadline: Deadline) -> Reply:
+        """Remember it, and remove what it makes useless (``slots`` and ``procs``: how many the job has)."""
         generation = Generation.parse(message["generation"])
+        slots, procs = int(message.get("slots", GUEST_SLOT)), int(message.get("procs", sys.maxsize))
         with self._store.fence.writing(_attempt(message), _nothing):
             self._store.remember_commit(generation)
-        return {"commit": str(generation)}
-
-    def _forget(self, message: Message, _channel: Channel, deadline: Deadline) -> Reply:
-        generations = {Generation.parse(text) for text in message.get("generations", [])}
-        slots = {int(slot) for slot in message.get("slots", [])}
-        with self._store.fence.writing(_attempt(message), _nothing):
-            return {"images": self._store.forget(generations, slots, deadline)}
-
-    def _wipe(self, message: Message, _channel: Channel, deadline: Deadline) -> Reply:
-        with self._store.fence.writing(_attempt(message), _nothing):
-            return {"images": self._store.wipe(deadline)}
+            removed = self._store.drop_leftovers(generation, slots, procs, deadline)
+        return {"commit": str(generation), "removed": removed}
 
 
-def main(config: Message) -> None:
+def run(config: KeeperConfig, objects: ObjectTier | None) -> None:
     """Be a keeper until SIGTERM; its files stay."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
-    keeper = Keeper(KeeperConfig.from_json(config))
+    keeper = Keeper(config, objects)
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     try:
         keeper.serve()
     finally:
         keeper.close()
+
+
+def main(config: Message) -> None:
+    """Be a keeper of a job without an object tier (``outlast.checkpoint.serving`` has one)."""
+    run(KeeperConfig.from_json(config), None)
+
+
+def read_config(argv: Sequence[str]) -> Message:
+    """The JSON object in the file that a command line names, or on the standard input."""
+    source = argv[1] if len(argv) == 2 else "-"
+    config: Message = json.loads(sys.stdin.read() if source == "-" else Path(source).read_text())
+    return config
 
 
 def _range_view(image: ImageFile, offset: int, length: int, entry: str) -> memoryview:
@@ -271,5 +284,4 @@ def _nothing() -> None:
 
 
 if __name__ == "__main__":
-    source = sys.argv[1] if len(sys.argv) == 2 else "-"
-    main(json.loads(sys.stdin.read() if source == "-" else Path(source).read_text()))
+    main(read_config(sys.argv))

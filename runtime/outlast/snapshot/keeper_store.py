@@ -7,6 +7,8 @@
     *.img.rebuild                    an image that is being rebuilt; a leftover of a keeper that died is removed
     commit.json fence.json           the newest commit it was told, the attempt in force
 
+A slot from ``GUEST_SLOT`` on is a guest's: an image of an old world's seat, for others to read until the next commit.
+
 Files are looked up anew for every operation: a rank may replace its own at any time, and a mapping that is kept would
 pin the memory of the old one. Only parity images, which nobody else writes, stay mapped.
 """
@@ -27,7 +29,7 @@ from outlast.errors import CapacityError, ImageError, StaleAttemptError
 from outlast.snapshot.fence import Fence, read_json, write_json
 from outlast.snapshot.identity import Generation
 from outlast.snapshot.image import BLOCK, ImageFile, allocate
-from outlast.snapshot.inventory import GroupInfo, HeldImage, Inventory, Kind
+from outlast.snapshot.inventory import GUEST_SLOT, GroupInfo, HeldImage, Inventory, Kind
 from outlast.snapshot.parity_build import ParityBuild, ParityRequest, parity_layout
 from outlast.snapshot.wire import Deadline, ImageName
 
@@ -92,13 +94,7 @@ class Store:
 
     def status(self) -> dict[str, Any]:
         """What is held, without verifying it."""
-        images = []
-        for place in self.places():
-            try:
-                held = self._held(place, verify=False)
-            except (ImageError, FileNotFoundError):
-                continue
-            images.append(held.to_json())
+        held = [image for place in self.places() if (image := self._look(place)) is not None]
         attempt = self.fence.current
         return {
             "node": self.node,
@@ -106,7 +102,8 @@ class Store:
             "attempt": attempt and str(attempt),
             "used": self.used(),
             "max_memory": self.max_memory,
-            "images": images,
+            "available": self.available(),
+            "images": [image.to_json() for image in held],
         }
 
     def inventory(self) -> tuple[Inventory, list[str]]:
@@ -157,21 +154,6 @@ class Store:
             self.require(path, nbytes)
             return allocate(path, nbytes)
 
-    def prepare(self, sizes: Mapping[int, int], slots: int, members: int, parity: int) -> dict[str, int]:
-        """Whether images of ``sizes`` (bytes by local rank) and their parity fit, ``slots`` of each.
-
-        Members of the group are taken to be as large as this one. All numbers are bytes; ``missing`` is 0 when it fits.
-        """
-        held = 0
-        for local_rank, size in sizes.items():
-            if parity:
-                group = GroupInfo(tuple(range(members)), parity, (size,) * members, 0)
-                held += parity_layout(group, local_rank).total_bytes
-        image, available = sum(sizes.values()), self.available()
-        needed = slots * (image + held)
-        missing = max(needed - available, 0)
-        return {"image": image, "parity": held, "needed": needed, "available": available, "missing": missing}
-
     def parity_build(self, request: ParityRequest, deadline: Deadline) -> ParityBuild | None:
         """The build of a parity image, begun if need be; None when the image is there and sound.
 
@@ -191,31 +173,25 @@ class Store:
             self._builds[place] = build
             return build
 
-    def forget(self, generations: set[Generation], slots: set[int], deadline: Deadline) -> int:
-        """Break the seals of these generations and remove the files of these slots; how many images that were."""
-        done = 0
-        for place in self.places():
-            if place.slot in slots:
-                self._remove(place, deadline)
-                done += 1
-                continue
-            try:
-                image = ImageFile.open(self.path(place), writable=True)
-            except (ImageError, FileNotFoundError):
-                continue
-            if image.generation in generations:
-                image.unseal()
-                done += 1
-            image.close()
-        return done
-
-    def wipe(self, deadline: Deadline) -> int:
-        """Remove all images and the commit mark, not the fence; how many images that were."""
+    def drop_leftovers(self, committed: Generation, slots: int, procs: int, deadline: Deadline) -> int:
+        """Remove what is of no use once ``committed`` is: guests of other generations, images of slots and local ranks
+        that the job does not have, and parity of groups that are no more. How many images that were.
+        """
         places = list(self.places())
-        for place in places:
+        useless = {place for place in places if place.local_rank >= procs or slots <= place.slot < GUEST_SLOT}
+        useless |= {place for place in places if place.slot >= GUEST_SLOT and self._generation(place) != committed}
+        useless |= self._stale_parity(committed)
+        for place in useless:
             self._remove(place, deadline)
-        (self.dir / "commit.json").unlink(missing_ok=True)
-        return len(places)
+        return len(useless)
+
+    def _stale_parity(self, committed: Generation) -> set[Place]:
+        """Parity of earlier attempts that no build will take the place of, since this node's group is another now."""
+        places = [place for place in self.places() if place.kind == "parity"]
+        held = {place: image for place in places if (image := self._look(place)) is not None}
+        groups = {_seats(image) for image in held.values() if image.generation == committed}
+        older = {place for place, image in held.items() if image.generation.attempt < committed.attempt}
+        return {place for place in older if _seats(held[place]) not in groups}
 
     def _give_up(self, former: ParityBuild, request: ParityRequest, deadline: Deadline) -> None:
         """End the slot's former build, unless it is the newer of the two."""
@@ -232,6 +208,17 @@ class Store:
                 build.image.close()
             self.path(place).unlink(missing_ok=True)
 
+    def _generation(self, place: Place) -> Generation | None:
+        image = self._look(place)
+        return None if image is None else image.generation
+
+    def _look(self, place: Place) -> HeldImage | None:
+        """What is held there, without verifying it; None when that is nothing."""
+        try:
+            return self._held(place, verify=False)
+        except (ImageError, FileNotFoundError):
+            return None
+
     def _held(self, place: Place, *, verify: bool) -> HeldImage:
         """Raises ImageError when it is unsealed or its header or trailer are damaged."""
         image = ImageFile.open(self.path(place))
@@ -245,9 +232,17 @@ class Store:
             group = GroupInfo.from_json(json.loads(meta["group"])) if place.kind == "parity" else None
             if image.generation != generation:
                 raise ImageError("it was overwritten while it was verified")
-            length = image.layout.total_bytes
             return HeldImage(
-                self.node, int(meta["seat"]), place.local_rank, place.slot, generation, place.kind, length, bad, group
+                node=self.node,
+                seat=int(meta["seat"]),
+                local_rank=place.local_rank,
+                slot=place.slot,
+                generation=generation,
+                kind=place.kind,
+                length=image.layout.total_bytes,
+                bad_blocks=bad,
+                group=group,
+                world=int(meta.get("world", 0)),
             )
         except (KeyError, ValueError, TypeError) as error:
             raise ImageError(f"its header is no snapshot's: {error!r}") from error
@@ -275,6 +270,10 @@ class Store:
 
     def _limit(self) -> str:
         return f"the file system of {self.dir}" if self.max_memory is None else f"maxMemory {self.max_memory}"
+
+
+def _seats(parity: HeldImage) -> tuple[int, ...]:
+    return parity.group.seats if parity.group else ()
 
 
 def _size(path: Path) -> int:

@@ -1,4 +1,5 @@
-"""Getting a rank's image back onto this node: fetched whole, decoded from its group, or repaired in place.
+"""Getting a rank's image back onto this node: fetched whole (from a keeper or from object storage), decoded from its
+group, or repaired in place.
 
 A new image is made beside its final name and moved there only when all its bytes verify against its own trailer, so
 that a keeper killed meanwhile leaves nothing that could be taken for an image. A damaged image of the node's own is
@@ -8,6 +9,7 @@ used by no one. What is decoded is pulled in pieces, one stream for each source,
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 import time
@@ -16,14 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outlast.errors import ImageError, StaleAttemptError, UnrecoverableError
+from outlast.errors import (
+    CapacityError,
+    ImageError,
+    RequestError,
+    StaleAttemptError,
+    StoreUnavailable,
+    UnrecoverableError,
+)
 from outlast.snapshot.codec import Codec
 from outlast.snapshot.erasure import DecodeRange, GroupLayout, Part, decode_ranges, parity_entry
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.image import BLOCK, ImageFile, block_checksums
 from outlast.snapshot.inventory import GroupInfo, Kind, RankRestore
 from outlast.snapshot.keeper_store import REBUILDING, Place, Store
+from outlast.snapshot.offloading import NO_TIER
 from outlast.snapshot.peers import Peers
+from outlast.snapshot.stored import ObjectTier, TransferLimits
 from outlast.snapshot.wire import Deadline, ImageName, KeeperClient, ReadRange
 
 PIECE = 512 * 1024
@@ -63,8 +74,16 @@ class RebuildRequest:
 class Rebuilding:
     """One run of a `RebuildRequest`; ``peers`` are keyed by node. Any thread may ``cancel`` it."""
 
-    def __init__(self, store: Store, peers: Peers[str], request: RebuildRequest, deadline: Deadline) -> None:
+    def __init__(
+        self,
+        store: Store,
+        peers: Peers[str],
+        request: RebuildRequest,
+        deadline: Deadline,
+        objects: ObjectTier | None = None,
+    ) -> None:
         self._store = store
+        self._objects = objects
         self._peers = peers
         self._request = request
         self._deadline = deadline
@@ -75,7 +94,8 @@ class Rebuilding:
         """Make the image and verify it. Gives {bytes received, seconds}.
 
         Raises UnrecoverableError when the plan's sources do not suffice, ImageError when a source is gone or the result
-        does not verify, CapacityError, TransferError, StaleAttemptError.
+        does not verify, CapacityError, TransferError, StaleAttemptError; StoreError and CheckpointError for what is to
+        come from object storage.
         """
         started, restore = time.monotonic(), self._request.restore
         with self._peers:
@@ -124,7 +144,9 @@ class Rebuilding:
         draft = path.with_name(path.name + REBUILDING)
         try:
             whole = memoryview(self._draft(path, draft))
-            if restore.holder is not None:
+            if restore.source == "object":
+                self._fetch_object(whole)
+            elif restore.holder is not None:
                 self._fetch(restore.holder, whole)
             if restore.source == "memory-decode":
                 self._decode(lambda offset, length: whole[offset : offset + length])
@@ -143,8 +165,14 @@ class Rebuilding:
             raise ImageError(f"{self._request.name}: {len(bad)} blocks do not verify after the rebuild, first {bad[0]}")
 
     def _draft(self, path: Path, draft: Path) -> mmap.mmap:
-        """A file to rebuild into: the memory of the slot's former file when that has the size, else new."""
+        """A file to rebuild into: the memory of the slot's former file when that has the size, else new.
+
+        What the store is to give may not come: then the slot's file is left alone as long as there is room beside it.
+        """
         length = self._request.restore.length
+        if self._request.restore.source == "object":
+            with contextlib.suppress(CapacityError):
+                return self._store.allocate(draft, length)
         if not self._request.fresh and path.exists() and path.stat().st_size == length:
             path.replace(draft)
             with draft.open("r+b") as file:
@@ -160,6 +188,24 @@ class Rebuilding:
             client.receive(out[start : start + FETCH_PIECE], self._deadline)
         client.confirm(self._request.name, self._deadline)
         self._received += len(out)
+
+    def _fetch_object(self, out: memoryview) -> None:
+        restore = self._request.restore
+        if self._objects is None:
+            raise RequestError(f"{self._store.node}: {NO_TIER}")
+        if restore.url is None or restore.key is None:
+            raise UnrecoverableError(f"{self._request.name}: the plan names no object for it")
+        limits = TransferLimits(cancelled=self._is_over)
+        try:
+            self._objects.fetch(restore.url, restore.key, out, limits)
+        except StaleAttemptError as error:
+            self._check()
+            late = f"{restore.url}/{restore.key} did not come within {self._deadline.seconds:g} s"
+            raise StoreUnavailable(late) from error
+        self._received += len(out)
+
+    def _is_over(self) -> bool:
+        return self._stopped.is_set() or time.monotonic() >= self._deadline.at
 
     def _decode(self, view: _View) -> None:
         restore = self._request.restore
@@ -216,9 +262,11 @@ class Rebuilding:
         return ImageName(kind, self._request.restore.local_rank, self._request.generation, group.seats[member])
 
     def _check_identity(self, image: ImageFile) -> None:
-        seat = image.layout.meta.get("seat")
-        if (image.generation, seat) != (self._request.generation, str(self._request.restore.seat)):
-            raise ImageError(f"{image.path} is of seat {seat}, generation {image.generation}: not {self._request.name}")
+        restore, meta = self._request.restore, image.layout.meta
+        wanted = {"kind": "shard", "seat": str(restore.seat), "local_rank": str(restore.local_rank)}
+        found = {key: meta.get(key) for key in wanted}
+        if image.generation != self._request.generation or found != wanted:
+            raise ImageError(f"{image.path} is {found}, generation {image.generation}: not {self._request.name}")
 
     def _check(self) -> None:
         if self._stopped.is_set():

@@ -50,6 +50,13 @@ _ERRORS: dict[str, type[OutlastError]] = {
         errors.SnapshotError,
         errors.ImageError,
         errors.UnrecoverableError,
+        errors.StoreError,
+        errors.StoreUnavailable,
+        errors.StoreDenied,
+        errors.ObjectMissing,
+        errors.PreconditionFailed,
+        errors.CheckpointError,
+        errors.ClaimLost,
         errors.TransferError,
     )
 }

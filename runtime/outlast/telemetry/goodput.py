@@ -88,7 +88,7 @@ class RecoveryRecord:
     ``kind`` is the cause as a word (rank-exit, node-lost, hang ...), ``cause`` the sentence; ``further``: causes of
     faults that struck while it was under way; ``restore_sources``: ranks by where their state came from;
     ``restored_step`` the step to resume with, ``lost_steps`` those done before and to be done again; ``total_s`` from
-    the fault to the end of the first step done after it.
+    the fault to the end of the first step done after it. ``planned``: there was no fault (kinds resize, node-left).
     """
 
     kind: str
@@ -106,6 +106,7 @@ class RecoveryRecord:
     total_s: float | None = None
     node: str | None = None
     rank: int | None = None
+    planned: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The record with rounded seconds, without the controller's own clock."""

@@ -4,11 +4,14 @@
 --model     mlp (several communication buckets, a parameter smaller than the world) or
             rich (dropout, BatchNorm, DataLoader workers with random augmentation, fused optimizer, weight average,
             tied and frozen and bf16 parameters, two optimizers, one of them late)
+--record    a folder: each rank writes which samples it took for which step, and the loss over the whole global batch is
+            reported as global_loss
 """
 
 from __future__ import annotations
 
 import argparse
+import pathlib
 import random
 
 import numpy as np
@@ -33,11 +36,11 @@ class Points(Dataset):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         x = torch.sin(torch.arange(64) * (index + 1) * 0.013)
         if self.noisy:
             x = x + 0.1 * torch.rand(64) + random.random() * 0.1 + float(np.random.rand()) * 0.1
-        return x, x.flip(0).cumsum(0) / 10
+        return x, x.flip(0).cumsum(0) / 10, index
 
 
 class Mlp(nn.Module):
@@ -103,6 +106,25 @@ def average_gradients(model: nn.Module) -> None:
             parameter.grad /= dist.get_world_size()
 
 
+class Record:
+    """Writes this rank's samples of each step, and keeps the loss over all ranks and micro-batches."""
+
+    def __init__(self, folder: str, run: outlast.Run) -> None:
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        self._file = open(pathlib.Path(folder) / f"attempt-{run.attempt}.rank-{run.rank}.txt", "a")  # noqa: SIM115
+        self._run, self._samples, self._loss = run, [], torch.zeros(())
+
+    def take(self, indices: torch.Tensor, loss: torch.Tensor) -> None:
+        self._samples += indices.tolist()
+        self._loss = self._loss + loss.detach() * self._run.weight
+
+    def step(self) -> None:
+        dist.all_reduce(self._loss)
+        self._run.report(global_loss=self._loss / self._run.world_size)
+        print(self._run.step, *self._samples, file=self._file, flush=True)
+        self._samples, self._loss = [], torch.zeros(())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parallel", choices=["plain", "ddp", "fsdp", "hsdp"], default="fsdp")
@@ -116,6 +138,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--apart-from", type=int, default=10**9, help="plain: ranks stop averaging at this step")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--record", default=None)
     args = parser.parse_args()
 
     run = outlast.init()
@@ -138,10 +161,13 @@ def main() -> None:
         objects |= {"second": second, "average": average}
     run.protect(check=args.check, **objects)
 
-    for x, y in run.steps(loader, total=args.steps):
+    record = Record(args.record, run) if args.record else None
+    for x, y, indices in run.steps(loader, total=args.steps):
         for _ in range(args.work):
             loss = (wrapped(x) - y).square().mean()
         (loss * run.weight).backward()
+        if record is not None:
+            record.take(indices, loss)
         if not run.last:
             continue
         if args.parallel == "plain" and run.step < args.apart_from:
@@ -156,6 +182,8 @@ def main() -> None:
             average.update_parameters(model)
         notes["losses"].append(float(loss.detach()))
         notes["losses"] = notes["losses"][-5:]
+        if record is not None:
+            record.step()
         run.report(loss=loss.detach(), noise=random.random())
 
 

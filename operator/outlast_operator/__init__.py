@@ -1,0 +1,1 @@
+"""The Kubernetes operator: watches TrainingJobs, makes their Pods, writes their status."""

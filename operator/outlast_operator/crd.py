@@ -1,0 +1,247 @@
+"""The CustomResourceDefinition, made from ``outlast.api``: ``python -m outlast_operator.crd`` prints it as YAML.
+
+Pydantic's JSON schema becomes a structural one (Kubernetes, "Specifying a structural schema"): references are put in
+place, ``null`` goes (an absent field is absent), unknown fields are refused by the API server by being pruned, what only
+a PodTemplateSpec knows is kept as it is. What a schema cannot say is said in CEL (``RULES``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from outlast.api import API_VERSION, KIND, LARGEST_CHOSEN_GROUP, TrainingJob
+
+Schema = dict[str, Any]
+
+PLURAL, SINGULAR, SHORT = "trainingjobs", "trainingjob", "tj"
+GROUP, VERSION = API_VERSION.split("/")
+
+_KEPT = (
+    "description",
+    "default",
+    "enum",
+    "minimum",
+    "maximum",
+    "minLength",
+    "maxLength",
+    "minItems",
+    "maxItems",
+    "pattern",
+    "x-kubernetes-int-or-string",
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A CEL rule at ``path`` below the resource, and what it tells people when it does not hold."""
+
+    path: str
+    rule: str
+    message: str
+
+
+_GROUPS = (
+    "((has(self.snapshot.erasure.groupSize) ? "
+    f"(self.workers.replicas + self.snapshot.erasure.groupSize - 1) / self.snapshot.erasure.groupSize : "
+    f"(self.workers.replicas + {LARGEST_CHOSEN_GROUP - 1}) / {LARGEST_CHOSEN_GROUP}))"
+)
+_COUNT = f"({_GROUPS} < self.workers.replicas / 2 ? {_GROUPS} : self.workers.replicas / 2)"
+_SMALLEST_GROUP = f"(self.workers.replicas / ({_COUNT} > 1 ? {_COUNT} : 1))"
+_ERASURE = "self.snapshot.erasure"
+
+
+def _fixed(path: str, field: str) -> Rule:
+    """A field that may change only while the job is suspended (or finished and started anew)."""
+    new, old = f"self.{field}", f"oldSelf.{field}"
+    parts = field.split(".")
+    present = " && ".join(f"has(%s.{'.'.join(parts[: i + 1])})" for i in range(len(parts)))
+    same = f"(({present % (('self',) * len(parts))}) == ({present % (('oldSelf',) * len(parts))}))"
+    equal = f"(!({present % (('self',) * len(parts))}) || {new} == {old})"
+    return Rule(
+        path,
+        f"self.suspend || oldSelf.suspend || ({same} && {equal})",
+        f"spec.{field} cannot change while the job runs: set spec.suspend to true first",
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "spec.workers",
+        "!has(self.minReplicas) || self.minReplicas <= self.replicas",
+        "minReplicas must be at most replicas",
+    ),
+    Rule("spec", "self.entrypoint[0].trim() != ''", "entrypoint must begin with a program, such as python"),
+    Rule(
+        "spec",
+        f"self.workers.replicas > 1 || !has({_ERASURE}.groupSize)",
+        "snapshot.erasure.groupSize: one node has no other to hold parity: leave it out",
+    ),
+    Rule(
+        "spec",
+        f"self.workers.replicas > 1 || !has({_ERASURE}.parity)",
+        "snapshot.erasure.parity: one node has no other to hold parity: leave it out",
+    ),
+    Rule(
+        "spec",
+        f"!has({_ERASURE}.groupSize) || self.workers.replicas == 1 || {_ERASURE}.groupSize <= self.workers.replicas",
+        "snapshot.erasure.groupSize must be at most workers.replicas",
+    ),
+    Rule(
+        "spec",
+        f"!has({_ERASURE}.parity) || self.workers.replicas == 1 || {_ERASURE}.parity < {_SMALLEST_GROUP}",
+        "snapshot.erasure.parity must be less than the nodes of a redundancy group: lower it, or raise groupSize or "
+        "workers.replicas",
+    ),
+    *(
+        _fixed("spec", field)
+        for field in (
+            "entrypoint",
+            "env",
+            "workers.procsPerWorker",
+            "workers.failureDomain",
+            "workers.template",
+            "head.template",
+            "snapshot.erasure",
+            "checkpoint.url",
+            "checkpoint.restoreFrom",
+        )
+    ),
+)
+
+COLUMNS: tuple[Mapping[str, Any], ...] = (
+    {"name": "Phase", "type": "string", "jsonPath": ".status.phase"},
+    {"name": "Step", "type": "integer", "jsonPath": ".status.step"},
+    {"name": "Workers", "type": "integer", "jsonPath": ".status.workers.ready"},
+    {"name": "Goodput", "type": "string", "jsonPath": ".status.goodput"},
+    {"name": "Restarts", "type": "integer", "jsonPath": ".status.restartCount"},
+    {"name": "Checkpoint", "type": "date", "jsonPath": ".status.checkpoint.time"},
+    {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
+)
+
+
+def definition() -> dict[str, Any]:
+    """The whole CustomResourceDefinition."""
+    version = {
+        "name": VERSION,
+        "served": True,
+        "storage": True,
+        "schema": {"openAPIV3Schema": resource_schema()},
+        "subresources": {
+            "status": {},
+            "scale": {
+                "specReplicasPath": ".spec.workers.replicas",
+                "statusReplicasPath": ".status.workers.ready",
+            },
+        },
+        "additionalPrinterColumns": [dict(column) for column in COLUMNS],
+    }
+    names = {
+        "plural": PLURAL,
+        "singular": SINGULAR,
+        "kind": KIND,
+        "listKind": f"{KIND}List",
+        "shortNames": [SHORT],
+        "categories": ["all", "training"],
+    }
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{PLURAL}.{GROUP}"},
+        "spec": {"group": GROUP, "names": names, "scope": "Namespaced", "versions": [version]},
+    }
+
+
+def resource_schema() -> Schema:
+    """The structural schema of a TrainingJob, with its CEL rules."""
+    source = TrainingJob.model_json_schema(by_alias=True, mode="serialization")
+    schema = _structural(source, source["$defs"])
+    schema["properties"]["apiVersion"] = {"type": "string"}
+    schema["properties"]["kind"] = {"type": "string"}
+    schema["properties"]["metadata"] = {"type": "object"}
+    schema["required"] = ["spec"]
+    for rule in RULES:
+        place = schema
+        for name in rule.path.split("."):
+            place = place["properties"][name]
+        place.setdefault("x-kubernetes-validations", []).append({"rule": rule.rule, "message": rule.message})
+    return schema
+
+
+def _structural(node: Mapping[str, Any], known: Mapping[str, Any]) -> Schema:
+    """One schema without references, titles and nulls."""
+    node = _resolved(node, known)
+    kept = {key: node[key] for key in _KEPT if key in node and node[key] is not None}
+    if node.get("x-kubernetes-int-or-string"):
+        return {**kept, "anyOf": [{"type": "integer"}, {"type": "string"}]}
+    if "const" in node:
+        return {**kept, "type": "string", "enum": [node["const"]]}
+    kind = node.get("type", "object")
+    schema: Schema = {**kept, "type": kind}
+    if kind == "integer":
+        schema["format"] = "int64"
+    elif kind == "array":
+        schema["items"] = _structural(node["items"], known)
+        _as_map(schema)
+    elif kind == "object":
+        _fill_object(schema, node, known)
+    return schema
+
+
+def _resolved(node: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """``node`` with its reference in place, its own words winning; of ``X or null`` the X."""
+    found = dict(node)
+    while "$ref" in found or _is_optional(found):
+        if "$ref" in found:
+            target = known[found.pop("$ref").rsplit("/", 1)[1]]
+            found = {**target, **found}
+        else:
+            inner = next(choice for choice in found.pop("anyOf") if choice.get("type") != "null")
+            found = {**inner, **found}
+    return found
+
+
+def _is_optional(node: Mapping[str, Any]) -> bool:
+    return any(choice.get("type") == "null" for choice in node.get("anyOf", ()))
+
+
+def _fill_object(schema: Schema, node: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    properties = node.get("properties")
+    if properties:
+        schema["properties"] = {name: _structural(value, known) for name, value in properties.items()}
+        required = [name for name in node.get("required", ()) if name in properties]
+        if required:
+            schema["required"] = required
+        if "default" in schema:
+            schema["default"] = {}  # the fields' own defaults fill it
+        return
+    values = node.get("additionalProperties")
+    if isinstance(values, Mapping) and values:
+        schema["additionalProperties"] = _structural(values, known)
+    else:
+        schema["x-kubernetes-preserve-unknown-fields"] = True
+
+
+def _as_map(schema: Schema) -> None:
+    """Lists of named things merge by name, and a name that comes twice is refused."""
+    items = schema["items"].get("properties", {})
+    for key in ("name", "type"):
+        if key in items and key in schema["items"].get("required", ()):
+            schema["x-kubernetes-list-type"] = "map"
+            schema["x-kubernetes-list-map-keys"] = [key]
+            return
+    if not items:
+        schema["x-kubernetes-list-type"] = "atomic"
+
+
+def to_yaml() -> str:
+    """The definition as it lies in manifests/crd.yaml and in the chart."""
+    head = "# Made from outlast.api by `make manifests`: change it there.\n"
+    return head + yaml.safe_dump(definition(), sort_keys=False, width=120, allow_unicode=True)
+
+
+if __name__ == "__main__":
+    print(to_yaml(), end="")

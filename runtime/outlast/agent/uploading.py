@@ -1,0 +1,41 @@
+"""The upload of a node's images that is under way: asked for by the controller, done by the keeper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from outlast import messages as m
+from outlast.agent.attempt_record import AttemptRecord
+from outlast.agent.keeper_calls import KeeperTasks
+from outlast.snapshot.identity import Attempt, Generation
+
+_Job = tuple[Attempt, Generation, str]
+
+
+class Uploading:
+    """One node's. All methods are called on the reactor's thread. ``record``: gives what the node remembers now."""
+
+    def __init__(
+        self, node: str, keeper: KeeperTasks, record: Callable[[], AttemptRecord], emit: Callable[[m.Event], None]
+    ) -> None:
+        self._node, self._keeper, self._record, self._emit = node, keeper, record, emit
+        self._under_way: _Job | None = None
+
+    def begin(self, upload: m.Upload) -> None:
+        """Have the keeper do it; ``Uploaded`` or ``UploadFailed``. Who asks again meanwhile gets the same answer."""
+        record = self._record()
+        if record.started is None or record.started != record.in_force or record.seat is None:
+            self._emit(m.UploadFailed(self._node, upload.generation, "it has no seat in the attempt in force"))
+            return
+        job = (record.started, upload.generation, upload.url)
+        if job != self._under_way:
+            self._under_way = job
+            self._keeper.upload(upload, record.started, record.seat, partial(self._done, job))
+
+    def _done(self, job: _Job, event: m.Uploaded | m.UploadFailed) -> None:
+        """Nobody asked in this attempt for what another one began."""
+        if self._under_way == job:
+            self._under_way = None
+        if self._record().in_force == job[0]:
+            self._emit(event)

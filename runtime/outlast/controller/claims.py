@@ -1,0 +1,86 @@
+"""The claim of the job's checkpoints by the living attempt, and what they are. Pure.
+
+::
+
+    ask -> Claim -> Claimed        checkpoints may be restored and committed
+                 -> ClaimFailed    unavailable: go on without; Claimed may come later
+                                   denied, or lost to another controller: the job is over
+
+A store that does not answer holds a restart back for ``patience.claim_s`` and no longer, unless nothing is left in
+memory: then to begin without it would be to begin anew.
+"""
+
+from __future__ import annotations
+
+import math
+
+from outlast.messages.events import Claimed, ClaimFailed
+from outlast.messages.instructions import Claim, Instruction
+from outlast.snapshot.identity import Attempt, Generation
+from outlast.snapshot.stored import StoredCheckpoint
+
+
+class Claims:
+    """``stored``: the checkpoints that may be restored, newest first, those of other jobs last; None until the store
+    was heard. ``excluded``: generations that turned out to be damaged. ``enabled`` False: the job has no store.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.stored: tuple[StoredCheckpoint, ...] | None = None if enabled else ()
+        self.excluded: set[Generation] = set()
+        self.claimed: Attempt | None = None
+        self._asked: Attempt | None = None
+        self._wait_until = -math.inf
+
+    def ask(self, attempt: Attempt, now: float, patience_s: float) -> list[Instruction]:
+        """Claim for ``attempt``, and wait for the answer for so long."""
+        if not self.enabled:
+            return []
+        self._asked, self.claimed, self._wait_until = attempt, None, now + patience_s
+        return [Claim(attempt)]
+
+    def pending(self, now: float) -> bool:
+        """Whether an answer is worth waiting for."""
+        return self.enabled and self.claimed is None and now < self._wait_until
+
+    @property
+    def unknown(self) -> bool:
+        """Whether there may be checkpoints that nobody has heard of yet."""
+        return self.stored is None
+
+    def current(self, event: Claimed | ClaimFailed) -> bool:
+        """Whether it answers the newest claim."""
+        return self.enabled and event.attempt == self._asked
+
+    def take(self, event: Claimed) -> None:
+        """The claim is ours."""
+        self.claimed = event.attempt
+        self.stored = tuple(found for found in event.stored if found.generation not in self.excluded or found.foreign)
+
+    def fail(self) -> None:
+        """The store does not answer: wait for it no longer."""
+        self._wait_until = -math.inf
+
+    def add(self, checkpoint: StoredCheckpoint) -> None:
+        """A checkpoint was committed."""
+        others = (known for known in self.stored or () if known.generation != checkpoint.generation)
+        self.stored = (checkpoint, *others)
+
+    def exclude(self, generation: Generation) -> StoredCheckpoint | None:
+        """Never restore it again; returns it when it was in the store."""
+        found = next((known for known in self.stored or () if known.generation == generation), None)
+        self.excluded.add(generation)
+        if self.stored is not None:
+            self.stored = tuple(known for known in self.stored if known is not found)
+        return found
+
+    @property
+    def newest(self) -> StoredCheckpoint | None:
+        """The newest checkpoint of this job's own."""
+        own = (known for known in self.stored or () if not known.foreign)
+        return max(own, key=lambda known: known.generation, default=None)
+
+    def holds_step(self, step: int) -> bool:
+        """Whether there is a checkpoint of this job's own that was taken after so many steps."""
+        return any(known.generation.step == step for known in self.stored or () if not known.foreign)

@@ -1,0 +1,138 @@
+"""A job and its object tier: the claim's answers, checkpoints on their way, and what cannot be restored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from outlast.controller import ending, preparing
+from outlast.controller.faults import Symptom
+from outlast.controller.phases import PREPARING
+from outlast.messages import events as e
+from outlast.messages.instructions import Quarantine
+
+if TYPE_CHECKING:
+    from outlast.controller.job import Job
+
+
+def drive(job: Job, now: float) -> None:
+    """While the job runs: begin checkpoints when they are due, the last one at once."""
+    cycle, snapshots, claims = job.checkpoints, job.cycle, job.claims
+    if cycle is None or snapshots is None or not (job.all_ready or job.final is not None):
+        return
+    urgent = job.final is not None
+    if urgent and not job.final_pending:
+        return
+    nodes = job.members.seated_names() if claims.claimed == job.attempt else ()
+    cycle.about = {**job.about, "spec": job.config.fingerprint}
+    job.out += cycle.tick(snapshots.newest, claims.newest, nodes, now, urgent=urgent)
+
+
+# --- the claim ------------------------------------------------------------------------------------------------------
+
+
+def claim_again(job: Job, now: float) -> None:
+    """A new controller has taken over a running attempt."""
+    if job.attempt is not None:
+        job.out += job.claims.ask(job.attempt, now, 0.0)
+
+
+def claimed(job: Job, event: e.Claimed, now: float) -> None:
+    """The job's checkpoints are ours, and known."""
+    claims, attempt = job.claims, job.attempt
+    if not claims.current(event) or attempt is None:
+        return
+    claims.take(event)
+    steps = [known.generation.step for known in event.stored]
+    job.emit("claimed", f"the store is claimed; checkpoints of steps {steps} are there", attempt=attempt.number)
+    own = [known.generation.attempt for known in event.stored if not known.foreign]
+    members, preparation = job.members, job.preparation
+    members.best_seen_attempt = max([members.best_seen_attempt, *own])
+    if job.phase in PREPARING and preparation is not None and members.best_seen_attempt >= attempt.number:
+        job.prepare_anew(preparation, now)
+        return
+    preparing.advance(job, now)
+    ending.look(job, now)
+
+
+def claim_failed(job: Job, event: e.ClaimFailed, now: float) -> None:
+    """They are not: for now, or for good."""
+    if not job.claims.current(event):
+        return
+    if event.trouble == "lost":
+        _taken_over(job, event.reason, now)
+    elif event.trouble == "unavailable":
+        text = f"the store does not answer: {event.reason}; there are no checkpoints until it does"
+        job.emit("claim-failed", text, reason=event.reason, trouble=event.trouble)
+        job.claims.fail()
+        preparing.advance(job, now)
+    else:
+        job.finish("failed", f"the job's checkpoints cannot be used: {event.reason}", now)
+
+
+def _taken_over(job: Job, reason: str, now: float) -> None:
+    job.finish("failed", f"another controller has taken over this job's checkpoints: {reason}", now)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def upload_failed(job: Job, event: e.UploadFailed, now: float) -> None:
+    """A node could not upload."""
+    if event.trouble == "lost":
+        _taken_over(job, event.reason, now)
+    elif job.checkpoints is not None:
+        job.out += job.checkpoints.upload_failed(event, now)
+        ending.look(job, now)
+
+
+def committed(job: Job, event: e.CheckpointCommitted, now: float) -> None:
+    """A checkpoint is complete."""
+    if job.checkpoints is None:
+        return
+    began = job.checkpoints.work.began if job.checkpoints.work is not None else now
+    job.claims.add(event.checkpoint)
+    job.out += job.checkpoints.committed(event.checkpoint, now)
+    job.checkpoint_rhythm.safe(0.0, now - began, job.progress.step_s)
+    ending.look(job, now)
+
+
+def commit_failed(job: Job, event: e.CheckpointFailed, now: float) -> None:
+    """A checkpoint is none."""
+    if event.trouble == "lost":
+        _taken_over(job, event.reason, now)
+    elif job.checkpoints is not None:
+        job.out += job.checkpoints.commit_failed(event, now)
+
+
+# --- restoring ------------------------------------------------------------------------------------------------------
+
+
+def restore_failed(job: Job, event: e.RestoreFailed, now: float) -> None:
+    """What the attempt was to begin with cannot be had: with another state, later, or never."""
+    generation, foreign = event.generation, job.origin is not None and job.origin.foreign
+    where = event.node if event.rank is None else f"rank {event.rank} on {event.node}"
+    text = f"{where} could not restore step {generation.step}: {event.reason}"
+    if event.trouble == "lost":
+        _taken_over(job, event.reason, now)
+        return
+    if event.trouble == "denied" or (event.trouble == "bad" and foreign):
+        job.finish("failed", text, now)
+        return
+    if event.trouble == "bad" and job.claims.exclude(generation) is not None:
+        job.out.append(Quarantine(generation, event.reason))
+    job.fault(Symptom("restore-failed", text, now, now, event.node, event.rank, generation.step), now)
+
+
+def hear_about(job: Job, event: e.RankReady) -> None:
+    """Rank 0 tells what it is: say when what is restored was written by something else."""
+    if event.rank != 0:
+        return
+    job.about, origin = event.about, job.origin
+    here = {**event.about, "spec": job.config.fingerprint}
+    there = origin.about if origin is not None else {}
+    names = {"script": "the script", "spec": "the job's specification"}
+    changed = [name for name in names if there.get(name) and here.get(name) and there[name] != here[name]]
+    if origin is not None and changed:
+        what = " and ".join(names[name] for name in changed)
+        text = f"{what} changed since the checkpoint of step {origin.generation.step} was written"
+        job.emit("fingerprint-changed", text, changed=changed, generation=str(origin.generation))

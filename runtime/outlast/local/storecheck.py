@@ -1,0 +1,52 @@
+"""What the job's store holds already, asked before anything is started: is it to be gone on from, and whose is it?"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from contextlib import closing
+
+from outlast.api import TrainingJob
+from outlast.checkpoint.archive import Archive
+from outlast.checkpoint.manifest import Head, job_url
+from outlast.checkpoint.store import StoreOptions, open_store
+from outlast.errors import RequestError
+
+PATIENCE_S = 20.0
+"""How long a store that does not answer is asked again."""
+
+
+def identity_of(job: TrainingJob, resume: bool, say: Callable[[str], None]) -> str:
+    """The mark that this run's controllers put on the job's checkpoints.
+
+    The object's own where Kubernetes gave it one; going on, that of the checkpoints; else one that is new. Raises
+    RequestError when there are checkpoints and ``resume`` was not asked for, and what the store raises.
+    """
+    own = job.metadata.uid or secrets.token_hex(16)
+    if job.spec.checkpoint is None:
+        return own
+    url = job_url(job.spec.checkpoint.url, job.metadata.namespace, job.metadata.name)
+    with closing(open_store(url, StoreOptions(patience_s=PATIENCE_S))) as store:
+        head = Archive(store).read_head()
+    if not resume and head is not None and _holds(head):
+        raise RequestError(
+            f"{url} holds checkpoints of this job already, {_what(head)}: go on from them with --resume, or give the "
+            "job another name or spec.checkpoint.url"
+        )
+    if resume:
+        there = head is not None and head.line
+        say(
+            f"going on from {_what(head)} at {url}"
+            if head and there
+            else f"nothing is stored at {url}: starting afresh"
+        )
+    return head.job.identity if head is not None and not job.metadata.uid else own
+
+
+def _holds(head: Head) -> bool:
+    """Whether there is anything that a run from the start would throw away."""
+    return bool(head.line or head.quarantined)
+
+
+def _what(head: Head) -> str:
+    return f"the newest of step {head.line[-1].step}" if head.line else f"{len(head.quarantined)} in quarantine"

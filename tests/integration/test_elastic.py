@@ -1,0 +1,144 @@
+"""Whole runs whose number of nodes changes: nothing is lost, every sample is used once, in the same order."""
+
+from __future__ import annotations
+
+import pathlib
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from support.runs import Outcome, job, trainctl_run
+
+pytestmark = pytest.mark.timeout(400)
+
+SIZE, BATCH, STEPS, SEED = 1000, 64, 40, 7
+TOLERANCE = 2e-3
+"""Losses after a resize agree to this share: float32 gradients are added in another order, and forty steps of AdamW
+amplify a relative error of 1e-7 a few thousand times where a gradient is near zero."""
+
+
+def elastic(folder: pathlib.Path, *arguments: str, **spec: Any) -> dict[str, Any]:
+    """A job of 4 nodes that may shrink to 2, and records its samples."""
+    workers = {"replicas": 4, "minReplicas": 2, "spares": 0, **spec.pop("workers", {})}
+    recovery = {"hangTimeout": "10s", "shrinkAfter": "1s", "growAfter": "1s"}
+    given = ("--parallel", "fsdp", "--work", "4", "--global-batch", str(BATCH), "--micro-batch", "8")
+    steps = () if "--steps" in arguments else ("--steps", str(STEPS))
+    record = ("--record", str(folder / "samples"))
+    return job("train.py", *given, *arguments, *steps, *record, workers=workers, recovery=recovery, **spec)
+
+
+def samples(folder: pathlib.Path) -> dict[int, list[int]]:
+    """Step -> the samples of the last attempt that did it, all ranks', in the order of ranks."""
+    found: dict[int, dict[int, dict[int, list[int]]]] = {}
+    for path in (folder / "samples").iterdir():
+        attempt, rank = (int(part.split("-")[1]) for part in path.stem.split("."))
+        for line in path.read_text().splitlines():
+            step, *indices = map(int, line.split())
+            found.setdefault(step, {}).setdefault(attempt, {})[rank] = indices
+    return {step: [i for _, own in sorted(by[max(by)].items()) for i in own] for step, by in found.items()}
+
+
+def global_losses(outcome: Outcome) -> dict[int, float]:
+    import json
+
+    rows = [json.loads(line) for line in (outcome.folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["global_loss"] for row in rows if "global_loss" in row}
+
+
+def check_samples(outcome: Outcome, folder: pathlib.Path, steps: int = STEPS) -> None:
+    """Every sample of an epoch once, and each step's global batch the one that the order says."""
+    from outlast.data import epoch_order
+
+    taken = samples(folder)
+    assert sorted(taken) == list(range(steps))
+    for step in range(steps):
+        wanted = []
+        for position in range(step * BATCH, (step + 1) * BATCH):
+            epoch, offset = divmod(position, SIZE)
+            wanted.append(int(epoch_order(SEED, epoch, SIZE, offset, offset + 1)[0]))
+        assert sorted(taken[step]) == sorted(wanted), f"samples of step {step}"
+
+
+def agree(outcome: Outcome, reference: Outcome) -> None:
+    """Losses are those of the undisturbed run, to floating-point reordering."""
+    expected = global_losses(reference)
+    for step, value in global_losses(outcome).items():
+        assert value == pytest.approx(expected[step], rel=TOLERANCE), f"loss of step {step}"
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    folder = tmp_path_factory.mktemp("reference")
+    outcome = trainctl_run(elastic(folder), folder)
+    assert outcome.status == 0, outcome.output
+    check_samples(outcome, folder)
+    return outcome
+
+
+def resizes(outcome: Outcome) -> list[tuple[int, int]]:
+    return [(resize["from"], resize["to"]) for resize in outcome.report["resizes"]]
+
+
+def run(folder: pathlib.Path, faults: Sequence[str], *options: str, **spec: Any) -> Outcome:
+    outcome = trainctl_run(elastic(folder, **spec), folder, faults, options)
+    assert outcome.status == 0, outcome.output
+    assert all(fault["done"] for fault in outcome.faults()), outcome.faults()
+    check_samples(outcome, folder)
+    return outcome
+
+
+def test_a_lost_node_that_nobody_replaces_makes_the_job_smaller(tmp_path: pathlib.Path, reference: Outcome) -> None:
+    outcome = run(tmp_path, ["node-loss@17:1"], "--replace-after", "never")
+    assert resizes(outcome) == [(4, 3)]
+    assert outcome.recoveries[0]["restore_sources"].get("memory-decode") == 1, outcome.recoveries
+    assert outcome.recoveries[0]["lost_steps"] <= 12
+    agree(outcome, reference)
+
+
+def test_it_grows_back_when_a_node_joins_and_recomputes_nothing(tmp_path: pathlib.Path, reference: Outcome) -> None:
+    outcome = run(tmp_path, ["node-loss@8:1", "node-join@20"], "--replace-after", "never")
+    assert resizes(outcome) == [(4, 3), (3, 4)]
+    assert outcome.recoveries[-1]["lost_steps"] == 0, outcome.recoveries
+    agree(outcome, reference)
+
+
+def test_a_node_that_leaves_hands_over_to_the_spare(tmp_path: pathlib.Path, reference: Outcome) -> None:
+    outcome = run(tmp_path, ["node-leave@17:2"], "--replace-after", "never", workers={"spares": 1})
+    assert [recovery["lost_steps"] for recovery in outcome.recoveries] == [0], outcome.recoveries
+    assert outcome.digest == reference.digest
+    assert global_losses(outcome) == global_losses(reference)
+
+
+def test_a_node_that_leaves_without_a_spare_makes_the_job_smaller(tmp_path: pathlib.Path, reference: Outcome) -> None:
+    outcome = run(tmp_path, ["node-leave@17:0"], "--replace-after", "never")
+    assert resizes(outcome) == [(4, 3)]
+    assert [recovery["lost_steps"] for recovery in outcome.recoveries] == [0], outcome.recoveries
+    agree(outcome, reference)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "plain", "hsdp"])
+def test_every_kind_of_parallelism_can_be_resized(tmp_path: pathlib.Path, reference: Outcome, parallel: str) -> None:
+    """hsdp loses two nodes at once: its mesh needs an even number."""
+    lost = ["node-loss@17:1", "node-loss@17:3"] if parallel == "hsdp" else ["node-loss@17:1"]
+    spec = elastic(tmp_path, "--parallel", parallel)
+    outcome = trainctl_run(spec, tmp_path, lost, ("--replace-after", "never"))
+    assert outcome.status == 0, outcome.output
+    check_samples(outcome, tmp_path)
+    assert resizes(outcome)[-1][1] == 4 - len(lost)
+    agree(outcome, reference)
+
+
+def test_random_resizes_use_every_sample_once(tmp_path: pathlib.Path) -> None:
+    generator, steps = random.Random(3), 120
+    faults = []
+    for step in range(10, steps - 20, 12):
+        kind = generator.choice(["node-loss", "node-leave", "node-join", "rank-crash"])
+        target = "" if kind == "node-join" else f":{generator.randrange(2)}"
+        faults.append(f"{kind}@{step}{target}")
+    spec = elastic(tmp_path, "--steps", str(steps), checkpoint={"url": f"file://{tmp_path}/store", "interval": 20})
+    outcome = trainctl_run(spec, tmp_path, faults, ("--replace-after", "4"), timeout=390)
+    assert outcome.status == 0, f"{faults}:\n{outcome.output}"
+    check_samples(outcome, tmp_path, steps)
+    assert len(resizes(outcome)) >= 2, (faults, outcome.recoveries)

@@ -1,0 +1,256 @@
+"""Ranks that stay at a boundary: held by a permit, and after the last step until it is durable."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import HashStore
+from torch.utils.data import DataLoader, TensorDataset
+
+from outlast.data import ElasticSampler
+from outlast.errors import CapacityError
+from outlast.protect.capture import Capture, Seat
+from outlast.protect.leaves import Collector
+from outlast.rank import snapshots
+from outlast.rank.link import AgentLink
+from outlast.rank.snapshots import RankSnapshots
+from outlast.session import Run
+from outlast.snapshot.identity import Generation
+
+
+class Agent:
+    """The other end of a rank's link: sends, and waits for what the rank says."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self.link = AgentLink(str(path))
+        self._sock, _ = self._listener.accept()
+        self._sock.settimeout(30)
+        self._lines = self._sock.makefile("rb")
+
+    def send(self, op: str, **fields: Any) -> None:
+        self._sock.sendall(json.dumps({"op": op, **fields}).encode() + b"\n")
+
+    def permit(self, step: int, attempt: int = 1, **fields: Any) -> str:
+        generation = str(Generation(attempt, step, "ab"))
+        self.send("permit", generation=generation, slot=attempt % 2, step=step, **{"replan": False, **fields})
+        return generation
+
+    def hear(self, *ops: str) -> dict[str, Any]:
+        """The rank's next message, which must be one of these."""
+        said: dict[str, Any] = json.loads(self._lines.readline())
+        assert said["op"] in ops, said
+        return said
+
+    def close(self) -> None:
+        self._sock.close()
+        self._listener.close()
+
+
+@pytest.fixture
+def agent(tmp_path: pathlib.Path) -> Iterator[Agent]:
+    agent = Agent(tmp_path / "agent.sock")
+    yield agent
+    agent.close()
+
+
+@pytest.fixture
+def ranks(tmp_path: pathlib.Path, agent: Agent) -> Iterator[RankSnapshots]:
+    model = nn.Linear(4, 4)
+    objects = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    capture = Capture(Collector(objects), Seat(tmp_path, 0, 1, 0, 0))
+    found = RankSnapshots(agent.link, capture, lambda: {"step": 5}, lambda size: None, check=False)
+    yield found
+    found.close()
+
+
+def at(work: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def planned(agent: Agent, ranks: RankSnapshots, step: int) -> None:
+    agent.permit(step, replan=True)
+    wait_for(ranks, lambda: bool(agent.link.permits))
+    ranks.boundary(step)
+    agent.hear("planned")
+
+
+def wait_for(ranks: RankSnapshots, condition: Callable[[], bool]) -> None:
+    with ranks.link.news:
+        assert ranks.link.news.wait_for(condition, 30)
+
+
+@pytest.mark.parametrize("word", ["proceed", "abort"])
+def test_a_held_rank_stays_until_it_is_told(agent: Agent, ranks: RankSnapshots, word: str) -> None:
+    planned(agent, ranks, 3)
+    generation = agent.permit(5, hold=True)
+    wait_for(ranks, lambda: bool(agent.link.permits))
+    held = at(lambda: ranks.boundary(5))
+    assert {agent.hear("busy", "copied")["op"] for _ in range(2)} == {"busy", "copied"}
+    agent.send("proceed", generation=str(Generation(1, 4, "ab")))
+    agent.send("abort", generation=str(Generation(1, 4, "ab")))
+    held.join(0.2)
+    assert held.is_alive(), "another generation's word is not for it"
+    agent.send(word, generation=generation)
+    agent.hear("idle")
+    held.join(30)
+    assert not held.is_alive()
+
+
+def test_a_rank_that_is_not_held_goes_on(agent: Agent, ranks: RankSnapshots) -> None:
+    planned(agent, ranks, 3)
+    agent.permit(5)
+    wait_for(ranks, lambda: bool(agent.link.permits))
+    ranks.boundary(5)
+    agent.hear("copied")
+
+
+def test_nobody_is_held_for_ever(agent: Agent, ranks: RankSnapshots, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "HOLD_DEADLINE_S", 0.05)
+    monkeypatch.setattr(snapshots, "FINAL_DEADLINE_S", 0.05)
+    planned(agent, ranks, 3)
+    agent.permit(5, hold=True)
+    wait_for(ranks, lambda: bool(agent.link.permits))
+    ranks.boundary(5)
+    said = [agent.hear("busy", "copied", "note", "idle") for _ in range(4)]
+    assert [message["kind"] for message in said if message["op"] == "note"] == ["hold-ended"]
+    ranks.final(6)
+    assert agent.hear("note")["kind"] == "final-snapshot-late"
+
+
+def test_the_last_step_waits_for_its_snapshot(agent: Agent, ranks: RankSnapshots) -> None:
+    """Through a permit of an earlier step, a plan that does not hold, a vote, and a snapshot that is given up."""
+    ending = at(lambda: ranks.final(9))
+    agent.permit(7)
+    assert agent.hear("missed")["reason"] == "late"
+    agent.permit(9, 2, hold=True)
+    assert agent.hear("missed")["reason"] == "replan"
+    agent.permit(9, 3, hold=True, replan=True)
+    agent.hear("planned")
+    first = agent.permit(9, 4, hold=True)
+    agent.hear("copied")
+    agent.send("abort", generation=first)
+    second = agent.permit(9, 5, hold=True)
+    assert agent.hear("copied")["generation"] == second
+    ending.join(0.1)
+    assert ending.is_alive()
+    agent.send("proceed", generation=second)
+    ending.join(30)
+    assert not ending.is_alive()
+
+
+def test_the_last_step_need_not_be_taken_again(agent: Agent, ranks: RankSnapshots) -> None:
+    agent.send("proceed", generation=str(Generation(1, 9, "cd")))
+    ending = at(lambda: ranks.final(9))
+    ending.join(30)
+    assert not ending.is_alive()
+
+
+def test_trouble_reaches_a_rank_that_waits(agent: Agent, ranks: RankSnapshots) -> None:
+    def full(size: int) -> None:
+        raise CapacityError("too little memory")
+
+    ranks.fits = full
+    caught: list[BaseException] = []
+
+    def end() -> None:
+        try:
+            ranks.final(9)
+        except CapacityError as error:
+            caught.append(error)
+
+    ending = at(end)
+    agent.permit(9, hold=True, replan=True)
+    ending.join(30)
+    assert [str(error) for error in caught] == ["too little memory"]
+
+
+# --- a whole run of one rank --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A world of one, on a node of its own."""
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "token").write_text("secret")
+    places = {"OUTLAST_MEMORY_DIR": "memory", "OUTLAST_TOKEN_FILE": "token", "OUTLAST_RUN_DIR": "run"}
+    for name, place in places.items():
+        monkeypatch.setenv(name, str(tmp_path / place))
+    monkeypatch.setenv("GROUP_RANK", "0")
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def train(agent: Agent, message: dict[str, Any], total: int) -> threading.Thread:
+    """What a script does; the thread ends when it has written the weights."""
+
+    def script() -> None:
+        run = Run(agent.link, "gloo")
+        model = nn.Linear(3, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sampler = ElasticSampler(8, 4, seed=1)
+        loader = DataLoader(TensorDataset(torch.ones(8, 3)), batch_sampler=sampler)
+        run.protect(model=model, optimizer=optimizer, sampler=sampler)
+        for (x,) in run.steps(loader, total=total):
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    agent.send("restore", protection={"slots": 2, "final": True}, **message)
+    return at(script)
+
+
+def test_a_job_ends_when_its_last_step_is_durable_and_so_it_does_when_it_is_restored_there(
+    agent: Agent, alone: None, tmp_path: pathlib.Path
+) -> None:
+    weights = tmp_path / "run" / "final" / "model.safetensors"
+    script = train(agent, {"plan": None}, total=2)
+    ready = agent.hear("ready")
+    assert ready["source"] == "none"
+    assert ready["about"]["mesh"] is None
+    assert [agent.hear("step")["step"] for _ in range(2)] == [1, 2]
+    assert agent.hear("busy")["label"] == "final snapshot"
+    agent.permit(2, 1, hold=True, replan=True)
+    agent.hear("planned")
+    generation = agent.permit(2, 2, hold=True)
+    copied = agent.hear("copied")
+    script.join(0.1)
+    assert script.is_alive()
+    assert not weights.exists()
+    agent.send("proceed", generation=generation)
+    assert [agent.hear("idle", "busy")["op"] for _ in range(3)] == ["idle", "busy", "idle"]
+    digest = agent.hear("done")["digest"]
+    script.join(30)
+    weights.unlink()
+
+    image = {"path": str(tmp_path / "memory" / f"slot-0-{copied['slot']}.img")}
+    other = Agent(tmp_path / "other.sock")
+    plan = {"generation": generation, "sources": {"0": "memory-local"}, "direct": False, "world": 1}
+    script = train(other, {"plan": plan, "images": {"0": image}}, total=2)
+    assert other.hear("ready")["restored_step"] == 2
+    told = other.hear("step")
+    assert (told["step"], told["total"]) == (2, 2)
+    other.hear("busy")
+    script.join(0.1)
+    assert script.is_alive()
+    other.send("proceed", generation=generation)
+    assert [other.hear("idle", "busy")["op"] for _ in range(3)] == ["idle", "busy", "idle"]
+    done = other.hear("done")
+    assert (done["digest"], done["steps"]) == (digest, 2)
+    script.join(30)
+    assert weights.exists()
+    other.close()
