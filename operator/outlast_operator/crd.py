@@ -1,8 +1,8 @@
 """The CustomResourceDefinition, made from ``outlast.api``: ``python -m outlast_operator.crd`` prints it as YAML.
 
 Pydantic's JSON schema becomes a structural one (Kubernetes, "Specifying a structural schema"): references are put in
-place, ``null`` goes (an absent field is absent), unknown fields are refused by the API server by being pruned, what only
-a PodTemplateSpec knows is kept as it is. What a schema cannot say is said in CEL (``RULES``).
+place, ``null`` goes (an absent field is absent), what only a PodTemplateSpec knows is kept as it is. What a schema
+cannot say is said in CEL (``RULES``).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ amplify a relative error of 1e-7 a few thousand times where a gradient is near z
 def elastic(folder: pathlib.Path, *arguments: str, **spec: Any) -> dict[str, Any]:
     """A job of 4 nodes that may shrink to 2, and records its samples."""
     workers = {"replicas": 4, "minReplicas": 2, "spares": 0, **spec.pop("workers", {})}
-    recovery = {"hangTimeout": "10s", "shrinkAfter": "1s", "growAfter": "1s"}
+    recovery = {"hangTimeout": "10s", "shrinkAfter": "4s", "growAfter": "1s"}
     given = ("--parallel", "fsdp", "--work", "4", "--global-batch", str(BATCH), "--micro-batch", "8")
     steps = () if "--steps" in arguments else ("--steps", str(STEPS))
     record = ("--record", str(folder / "samples"))

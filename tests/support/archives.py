@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -65,7 +66,7 @@ class SteppedStore:
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
-            self._do(f"delete {key}", lambda key=key: self._store.delete([key]))
+            self._do(f"delete {key}", partial(self._store.delete, [key]))
 
     def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
         return iter(self._do("unfinished", lambda: list(self._store.unfinished(prefix))))

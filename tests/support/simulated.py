@@ -343,6 +343,9 @@ class Cluster:
             return
         if node.running != stop.attempt:
             self._kill_ranks(node)
+        if node.fence != stop.attempt:
+            for names in self.uploading.values():
+                names.discard(node.name)
         node.fence = stop.attempt
         self.say(m.Stopped(node.name, stop.attempt, node.inventory(), free_port=9001), 0.02)
 
@@ -544,15 +547,18 @@ class Cluster:
         fence, port = node.fence, node.keeper_port
         if not node.keeper_up:
             return
-        under_way = {generation for generation, names in self.uploading.items() if names} - {upload.generation}
-        live = {g for g in under_way if any(self.nodes[n].fence == node.fence for n in self.uploading[g])}
-        assert not live, f"{upload.generation} is uploaded while {live} are"
+        others = {
+            generation: names
+            for generation, names in self.uploading.items()
+            if generation != upload.generation and any(self.nodes[name].fence == fence for name in names)
+        }
+        assert not others, f"{upload.generation} is uploaded while {others} are"
         self.uploading[upload.generation].add(node.name)
 
         def over() -> None:
-            self.uploading[upload.generation].discard(node.name)
             same = node.alive and node.fence == fence and node.keeper_up and node.keeper_port == port
             if same:
+                self.uploading[upload.generation].discard(node.name)
                 self.say(self._uploaded(node, upload))
 
         self.at(self.store.upload_s * (1 + 0.1 * (node.seat or 0)), over)
@@ -630,9 +636,10 @@ class Cluster:
         return self.nodes[self.machine.job.members.seats[seat]]
 
     def lose_node(self, node: SimNode, replace_after: float | None = 5.0) -> None:
-        node.alive, node.running = False, None
+        running, node.alive, node.running = node.running, False, None
         node.images.clear()
-        self._collateral()
+        if running is not None:
+            self._collateral()
         if replace_after is not None:
             self.at(replace_after, lambda: (self.add_node(), None)[1])
 
@@ -669,6 +676,8 @@ class Cluster:
         if not node.alive:
             return
         node.keeper_up = False
+        for names in self.uploading.values():
+            names.discard(node.name)
         self.say(m.KeeperLost(node.name), 0.02)
 
         def back() -> None:

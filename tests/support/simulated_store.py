@@ -28,6 +28,10 @@ class SimStore:
     keep: int = 3
     committed: list[Generation] = field(default_factory=list)
 
+    def recover(self) -> None:
+        """Whatever was the matter is over."""
+        self.trouble = None
+
     def claim(self, owner: int, attempt: Attempt) -> StoreTrouble | None:
         """Claim for a controller; what is the matter, if anything."""
         if self.trouble is None and self.owner is not None and owner < self.owner:
@@ -85,7 +89,7 @@ class SimStore:
 
     def spoil(self, position: int = -1, *, lose: bool = False) -> None:
         """Flip bytes in an image of a checkpoint of the line, or lose the image."""
-        if not self.line:
+        if not -len(self.line) <= position < len(self.line):
             return
         key = (self.line[position].generation, self.line[position].images[-1].rank)
         if lose:

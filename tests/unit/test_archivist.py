@@ -444,8 +444,10 @@ def job(**checkpoint: Any) -> dict[str, Any]:
 
 def test_what_a_job_asks_of_its_archivist(tmp_path: Path) -> None:
     def config(job: dict[str, Any]) -> ControllerConfig:
-        common = {"name": "demo", "dir": str(tmp_path), "namespace": "x", "token_file": "t"}
-        return ControllerConfig(job=job, store_identity="me", resume=True, **common)
+        place = str(tmp_path)
+        return ControllerConfig(
+            job=job, name="demo", dir=place, namespace="x", token_file="t", store_identity="me", resume=True
+        )
 
     assert Charge.of(config(job()), "one") == Charge(
         url="s3://bucket/prefix/team/demo",

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from outlast import messages as m
 from outlast.controller.machine import Machine
 from outlast.controller.phases import OVER, TRANSITIONS, Phase
-from outlast.controller.settings import MachineConfig
+from outlast.controller.settings import CheckpointConfig, MachineConfig
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.inventory import HeldImage, Inventory
 from support.simulated import Cluster
+from support.simulated_store import URL
 
 CONFIG = MachineConfig(replicas=4, spares=1, every_steps=5)
 
@@ -605,3 +606,70 @@ def test_any_faults_end_well(faults: list[tuple[float, str, int, int]], every: i
     world.at(10.0, lambda: [world.resume(node) for node in world.nodes.values() if node.paused] and None)
     finish = world.run_to_end(900.0)
     assert finish.outcome == "succeeded" or "by itself" in finish.reason
+
+
+# --- the same with a store and changes of size ----------------------------------------------------------------------
+
+CHANGES = (*FAULTS, "leave", "join", "gone", "outage", "refusal", "flip", "missing", "slow")
+
+
+def change(world: Cluster, kind: str, seat: int, seed: int) -> None:
+    """A fault, a node that comes or goes for good, or trouble with the store, which passes."""
+    seats = world.machine.job.members.seats
+    node = world.nodes[seats[seat]] if seat in seats else next(iter(world.nodes.values()))
+    match kind:
+        case "leave":
+            world.leave(node, 2.0 + 3.0 * seed)
+            world.at(8.0, lambda: (world.add_node(), None)[1])
+        case "join":
+            world.add_node()
+        case "gone":
+            if node.alive:
+                world.lose_node(node, replace_after=12.0)
+        case "outage" | "refusal":
+            if world.store.trouble is None and (kind == "outage" or world.machine.job.phase is Phase.RUNNING):
+                world.store.trouble = "unavailable" if kind == "outage" else "denied"
+                world.at(1.0 + seed, world.store.recover)
+        case "flip" | "missing":
+            world.store.spoil(-1 - seed % 2, lose=kind == "missing")
+        case "slow":
+            world.store.upload_s = 0.1 * (1 + seed) ** 2
+        case _:
+            strike(world, kind, seat, seed)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(0.0, 6.0), st.sampled_from(CHANGES), st.integers(0, 3), st.integers(0, 9)), max_size=12
+    ),
+    st.sampled_from([None, 3, 5]),
+    st.integers(1, 2),
+    st.sampled_from([None, 2, 3]),
+)
+def test_any_changes_end_well(
+    changes: list[tuple[float, str, int, int]], every: int | None, procs: int, least: int | None
+) -> None:
+    config = MachineConfig(
+        4,
+        spares=1,
+        procs=procs,
+        every_steps=every,
+        max_restarts=1000,
+        start_timeout_s=120.0,
+        min_replicas=least,
+        shrink_after_s=3.0,
+        grow_after_s=2.0,
+        checkpoint=CheckpointConfig(URL, interval_steps=10),
+    )
+    world = cluster(6, config, total=120)
+    for wait, kind, seat, seed in changes:
+        world.run(wait)
+        if world.finished is None:
+            change(world, kind, seat, seed)
+    world.at(10.0, lambda: [world.resume(node) for node in world.nodes.values() if node.paused] and None)
+    finish = world.run_to_end(1500.0)
+    if finish.outcome == "succeeded":
+        assert world.store.line[-1].generation.step == world.total
+    else:
+        assert "by itself" in finish.reason or "the store is denied" in finish.reason, finish.reason

@@ -120,22 +120,36 @@ def test_seating_never_seats_twice_and_keeps_who_can_stay(previous: dict[int, in
 
 
 @pytest.mark.parametrize(
-    ("every", "first", "last", "cycle_s", "step_s", "hurry", "step"),
+    ("count", "gone"),
     [
-        (10, 13, None, None, None, False, 20),
-        (10, 20, 10, 1.0, 1.0, False, 20),
-        (10, 13, 10, 1.0, 1.0, True, 13),
-        (None, 3, None, None, None, False, 3),
-        (None, 12, 10, 0.5, 1.0, False, 15),  # 0.5 s of work each 5 s
-        (None, 12, 10, 0.01, 1.0, False, 12),
-        (None, 12, 10, 100.0, 1.0, False, 70),  # a minute at most
-        (None, 12, 10, 0.5, 0.1, False, 60),
+        (0, []),
+        (1, ["node-9"]),
+        (3, ["node-9", "node-10", "node-3"]),
+        (9, ["node-9", "node-10", "node-3", "node-0", "node-5"]),
+    ],
+)
+def test_those_without_a_seat_leave_first_then_the_highest_seats(count: int, gone: list[str]) -> None:
+    assert policy.leavers({0: "node-5", 1: "node-0", 2: "node-3"}, ["node-10", "node-9"], count) == gone
+
+
+@pytest.mark.parametrize(
+    ("every", "first", "last", "interval_s", "step_s", "hurry", "step"),
+    [
+        (10, 13, None, 0.0, None, False, 20),
+        (10, 20, 10, 0.0, 1.0, False, 20),
+        (10, 13, 10, 0.0, 1.0, True, 13),
+        (None, 3, None, 5.0, None, False, 3),
+        (None, 12, 10, 5.0, 1.0, False, 15),
+        (None, 12, 10, 5.0, 1.0, True, 12),
+        (None, 12, 10, 0.0, 1.0, False, 12),
+        (None, 12, 10, 4.9, 0.1, False, 59),
+        (None, 12, 10, 5.0, None, False, 12),
     ],
 )
 def test_the_next_snapshot(
-    every: int | None, first: int, last: int | None, cycle_s: float | None, step_s: float | None, hurry: bool, step: int
+    every: int | None, first: int, last: int | None, interval_s: float, step_s: float | None, hurry: bool, step: int
 ) -> None:
-    assert policy.next_snapshot(every, first, last, cycle_s, step_s, hurry) == step
+    assert policy.next_snapshot(every, first, last, interval_s, step_s, hurry) == step
 
 
 @pytest.mark.parametrize(

@@ -271,12 +271,10 @@ def test_a_damaged_image_that_is_replaced_is_no_source() -> None:
     assert places(without_store)[1] == (PEER, 1, "node-9")
     assert {s.node for s in without_store.ranks[2].sources if s.member == 1 and s.kind == "shard"} == {"node-9"}
 
-    beyond = damaged(without(snapshot(m=1, groups=[range(4)]), "node-2"), shard_of(1), 4)
+    beyond = damaged(without(snapshot(m=1), "node-2"), shard_of(1), 2)  # its stripe's parity was on node-2
+    assert "rank 1 has only a damaged image" in str(next(candidates(held(beyond), SPARE, 1))[1])
     plan = planned(beyond, SPARE, checkpoints=[stored()])
-    torn = {(r.node, r.seat) for r in plan.ranks if r.source == OBJECT}
-    read = {(s.node, s.member) for r in plan.ranks for s in r.sources if s.kind == "shard"}
-    assert torn
-    assert not torn & read
+    assert [restore.source for restore in plan.ranks] == [LOCAL, OBJECT, OBJECT, LOCAL]
 
 
 @pytest.mark.parametrize(
@@ -327,6 +325,22 @@ def test_guests_of_an_earlier_attempt(
     assert plan.kept_slot == 1
 
 
+def test_a_damaged_copy_gives_way_to_the_new_one_wherever_it_lies() -> None:
+    """Else its keeper would still find it: slot-0-0.img before slot-0-1.img."""
+    copies = [replace(image, slot=0) if shard_of(3)(image) else image for image in snapshot(m=0)]
+    images = damaged(copies, shard_of(3), 2)
+    sound = replace(next(filter(shard_of(3), snapshot())), node="node-9")
+    assert places(planned([*images, sound]))[3] == (PEER, 0, "node-9")
+    assert places(planned(images, checkpoints=[stored()]))[3] == (OBJECT, 0, None)
+
+
+def test_parity_alone_of_a_larger_world_is_not_taken_for_the_present_one() -> None:
+    """Any parity image of three mirrors two of them: both seats could be decoded, but not the world they are of."""
+    parities = [image for image in snapshot(m=2, groups=[range(3)]) if image.kind == "parity" and image.seat < 2]
+    ((_, reason),) = candidates(held(parities), {0: "node-0", 1: "node-1"}, 1)
+    assert "of another world than 2 nodes of 1 ranks: it has seat 2" in str(reason)
+
+
 def test_guests_do_not_decide_the_slot() -> None:
     images = [*without(snapshot(slot=2), "node-1", "node-2", "node-3"), *(guest(s, f"node-{s}") for s in (1, 2, 3))]
     plan = planned(images, {**SEATS, 1: "node-9"})
@@ -356,7 +370,7 @@ def test_of_two_copies_on_a_node_the_one_counts_that_its_keeper_finds() -> None:
             id="no parity",
         ),
         pytest.param(
-            damaged([i for i in snapshot(m=0)], shard_of(3), 1), [LOCAL, LOCAL, LOCAL, OBJECT], 1, id="damaged"
+            damaged(snapshot(m=0), shard_of(3), 1), [LOCAL, LOCAL, LOCAL, OBJECT], 1, id="damaged"
         ),
     ],
 )  # fmt: skip

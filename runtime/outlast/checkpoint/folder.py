@@ -35,6 +35,7 @@ LOCK = ".lock"
 SMALL = 1 << 20
 """Objects up to this size have their content's hash as etag."""
 
+_TRIES = 5
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -142,6 +143,16 @@ class FolderStore:
             raise PreconditionFailed(f"{self._url}/{key} is {'gone' if present is None else 'another one by now'}")
 
     def _write(self, path: Path, data: memoryview, cancelled: Callable[[], bool]) -> None:
+        """Again when somebody who deletes has just removed the folder for being empty."""
+        for _ in range(_TRIES - 1):
+            try:
+                self._write_once(path, data, cancelled)
+                return
+            except FileNotFoundError:
+                continue
+        self._write_once(path, data, cancelled)
+
+    def _write_once(self, path: Path, data: memoryview, cancelled: Callable[[], bool]) -> None:
         drafts = self._root / DRAFTS
         for folder in (drafts, path.parent):
             folder.mkdir(parents=True, exist_ok=True)

@@ -116,7 +116,10 @@ class Store(Protocol):
         ...
 
 
-def open_store(url: str, options: StoreOptions = StoreOptions()) -> Store:
+_DEFAULTS = StoreOptions()
+
+
+def open_store(url: str, options: StoreOptions = _DEFAULTS) -> Store:
     """The store at ``url``. Opening asks nothing of it yet. Raises RequestError for a URL that is none."""
     scheme = urlsplit(url).scheme
     if scheme == "file":

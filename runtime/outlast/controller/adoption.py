@@ -125,7 +125,8 @@ def gathered(job: Job, gathering: Gathering, now: float) -> None:
         return
     config, here = job.config, job.members.usable
     enough = here >= gathering.expected(config)
-    if not enough and config.min_replicas is not None and now - job.began >= config.shrink_after_s:
+    waited = now - max(job.began, gathering.last_join)
+    if not enough and config.min_replicas is not None and waited >= config.shrink_after_s:
         enough = here >= config.min_replicas
     settled = now - gathering.last_join >= config.patience.settle_s
     if enough and (settled or not gathering.history() or gathering.complete(config)):

@@ -370,7 +370,7 @@ class Archivist:
         if place not in self._archives:
             if not self._charge.mark.identity:
                 raise RequestError("the controller was given no store_identity: it cannot mark checkpoints as its own")
-            store = self._open_at(place, StoreOptions(patience_s=PATIENCE_S))
+            store = self._open_at(place, StoreOptions(patience_s=PATIENCE_S, timeout_s=PATIENCE_S))
             self._archives[place] = Archive(store, self._clock)
         return self._archives[place]
 

@@ -216,8 +216,7 @@ class Job:
 
     def lose(self, node: Node, reason: str, silent_s: float, now: float) -> None:
         """Give a node up."""
-        handed_over = node.leaving is not None and self.phase in PREPARING
-        seat, needed = node.seat, self.needs(node) and not handed_over
+        seat, needed = node.seat, self.needs(node) and not self._handed_over(node)
         self.members.lose(node, reason)
         self.out.append(GiveUp(node.name, reason))
         if node.leaving is not None and not needed:
@@ -233,6 +232,13 @@ class Job:
             step = self.progress.top_step
             self.fault(Symptom("node-lost", text, now, now - silent_s, node.name, step=step), now)
         preparing.advance(self, now)
+
+    def _handed_over(self, node: Node) -> bool:
+        """Whether a leaving node's ranks have been stopped, so that it may go."""
+        preparation = self.preparation
+        if node.leaving is None or preparation is None or self.phase not in PREPARING:
+            return False
+        return preparation.concluded or node.stopped == self.attempt
 
     def needs(self, node: Node) -> bool:
         """Whether the loss of a node would be a fault: its ranks have steps to do, or it an upload of the last one."""

@@ -35,6 +35,8 @@ from outlast.snapshot.wire import Deadline, ImageName, KeeperClient
 
 KEEPER_SECONDS = 60.0
 """The longest that a keeper may take for one request."""
+REQUESTS_PER_OBJECT = 3
+"""Under way at a time; several objects are read at once, and a store keeps so many connections in all."""
 REQUEST_BYTES = 64 << 20
 REQUEST_RANGES = 4096
 
@@ -142,7 +144,8 @@ class _Opener:
         """An image of which some is needed."""
         where = self._restore.images[rank]
         if "url" in where:
-            return ObjectShard(self._store(where["url"]), where["key"], self._restore.generation)
+            store = self._store(where["url"])
+            return ObjectShard(store, where["key"], self._restore.generation, REQUESTS_PER_OBJECT)
         if "path" in where:
             return self._local(LocalPieces, where["path"])
         client = KeeperClient(where["host"], where["port"], self._token, KEEPER_SECONDS)

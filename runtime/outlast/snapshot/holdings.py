@@ -59,18 +59,23 @@ def world_of(images: Sequence[HeldImage], stored: StoredCheckpoint | None, prese
         raise UnrecoverableError(f"its images are of different worlds: {sorted(said)} ranks")
     world = World(stored.nodes, stored.procs) if stored else _shape(images, said, present)
     for image in images:
-        if image.seat >= world.nodes or image.local_rank >= world.procs:
-            where = f"seat {image.seat}, local rank {image.local_rank} (on {image.node})"
+        seat = max(_seats(image))
+        if seat >= world.nodes or image.local_rank >= world.procs:
+            where = f"seat {seat}, local rank {image.local_rank} (on {image.node})"
             raise UnrecoverableError(f"it is of another world than {world}: it has {where}")
     return world
+
+
+def _seats(image: HeldImage) -> tuple[int, ...]:
+    """The seats that an image tells of."""
+    return (image.seat, *(image.group.seats if image.group else ()))
 
 
 def _shape(images: Sequence[HeldImage], said: Collection[int], present: World) -> World:
     if not said:
         return present
     (ranks,) = said
-    seats = {image.seat for image in images}.union(*(image.group.seats for image in images if image.group))
-    seen = World(max(seats) + 1, max(image.local_rank for image in images) + 1)
+    seen = World(max(max(_seats(image)) for image in images) + 1, max(image.local_rank for image in images) + 1)
     guess = World(ranks // present.procs, present.procs)
     fits = guess.nodes >= seen.nodes and guess.procs >= seen.procs and guess.nodes * guess.procs == ranks
     if fits and seen.nodes * seen.procs != ranks:
