@@ -74,7 +74,7 @@ def test_a_job_that_lost_everything_is_resumed_elsewhere(tmp_path: pathlib.Path,
     assert "--resume" in refused.output
     resumed = trainctl_run(spec, tmp_path / "c", options=("--resume",))
     assert resumed.status == 0, resumed.output
-    assert resumed.events("restored")[0]["step"] >= 10
+    assert resumed.events("restored")[0]["fields"]["step"] >= 10
     assert resumed.digest == reference.digest
 
 
@@ -106,13 +106,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_older(
     tmp_path: pathlib.Path, reference: Outcome, damage: Callable[[pathlib.Path], None]
 ) -> None:
     spec = durable(tmp_path)
-    first = trainctl_run(spec, tmp_path / "a", interrupt=('checkpoint-committed" step 20', 1))
+    first = trainctl_run(spec, tmp_path / "a", interrupt=("checkpoint-committed: step 20", 1))
     newest = manifests(tmp_path)[-1]
     damage(images(tmp_path, newest)[1])
     resumed = trainctl_run(spec, tmp_path / "b", options=("--resume",))
     assert resumed.status == 0, first.output + resumed.output
     step = int(newest.stem.rsplit("-", 1)[1])
-    assert resumed.events("restored")[-1]["step"] < step
+    assert resumed.events("restored")[-1]["fields"]["step"] < step
     assert resumed.events("checkpoint-quarantined"), resumed.output
     assert images(tmp_path, newest), "what is damaged is kept for people"
     assert resumed.digest == reference.digest

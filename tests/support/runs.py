@@ -130,7 +130,9 @@ def tail(path: pathlib.Path, lines: int = 40) -> str:
 
 
 def shared_memory() -> set[str]:
-    return {path.name for path in pathlib.Path("/dev/shm").glob("outlast-*")}
+    return {
+        path.name for path in pathlib.Path("/dev/shm").glob("outlast-*") if not path.name.startswith("outlast-test-")
+    }
 
 
 def processes(mark: str) -> list[str]:

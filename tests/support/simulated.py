@@ -56,6 +56,7 @@ class SimNode:
     held: Generation | None = None
     at_end: bool = False
     world_nodes: int = 0
+    upload: object = None
     leaving: bool = False
     memory: int | None = None
     keeper_port: int = 7000
@@ -544,9 +545,10 @@ class Cluster:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _on_upload(self, node: SimNode, upload: m.Upload) -> None:
-        fence, port = node.fence, node.keeper_port
+        fence, port, token = node.fence, node.keeper_port, object()
         if not node.keeper_up:
             return
+        node.upload = token  # a later one ends an earlier one
         others = {
             generation: names
             for generation, names in self.uploading.items()
@@ -557,7 +559,7 @@ class Cluster:
 
         def over() -> None:
             same = node.alive and node.fence == fence and node.keeper_up and node.keeper_port == port
-            if same:
+            if same and node.upload is token:
                 self.uploading[upload.generation].discard(node.name)
                 self.say(self._uploaded(node, upload))
 
@@ -707,6 +709,7 @@ class Cluster:
     def restart_controller(self, after: float = 0.5, head: bool = False) -> None:
         """The controller dies; with ``head`` all agents and ranks do too. Files stay."""
         self.epoch += 1
+        self.uploading.clear()  # the new one does not know of them; keepers notice when they are overwritten
         self.unacked = set()
         self.given_up = set()
         self.machine = self._new_machine()

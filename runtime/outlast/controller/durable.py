@@ -77,9 +77,11 @@ def _taken_over(job: Job, reason: str, now: float) -> None:
 
 
 def upload_failed(job: Job, event: e.UploadFailed, now: float) -> None:
-    """A node could not upload."""
+    """A node could not upload. One whose keeper is down is told again when it is back."""
     if event.trouble == "lost":
         _taken_over(job, event.reason, now)
+    elif event.trouble == "unavailable" and not job.members.nodes[event.node].keeper_up:
+        return
     elif job.checkpoints is not None:
         job.out += job.checkpoints.upload_failed(event, now)
         ending.look(job, now)
