@@ -62,7 +62,8 @@ class SimStore:
             return "lost"
         assert len(order.images) == order.nodes * order.procs == len({image.rank for image in order.images})
         assert all((order.generation, image.rank) in self.images for image in order.images), "an image is missing"
-        assert not self.line or self.line[-1].generation < order.generation, "the line only moves forward"
+        for old in [old for old in self.line if old.generation.step >= order.generation.step]:
+            self._supersede(old, order.generation)
         found = StoredCheckpoint(order.generation, URL, order.nodes, order.procs, order.images, order.about)
         self.line.append(found)
         self.committed.append(order.generation)
@@ -70,6 +71,13 @@ class SimStore:
             self.drop(old)
         self.line = self.line[-self.keep :]
         return found
+
+    def _supersede(self, old: StoredCheckpoint, new: Generation) -> None:
+        """The same is replaced, and an abandoned branch ends; an attempt itself only moves forward."""
+        assert old.generation <= new, f"{new} is committed after {old.generation}"
+        self.line.remove(old)
+        if old.generation != new:
+            self.drop(old)
 
     def drop(self, checkpoint: StoredCheckpoint) -> None:
         """Delete the objects of one."""

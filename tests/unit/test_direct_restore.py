@@ -441,7 +441,12 @@ def check_spread(case: Case, plan: RestorePlan) -> None:
     """No node has two guests more than one that could have had the second."""
     guests = Counter(dict.fromkeys(case.seats.values(), 0))
     made = [r for r in plan.ranks if r.source == DECODE and r.node != r.holder]
-    there = [i.node for i in case.of(plan.generation) if i.kind == "shard" and i.slot >= GUEST_SLOT]
+    there = [
+        image.node
+        for image in case.of(plan.generation)
+        if image.slot >= GUEST_SLOT
+        and case.find(image.node, "shard", image.seat, image.local_rank, plan.generation) is image
+    ]
     guests.update(node for node in there if node in guests)
     before = max(guests.values())
     guests.update(restore.node for restore in made)

@@ -36,7 +36,7 @@ def plan_direct(
 
 
 class _Hosts:
-    """The nodes with seats, and how many guests each has."""
+    """The nodes with seats, and how many guests that can be read each has."""
 
     def __init__(self, nodes: Collection[str], images: Iterable[HeldImage]) -> None:
         self.nodes = frozenset(nodes)
