@@ -76,7 +76,7 @@ def _world(job: Job) -> int:
 
 
 def _workers(job: Job) -> dict[str, Any]:
-    """``ready``: living nodes; ``size``: those with seats; ``would_leave``: who goes first if the job is made smaller."""
+    """``ready``: living nodes; ``size``: those with seats; ``would_leave``: who goes first when fewer are wanted."""
     members, config = job.members, job.config
     seats = {seat: name for seat, name in members.seats.items() if name in members.alive}
     free = [node.name for node in members.free()]
