@@ -152,6 +152,24 @@ def test_the_last_step_waits_for_its_snapshot(agent: Agent, ranks: RankSnapshots
     assert not ending.is_alive()
 
 
+@pytest.mark.parametrize("aborted", [True, False], ids=["aborted", "forgotten"])
+def test_the_last_step_is_permitted_again_under_the_same_name(
+    agent: Agent, ranks: RankSnapshots, aborted: bool
+) -> None:
+    """There is no later step, and a new controller may not know of the first permit."""
+    ending = at(lambda: ranks.final(9))
+    agent.permit(9, hold=True, replan=True)
+    agent.hear("planned")
+    for _ in range(2):
+        generation = agent.permit(9, hold=True)
+        assert agent.hear("copied")["generation"] == generation
+        if aborted:
+            agent.send("abort", generation=generation)
+    agent.send("proceed", generation=generation)
+    ending.join(30)
+    assert not ending.is_alive()
+
+
 def test_the_last_step_need_not_be_taken_again(agent: Agent, ranks: RankSnapshots) -> None:
     agent.send("proceed", generation=str(Generation(1, 9, "cd")))
     ending = at(lambda: ranks.final(9))

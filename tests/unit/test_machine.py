@@ -20,6 +20,7 @@ from outlast.controller.phases import OVER, TRANSITIONS, Phase
 from outlast.controller.settings import CheckpointConfig, MachineConfig
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.inventory import HeldImage, Inventory
+from outlast.snapshot.stored import StoredCheckpoint
 from support.simulated import Cluster
 from support.simulated_store import URL
 
@@ -469,6 +470,24 @@ def test_keepers_are_told_a_commit_again_until_they_answer() -> None:
     assert line.fields["seconds"] > 4.0
 
 
+def test_a_restored_generation_that_cannot_be_protected_is_told() -> None:
+    world = cluster(total=2000)
+    world.run_to_step(12)
+    world.lose_node(world.seated(2))
+    world.run_to("restored")
+    refuse = lambda node, encode, fence: world.say(m.EncodeFailed(node.name, encode.generation, "no space"))  # noqa: E731
+    encode, world._encode = world._encode, refuse  # type: ignore[method-assign]
+    line = world.run_to("not-protected")
+    assert "after 5 tries: no space" in line.text
+    world.run(59.0)
+    assert world.kinds().count("not-protected") == 1
+    world.run(40.0)
+    assert world.kinds().count("not-protected") == 2
+    world._encode = encode  # type: ignore[method-assign]
+    world.run_to("protected")
+    assert succeeded(world)["restarts"] == {"node-lost": 1}, "it has cost no restart"
+
+
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
@@ -502,6 +521,14 @@ def test_what_nobody_asked_for_changes_nothing() -> None:
         m.Encoded("x", generation),
         m.EncodeFailed("x", generation, "?"),
         m.CommitAcked("x", generation),
+        m.Leaving("x", 5.0),
+        m.RestoreFailed("x", stranger, generation, "?"),
+        m.Uploaded("x", generation, ()),
+        m.UploadFailed("x", generation, "?"),
+        m.Claimed(stranger),
+        m.ClaimFailed(stranger, "?", "lost"),
+        m.CheckpointCommitted(StoredCheckpoint(generation, "u", 1, 1, ())),
+        m.CheckpointFailed(generation, "?", "unavailable"),
         m.Tick(),
         m.Finalized(),
     ):

@@ -78,6 +78,7 @@ class AgentLink:
         match message["op"]:
             case "permit":
                 with self.news:
+                    self.aborted.discard(message["generation"])  # at the last boundary the same comes again
                     self.permits.append(message)
                     self.news.notify_all()
                 for announce in self.on_permit:

@@ -138,9 +138,9 @@ class RankSnapshots:
         return held
 
     def _hold(self, generation: Generation, until: float) -> None:
-        """Stay until this generation is aborted or one of its step is a reason to proceed."""
-        text = str(generation)
-        if not self._wait(lambda: text in self.link.aborted or self._proceeded(generation.step), until):
+        """Stay until this generation is aborted, or permitted anew, or one of its step is a reason to proceed."""
+        text, step = str(generation), generation.step
+        if not self._wait(lambda: text in self.link.aborted or self._is_due(step) or self._proceeded(step), until):
             self._note("hold-ended", f"nobody told how to go on after generation {generation}: going on")
 
     def _proceeded(self, step: int) -> bool:
