@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from outlast.errors import SpecError
+from outlast.jobstatus import TrainingJobStatus
 from outlast.quantities import IntervalOrAuto, MemoryBytes, PositiveSeconds, Seconds, SecondsOrAuto, StepsOrAuto
 from outlast.resource import Part, explain
 from outlast.storeurl import job_of, parse_checkpoint, parse_store_url
@@ -24,9 +25,6 @@ API_VERSION = "outlast.dev/v1alpha1"
 KIND = "TrainingJob"
 LARGEST_CHOSEN_GROUP = 8
 """Nodes in a redundancy group, at most, when ``groupSize`` is absent."""
-
-Phase = Literal["Pending", "Starting", "Running", "Recovering", "Suspended", "Succeeded", "Failed"]
-"""Pending: waits for nodes. Starting: ranks of the first attempt start. Recovering: a later attempt starts."""
 
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
@@ -259,79 +257,6 @@ class TrainingJobSpec(Part):
         if not entrypoint[0].strip():
             raise ValueError('"" cannot be run: the first entry must name a program, such as python')
         return entrypoint
-
-
-class Condition(Part):
-    """One thing that is true or not of the job, as Kubernetes writes it."""
-
-    type: Literal["Ready", "Suspended", "Recovering", "Succeeded", "Failed"] = Field(description="What it is about.")
-    status: Literal["True", "False", "Unknown"] = Field(description="Whether it is so.")
-    reason: str = Field(description="Why, as one word in CamelCase.")
-    message: str = Field(default="", description="Why, as a sentence.")
-    observed_generation: int | None = Field(
-        default=None, description="The generation of the spec that it was judged by."
-    )
-    last_transition_time: str = Field(description="When status changed last (RFC 3339).")
-
-
-class WorkersStatus(Part):
-    """The nodes there are."""
-
-    ready: Count = Field(default=0, description="Nodes that train or could at once.")
-    wanted: Count = Field(default=0, description="Nodes that shall train: the replicas in force.")
-    spares: Count = Field(default=0, description="Nodes that wait to take a lost node's place.")
-
-
-class SnapshotStatus(Part):
-    """The newest committed snapshot."""
-
-    step: Count = Field(description="Steps done when it was taken.")
-    time: str = Field(description="When it was committed (RFC 3339).")
-
-
-class CheckpointStatus(Part):
-    """The newest complete checkpoint."""
-
-    step: Count = Field(description="Steps done in it.")
-    time: str = Field(description="When it was complete (RFC 3339).")
-    url: str = Field(description="Where it lies; `trainctl checkpoints` and `restoreFrom` take it.")
-
-
-class Failure(Part):
-    """Something that failed, as the job's status remembers it."""
-
-    time: str = Field(description="When (RFC 3339).")
-    cause: str = Field(description="What: a rank's crash, a node's loss, a hang and so on.")
-    message: str = Field(default="", description="The first error in time, for people.")
-    node: str | None = Field(default=None, description="The node it happened on.")
-    rank: Count | None = Field(default=None, description="The rank it happened to.")
-    step: Count | None = Field(default=None, description="The step that was under way.")
-
-
-class TrainingJobStatus(Part):
-    """What is. Written by Outlast alone."""
-
-    phase: Phase = Field(default="Pending", description="Where the job is in its life.")
-    observed_generation: int | None = Field(default=None, description="The generation of the spec that this speaks of.")
-    conditions: Annotated[tuple[Condition, ...], Field(strict=False)] = Field(
-        default=(), description="What is true of the job."
-    )
-    step: Count = Field(default=0, description="Steps done.")
-    total_steps: Count | None = Field(default=None, description="Steps to do; absent until the script has said so.")
-    attempt: Count = Field(default=0, description="The attempt under way: how often all ranks have been started.")
-    restarts: dict[str, int] = Field(default_factory=dict, description="How many restarts there were, by cause.")
-    workers: WorkersStatus = Field(default=WorkersStatus(), description="The nodes there are.")
-    snapshot: SnapshotStatus | None = Field(default=None, description="The newest committed snapshot.")
-    checkpoint: CheckpointStatus | None = Field(default=None, description="The newest complete checkpoint.")
-    goodput: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        default=None, description="The part of the time that went into steps which count, 0 to 1."
-    )
-    failures: Annotated[tuple[Failure, ...], Field(strict=False)] = Field(default=(), description="The last failures.")
-    weights_digest: str | None = Field(
-        default=None, description="SHA-256 over the trained weights, once the job succeeded."
-    )
-    start_time: str | None = Field(default=None, description="When the first rank started (RFC 3339).")
-    completion_time: str | None = Field(default=None, description="When the job ended (RFC 3339).")
 
 
 class TrainingJob(Part):
