@@ -33,11 +33,15 @@ class Key:
 
 @dataclass(frozen=True)
 class Settings:
-    """The operator's own. ``training_image``: for jobs whose template names none."""
+    """The operator's own. ``training_image``: for jobs whose template names none; ``operator_namespace`` and
+    ``operator_labels``: of the Pods that NetworkPolicies let ask the controller.
+    """
 
     version: str
     training_image: str
     image_pull_policy: str = "IfNotPresent"
+    operator_namespace: str = ""
+    operator_labels: Mapping[str, str] = field(default_factory=dict)
     progress_every_s: float = 30.0
     suspend_patience_s: float = 60.0
 
@@ -57,11 +61,26 @@ class Controller:
 
 
 @dataclass(frozen=True)
+class Trouble:
+    """What the API server refused in the last pass and will go on refusing until somebody changes something: an invalid
+    Pod template, a quota that is used up, a right that is missing, a name that somebody else has.
+
+    ``reason`` is one word in CamelCase (``InvalidPod``, ``QuotaExceeded``, ``Forbidden``, ``NameTaken``, ``Refused``),
+    ``message`` names the object and has the API server's own words, ``since`` is when it was refused first.
+    """
+
+    reason: str
+    message: str
+    since: float
+
+
+@dataclass(frozen=True)
 class Observed:
     """One pass's input. ``job`` is the resource as it is in the cache (``raw``), parsed, with its status; ``invalid``
     says why it cannot be parsed (then ``job`` is None). ``pods`` are all the job's Pods, terminating ones too;
     ``machines`` the cluster's Nodes by name, as far as they carry Pods of the job. ``owned``: the job's other objects
-    by (kind, name).
+    by (kind, name). ``trouble``: why actions of the last pass could not be done; the plan has them done again all the
+    same (with back-off), and its status says why there are none yet. Objects come pruned (``pruning``).
     """
 
     key: Key
@@ -72,6 +91,7 @@ class Observed:
     machines: Mapping[str, Object]
     owned: Mapping[tuple[str, str], Object]
     controller: Controller = Controller()
+    trouble: Trouble | None = None
 
 
 # --- what is decided ------------------------------------------------------------------------------------------------
