@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test quick bench lint format clean
+.PHONY: demo test quick bench lint format clean manifests golden e2e
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,8 @@ help:
 	@echo "make quick   the unit tests alone"
 	@echo "make bench   benchmarks, as ratios against what runs beside them; writes benchmarks/RESULTS.md"
 	@echo "make lint    ruff, mypy --strict, import-linter"
+	@echo "make manifests   the CRD out of outlast.api, the chart's copy, install.yaml out of the chart (needs helm)"
+	@echo "make e2e     end-to-end tests on the lab's Kubernetes: root, about 15 minutes"
 
 $(READY): pyproject.toml constraints.txt hatch_build.py runtime/outlast/snapshot/_kernel.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "outlast needs Python 3.11 or newer: make PYTHON=...")'
@@ -31,6 +33,23 @@ quick: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run_all.py
+
+# Helm, where it is not on PATH, is among the lab's binaries.
+LAB = $(shell command -v kubelab || ls ../shared/kubelab/kubelab 2>/dev/null)
+HELM = $(shell command -v helm || echo "$$($(LAB) assets)/helm")
+
+manifests: $(READY)
+	$(BIN)/python -m outlast_operator.crd > manifests/crd.yaml.new
+	mv manifests/crd.yaml.new manifests/crd.yaml
+	cp manifests/crd.yaml charts/outlast/files/crd.yaml
+	$(BIN)/python manifests/install.py $(HELM) > manifests/install.yaml.new
+	mv manifests/install.yaml.new manifests/install.yaml
+
+golden: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m support.charts
+
+e2e: $(READY)
+	$(BIN)/python -m pytest tests/e2e
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,42 @@
+"""manifests/: install.yaml is what the chart says, and the examples are jobs."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from outlast.api import load
+from support.charts import ROOT, helm, split
+
+MANIFESTS = ROOT / "manifests"
+EXAMPLES = sorted((MANIFESTS / "examples").glob("*.yaml"))
+
+
+@pytest.mark.skipif(helm() is None, reason="helm is needed: it is neither on PATH nor in a lab's assets")
+def test_install_is_up_to_date() -> None:
+    command = [sys.executable, str(MANIFESTS / "install.py"), str(helm())]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert (MANIFESTS / "install.yaml").read_text() == made, "manifests/install.yaml is not the chart's: make manifests"
+
+
+def test_install_is_whole_and_of_one_namespace() -> None:
+    parts = split((MANIFESTS / "install.yaml").read_text())
+    assert parts[0]["kind"] == "Namespace", "kubectl applies in order"
+    kinds = {part["kind"] for part in parts}
+    assert {"CustomResourceDefinition", "Deployment", "ServiceAccount", "ClusterRole", "Role"} <= kinds
+    places = {part["metadata"]["namespace"] for part in parts if "namespace" in part["metadata"]}
+    assert places == {parts[0]["metadata"]["name"]}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_jobs(path: pathlib.Path) -> None:
+    job = load(path.read_text())
+    assert job.metadata.name == path.stem
+    assert load(job.to_yaml()) == job
+
+
+def test_there_are_examples() -> None:
+    assert {path.stem for path in EXAMPLES} == {"first", "bytelm", "elastic", "queued", "gpus"}
