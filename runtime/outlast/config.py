@@ -48,6 +48,8 @@ class ControllerConfig(_Config):
     """Marks the job's checkpoints as its own: the same for all controllers of one job, another for each job."""
     resume: bool = False
     """Whether to go on from what the store holds under the job's name, whosever mark it bears; else refused."""
+    patient: bool = False
+    """Whether somebody else decides how long to wait for nodes: then the want of them never fails the job here."""
     tick_s: float = Field(default=0.1, gt=0)
     """Seconds between two ticks of the machine."""
 
@@ -64,6 +66,11 @@ class ControllerConfig(_Config):
     def nodes_file(self) -> Path:
         """JSON {"nodes": [NodeConfig, ...]} of every node that was registered."""
         return self.control_dir / "nodes.json"
+
+    @property
+    def domains_file(self) -> Path:
+        """JSON {"machines": {machine: domain}, "nodes": {node: domain}} of failure domains that are known."""
+        return self.control_dir / "domains.json"
 
     @property
     def final_file(self) -> Path:
@@ -93,8 +100,11 @@ class NodeConfig(_Config):
 
     node: str = Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
     """The node's id, never used again for another node."""
-    domain: str
-    """Nodes of one failure domain fail together."""
+    machine: str = ""
+    """The machine that the node runs on, as the cluster calls it; "": not known, then the node stands for it."""
+    domain: str = ""
+    """Nodes of one failure domain fail together; "": the machine's, which somebody tells the controller if the job
+    names a failureDomain, else the machine itself."""
     host: str = "127.0.0.1"
     """The address at which other nodes reach this one."""
     job: dict[str, JsonValue]
@@ -115,6 +125,8 @@ class NodeConfig(_Config):
     """A file that holds the job's token (OUTLAST_TOKEN_FILE)."""
     forkserver_socket: str
     """The socket of the node's forkserver."""
+    ray_resource: str = ""
+    """The custom resource that the node's own raylet offers, to which its agent is pinned; "": any raylet will do."""
     env: dict[str, str] = Field(default_factory=dict)
     """The environment that ranks start with, before the job's own and the rank's variables."""
     threads: int | None = Field(default=None, ge=1)

@@ -38,9 +38,9 @@ def node_config(tmp_path: Path, node: str) -> NodeConfig:
     )
 
 
-def controller_config(tmp_path: Path) -> ControllerConfig:
+def controller_config(tmp_path: Path, job: Any = None) -> ControllerConfig:
     return ControllerConfig(
-        job={}, name="demo", dir=str(tmp_path), namespace="test", token_file=f"{tmp_path}/token", tick_s=0.01
+        job=job or {}, name="demo", dir=str(tmp_path), namespace="test", token_file=f"{tmp_path}/token", tick_s=0.01
     )
 
 
@@ -86,6 +86,7 @@ class FakeAgents:
     """Agents by node; ``failures`` attempts at making one fail first."""
 
     made: dict[str, FakeAgent] = field(default_factory=dict)
+    domains: dict[str, str] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     failures: int = 0
 
@@ -93,6 +94,7 @@ class FakeAgents:
         if self.failures > 0:
             self.failures -= 1
             raise TransferError("no room")
+        self.domains[config.node] = config.domain
         return self.made.setdefault(config.node, FakeAgent())
 
     async def remove(self, node: str) -> None:
@@ -123,9 +125,9 @@ async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
 
 @asynccontextmanager
 async def world(
-    tmp_path: Path, nodes: int = 1, answers: Any = None, failures: int = 0, archivist: Any = None
+    tmp_path: Path, nodes: int = 1, answers: Any = None, failures: int = 0, archivist: Any = None, job: Any = None
 ) -> AsyncIterator[World]:
-    config = controller_config(tmp_path)
+    config = controller_config(tmp_path, job)
     clock = SystemClock()
     logs = Logs.open(config, clock)
     machine, agents = ScriptedMachine(answers or {}), FakeAgents(failures=failures)

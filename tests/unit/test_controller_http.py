@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from outlast import __version__
 from outlast import messages as m
 from outlast.controller.http import Api, make_app, serving
 from support.controller_world import World, node_config, until, world
@@ -59,6 +60,43 @@ def test_no_answer_without_the_token(tmp_path: Path, header: str) -> None:
             async with client.request(method, path, headers={"Authorization": header}) as answer:
                 assert answer.status == 401
         assert not w.machine.of(m.StopRequested)
+
+    run(tmp_path, scenario)
+
+
+def test_health_needs_no_token(tmp_path: Path) -> None:
+    async def scenario(w: World, client: aiohttp.ClientSession, left: list[str]) -> None:
+        async with client.get("/healthz", headers={"Authorization": ""}) as answer:
+            assert (answer.status, await answer.json()) == (200, {"ok": True})
+
+    run(tmp_path, scenario)
+
+
+def test_status_is_waited_for(tmp_path: Path) -> None:
+    async def scenario(w: World, client: aiohttp.ClientSession, left: list[str]) -> None:
+        async def ask(after: int, wait: float) -> Any:
+            async with client.get(f"/status?after={after}&wait={wait}") as answer:
+                return await answer.json()
+
+        seq = (await ask(0, 10))["seq"]
+        assert (await ask(seq + 7, 10))["seq"] == seq, "of another controller's log"
+        assert (await ask(seq, 0.02))["seq"] == seq
+        waiting = asyncio.create_task(ask(seq, 10))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        w.driver.log("news", "here")
+        assert (await waiting)["seq"] == seq + 1
+        assert (await ask(seq, 10))["version"] == __version__
+
+    run(tmp_path, scenario)
+
+
+def test_domains_are_told(tmp_path: Path) -> None:
+    async def scenario(w: World, client: aiohttp.ClientSession, left: list[str]) -> None:
+        async with client.put("/domains", json={"machine-1": "zone-a"}) as answer:
+            assert (answer.status, await answer.json()) == (200, {"placed": []})
+        async with client.put("/domains", json={"machine-1": ""}) as answer:
+            assert answer.status == 400
 
     run(tmp_path, scenario)
 

@@ -145,6 +145,20 @@ def test_without_a_spare_the_job_waits_for_a_replacement() -> None:
     assert status(world)["goodput"]["lost_s"]["idle"] > 2.0
 
 
+def test_who_is_patient_waits_for_nodes_without_end_and_says_so() -> None:
+    config = MachineConfig(4, every_steps=5, start_timeout_s=20.0, patient=True)
+    world = cluster(3, config)
+    world.run(50.0)
+    assert world.kinds().count("still-waiting") == 2
+    world.add_node()
+    world.run_to_step(12)
+    world.lose_node(world.seated(2), replace_after=None)
+    world.run(50.0)
+    assert world.kinds().count("still-waiting") == 4
+    world.add_node()
+    assert succeeded(world)["recoveries"][0]["kind"] == "node-lost"
+
+
 def test_without_a_replacement_the_job_fails_and_says_why() -> None:
     world = cluster(4, MachineConfig(4, every_steps=5, start_timeout_s=20.0))
     world.run_to_step(12)

@@ -32,7 +32,16 @@ def _gathering(job: Job, now: float) -> None:
     waited = now - job.began
     if waited > job.config.start_timeout_s:
         here, wanted = len(job.members.alive), job.config.replicas
-        job.finish("failed", f"only {here} of {wanted} nodes joined within {waited:.0f} s (startTimeout)", now)
+        _want_nodes(job, f"only {here} of {wanted} nodes joined within {waited:.0f} s (startTimeout)", now)
+
+
+def _want_nodes(job: Job, text: str, now: float) -> None:
+    """Nodes have been missing for startTimeout: the end, unless others judge that; then it is said now and then."""
+    if not job.config.patient:
+        job.finish("failed", text, now)
+    elif now - job.wanting_told_at > job.config.start_timeout_s:
+        job.wanting_told_at = now
+        job.emit("still-waiting", text, nodes=len(job.members.alive), wanted=job.config.replicas)
 
 
 def _stopping(job: Job, now: float) -> None:
@@ -60,8 +69,7 @@ def _waiting(job: Job, now: float) -> None:
     if since is not None and now - since > limit:
         here, wanted = job.members.usable, job.config.replicas
         why = f"only {here} of {wanted} nodes are left, and no other joined within {limit:.0f} s (startTimeout)"
-        job.finish("failed", f"{why}; {preparation.told}" if preparation.told else why, now)
-        return
+        _want_nodes(job, f"{why}; {preparation.told}" if preparation.told else why, now)
     preparing.advance(job, now)
 
 

@@ -15,14 +15,17 @@ import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol, get_args
 
+from outlast import __version__
 from outlast import messages as m
 from outlast.clock import Clock
 from outlast.config import ControllerConfig, NodeConfig
 from outlast.controller.archivist import Librarian
-from outlast.controller.link import AgentLink, Agents
+from outlast.controller.domains import PATIENCE_S, Domains, labelled
+from outlast.controller.finale import Ending, read_final
+from outlast.controller.lines import Lines
+from outlast.controller.link import Agents
 from outlast.controller.registry import NodeRegistry, write_private_json
 from outlast.errors import RequestError, TransferError
 from outlast.snapshot.identity import Attempt
@@ -59,28 +62,6 @@ class Lag:
     def add(self, seconds: float) -> None:
         self.last_s = max(0.0, seconds)
         self.worst_s = max(self.worst_s, self.last_s)
-
-
-@dataclass
-class Ending:
-    """The job's outcome is known; ``waiting``: nodes that have not confirmed yet that no rank of theirs lives."""
-
-    finish: m.Finish
-    attempt: Attempt
-    waiting: set[str]
-    deadline: float
-
-    def takes(self, event: m.Event) -> bool:
-        """Whether ``event`` was meant for nobody else."""
-        if isinstance(event, m.NodeGone):
-            self.waiting.discard(event.node)
-        if not isinstance(event, m.Stopped) or event.attempt != self.attempt:
-            return False
-        self.waiting.discard(event.node)
-        return True
-
-    def ready(self, now: float) -> bool:
-        return not self.waiting or now >= self.deadline
 
 
 @dataclass(frozen=True)
@@ -121,9 +102,8 @@ class Driver:
         self._clock = clock
         self._archivist = archivist
         self._registry = NodeRegistry(config.nodes_file)
-        self._links: dict[str, AgentLink] = {}
-        self._line_tasks: dict[str, asyncio.Task[None]] = {}
-        self._group: asyncio.TaskGroup | None = None
+        self._domains = Domains(config.domains_file, labelled(config.job))
+        self._lines = Lines(agents, self._report)
         self._inbox: asyncio.Queue[m.Event] = asyncio.Queue()
         self._lag = Lag()
         self._attempt: Attempt | None = None
@@ -131,7 +111,7 @@ class Driver:
         self._info: dict[str, dict[str, Any]] = {}
         self._heard: dict[str, float] = {}
         self._ending: Ending | None = None
-        self._final = _read_final(config.final_file)
+        self._final = read_final(config.final_file)
         self._news = asyncio.Event()
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -139,10 +119,10 @@ class Driver:
     async def run(self) -> None:
         """Drive the machine until cancelled."""
         async with asyncio.TaskGroup() as group:
-            self._group = group
+            self._lines.open(group)
             for config in [] if self.finished else self._registry.all():
                 self._connect(config)
-            self.log("controller-started", f"controller {self.identity} drives {len(self._links)} known nodes")
+            self.log("controller-started", f"controller {self.identity} drives {len(self._lines)} known nodes")
             group.create_task(self._tick())
             group.create_task(self._consume())
             if self._archivist is not None and not self.finished:
@@ -175,6 +155,7 @@ class Driver:
             self._lag.add(loop.time() - due)
             if self._lag.last_s > LATE_S:
                 self.log("controller-late", f"the controller was held up for {self._lag.last_s:.1f} s")
+            self._place_overdue()
             self._inbox.put_nowait(m.Tick())
 
     @property
@@ -235,12 +216,22 @@ class Driver:
     async def remove_node(self, node: str) -> bool:
         """Forget a node and end its agent for good; False when it is unknown. Raises TransferError."""
         known = self._registry.remove(node)
-        self._hang_up(node)
+        self._domains.forget(node)
+        self._lines.hang_up(node)
         if known:
             self._inbox.put_nowait(m.NodeGone(node, "removed"))
             async with asyncio.timeout(REMOVE_S):
                 await self._agents.remove(node)
         return known
+
+    def place(self, domains: Mapping[str, str]) -> list[str]:
+        """The failure domains of machines; returns the nodes that waited for that and join now."""
+        placed = self._domains.tell(domains)
+        for config in placed:
+            text = f"{config.node} on {config.machine} is in {config.domain}"
+            self.log("placed", text, {"node": config.node, "machine": config.machine, "domain": config.domain})
+            self._lines.connect(config)
+        return [config.node for config in placed]
 
     def request_stop(self, reason: str) -> bool:
         """Ask the machine to end the job; False when it is over already."""
@@ -251,7 +242,7 @@ class Driver:
     async def remove_agents(self) -> None:
         """End all agents for good, as far as they answer in time."""
         for config in self._registry.all():
-            self._hang_up(config.node)
+            self._lines.hang_up(config.node)
             try:
                 async with asyncio.timeout(REMOVE_S):
                     await self._agents.remove(config.node)
@@ -263,6 +254,8 @@ class Driver:
         status = dict(self._final if self._final is not None else self._machine.status(self._clock.monotonic()))
         last = self._logs.metrics.last
         status["controller"] = self.identity
+        status["version"] = __version__
+        status["unplaced"] = self._domains.unplaced
         status["seq"] = self._logs.events.seq
         status["metrics"] = last.to_json() if last else None
         status["total"] = status.get("total") or self._total
@@ -274,16 +267,18 @@ class Driver:
 
     async def events_after(self, seq: int, wait_s: float, limit: int) -> list[LogEvent]:
         """Events newer than ``seq``; when there are none, wait up to ``wait_s`` seconds for one."""
-        deadline = asyncio.get_running_loop().time() + wait_s
-        while True:
-            news, found = self._news, self._logs.events.after(seq, limit)
-            if found or wait_s <= 0:
-                return found
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await news.wait()
-            except TimeoutError:
-                return []
+        await self.news(seq, wait_s)
+        return self._logs.events.after(seq, limit)
+
+    async def news(self, seq: int, wait_s: float) -> None:
+        """Return once the event log is beyond ``seq``, or after ``wait_s`` seconds; at once, too, when it has not come
+        that far: then it is not the log that was asked about."""
+        try:
+            async with asyncio.timeout(wait_s):
+                while self._logs.events.seq == seq:
+                    await self._news.wait()
+        except TimeoutError:
+            return
 
     def log(self, kind: str, text: str, fields: Mapping[str, Any] | None = None) -> LogEvent:
         """Add a line to the event log and wake who waits for it."""
@@ -307,36 +302,26 @@ class Driver:
             case m.Finish():
                 self._finish(instruction)
             case m.GiveUp():
-                self._give_up(instruction)
+                self._lines.drop_pending(instruction.node)
             case m.Claim() | m.CommitCheckpoint() | m.Quarantine():
                 if self._archivist is not None:
                     self._archivist.submit(instruction)
             case m.Load() | m.Permit() | m.Proceed() | m.Abort() | m.Commit() | m.Upload():
                 for node in instruction.nodes:
-                    self._send(node, _for_node(instruction, node))
+                    self._lines.send(node, _for_node(instruction, node))
             case _:
                 if isinstance(instruction, (m.Stop, m.Start)):
                     self._attempt = instruction.attempt
-                self._send(instruction.node, instruction)
-
-    def _send(self, node: str, instruction: m.Instruction) -> None:
-        link = self._links.get(node)
-        if link is not None:
-            link.put(m.to_json(instruction))
-
-    def _give_up(self, instruction: m.GiveUp) -> None:
-        link = self._links.get(instruction.node)
-        if link is not None:
-            link.drop_pending()
+                self._lines.send(instruction.node, instruction)
 
     def _finish(self, instruction: m.Finish) -> None:
         """Fence every node at an attempt that will never start, so that no rank is left, nor comes back."""
         now = self._clock.monotonic()
         never = Attempt(1 + (self._attempt.number if self._attempt else 0), self.identity)
-        waiting = {node for node, heard in self._heard.items() if node in self._links and now - heard < HEARD_S}
+        waiting = {node for node, heard in self._heard.items() if node in self._lines and now - heard < HEARD_S}
         self._ending = Ending(instruction, never, waiting, now + END_S)
-        for node in self._links:
-            self._send(node, m.Stop(node, never))
+        for node in self._lines:
+            self._lines.send(node, m.Stop(node, never))
 
     def _finalize(self, ending: Ending) -> None:
         outcome, reason = ending.finish.outcome, ending.finish.reason
@@ -350,22 +335,20 @@ class Driver:
     # --- lines to agents --------------------------------------------------------------------------------------------
 
     def _connect(self, config: NodeConfig) -> None:
-        node = config.node
-        task = self._line_tasks.get(node)
-        if task is not None and not task.done():
-            self._links[node].join()
-            return
-        if self._group is None:
-            return
-        link = AgentLink(config, self._agents, lambda kind, text: self._report(node, kind, text))
-        self._links[node] = link
-        self._line_tasks[node] = self._group.create_task(link.run())
+        """Have a node's agent join, once its failure domain is known."""
+        waited = config.machine in self._domains.unplaced
+        placed = self._domains.place(config, self._clock.monotonic())
+        if placed is not None:
+            self._lines.connect(placed)
+        elif not waited:
+            text = f"{config.node} waits up to {PATIENCE_S:.0f} s for the failure domain of {config.machine}"
+            self.log("unplaced", text, {"node": config.node, "machine": config.machine})
 
-    def _hang_up(self, node: str) -> None:
-        self._links.pop(node, None)
-        task = self._line_tasks.pop(node, None)
-        if task is not None:
-            task.cancel()
+    def _place_overdue(self) -> None:
+        for config in self._domains.overdue(self._clock.monotonic()):
+            text = f"nobody told the failure domain of {config.machine}: {config.node} counts it as one of its own"
+            self.log("domain-assumed", text, {"node": config.node, "machine": config.machine})
+            self._lines.connect(config)
 
     def _report(self, node: str, kind: str, text: str) -> None:
         self.log(kind, f"{node}: {text}", {"node": node})
@@ -384,11 +367,3 @@ def _for_node(instruction: m.Load | m.Permit | m.Proceed | m.Abort | m.Commit | 
 def _with_info(nodes: Mapping[str, Mapping[str, Any]], info: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the machine says of each node, and what its agent said of itself."""
     return {node: {**info.get(node, {}), **fields} for node, fields in nodes.items()}
-
-
-def _read_final(path: Path) -> dict[str, Any] | None:
-    """How the job ended, when a controller before this one saw its end."""
-    if not path.exists():
-        return None
-    final: dict[str, Any] = json.loads(path.read_text())
-    return final

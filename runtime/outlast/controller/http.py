@@ -1,12 +1,16 @@
-"""What people, ``trainctl`` and the operator ask a controller over HTTP. Every request carries the job's bearer token.
+"""What people, ``trainctl`` and the operator ask a controller over HTTP. Every request but the first carries the job's
+bearer token.
 
 ::
 
-    GET    /status                            the machine's status and what only the driver knows
+    GET    /healthz                           {"ok": true}, without a token
+    GET    /status?after=N&wait=S             the machine's status and what only the driver knows; waits up to S seconds
+                                              for an event newer than N
     GET    /events?after=N&wait=S&limit=K     events newer than N; waits up to S seconds for the first
     POST   /events {kind, text, fields?}      a line for the event log from who runs the job
     POST   /nodes  NodeConfig                 register a node, make its agent
     DELETE /nodes/{node}                      forget a node, end its agent for good
+    PUT    /domains {machine: domain}         the failure domains of machines
     POST   /stop   {reason?}                  end the job; once it is over, end the controller and its agents
 
 Answers are JSON objects; a refused request is {"error": text} with 400 (wrong), 401 (no or another token), 404 or 503
@@ -30,11 +34,13 @@ from outlast.controller.registry import parse_node, write_private_json
 from outlast.errors import RequestError, TransferError
 
 MAX_WAIT_S = 60.0
-"""The longest a request for events may wait."""
+"""The longest a request for events or for news may wait."""
 MAX_EVENTS = 10_000
 """The most events in one answer."""
 MAX_BODY = 8 * 1024 * 1024
 """Bytes of a request's body."""
+
+HEALTH = "/healthz"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -48,15 +54,23 @@ class Api:
 
     def routes(self) -> list[web.RouteDef]:
         return [
+            web.get(HEALTH, self.health),
             web.get("/status", self.status),
             web.get("/events", self.events),
             web.post("/events", self.add_event),
             web.post("/nodes", self.add_node),
             web.delete("/nodes/{node}", self.remove_node),
+            web.put("/domains", self.place),
             web.post("/stop", self.stop),
         ]
 
-    async def status(self, _: web.Request) -> web.Response:
+    async def health(self, _: web.Request) -> web.Response:
+        return web.json_response({"ok": True})
+
+    async def status(self, request: web.Request) -> web.Response:
+        if "after" in request.query:
+            after = int(_number(request, "after", 0, float("inf")))
+            await self._driver.news(after, _number(request, "wait", 0, MAX_WAIT_S))
         return web.json_response({**self._driver.status(), "pid": os.getpid()})
 
     async def events(self, request: web.Request) -> web.Response:
@@ -84,6 +98,12 @@ class Api:
             return web.json_response({"error": f"no node {node} is registered"}, status=404)
         return web.json_response({"node": node})
 
+    async def place(self, request: web.Request) -> web.Response:
+        domains = await _object(request)
+        if not all(isinstance(domain, str) and domain for domain in domains.values()):
+            raise RequestError("each machine needs its failure domain: text that is not empty")
+        return web.json_response({"placed": self._driver.place(domains)})
+
     async def stop(self, request: web.Request) -> web.Response:
         body = await _object(request) if request.can_read_body else {}
         stopping = self._driver.request_stop(str(body.get("reason", "asked to stop")))
@@ -97,6 +117,8 @@ def make_app(api: Api, token: str) -> web.Application:
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path == HEALTH:
+            return await handler(request)
         given = request.headers.get("Authorization", "").encode()
         if not hmac.compare_digest(given, f"Bearer {token}".encode()):
             return web.json_response({"error": "the job's bearer token is missing or another"}, status=401)

@@ -45,7 +45,8 @@ class Job:
     """The state. ``attempt``: the living one, or the one in preparation (then ``before`` is the one that lived last);
     ``symptoms``: faults since it was last well; ``decide_at``: the end of a diagnosis or of finishing; ``awaiting``:
     nodes that have not rebuilt what they lack; ``resumes``: the attempt has a state to load, ``origin``: from that
-    checkpoint; ``final``: the committed snapshot of the last step; ``ended_at``: when all ranks were done.
+    checkpoint; ``final``: the committed snapshot of the last step; ``ended_at``: when all ranks were done;
+    ``wanting_told_at``: when it was said last that nodes are missing.
     """
 
     def __init__(self, config: MachineConfig, now: float, new_incarnation: Callable[[], str]) -> None:
@@ -83,6 +84,7 @@ class Job:
         self.best_at_start = 0
         self.look_for_stragglers_at = now
         self.load_again_at = math.inf
+        self.wanting_told_at = -math.inf
         self.outcome: Outcome | None = None
         self.reason = ""
         self.weights_digest: str | None = None

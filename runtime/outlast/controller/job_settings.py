@@ -16,8 +16,11 @@ from outlast.errors import SpecError
 from outlast.resource import explain
 
 
-def settings_of(job: Mapping[str, Any]) -> MachineConfig:
-    """The machine's settings for a TrainingJob given as JSON. Raises SpecError when it is none."""
+def settings_of(job: Mapping[str, Any], *, patient: bool = False) -> MachineConfig:
+    """The machine's settings for a TrainingJob given as JSON. ``patient``: want of nodes is for others to judge.
+
+    Raises SpecError when it is none.
+    """
     try:
         parsed = TrainingJob.model_validate(job)
     except ValidationError as error:
@@ -41,6 +44,7 @@ def settings_of(job: Mapping[str, Any]) -> MachineConfig:
         grow_after_s=spec.recovery.grow_after,
         checkpoint=_checkpoint(parsed.metadata, spec),
         fingerprint=_fingerprint(spec),
+        patient=patient,
     )
 
 

@@ -26,6 +26,8 @@ from outlast.controller.job_settings import settings_of
 from outlast.errors import RequestError, TransferError
 
 POLL_S = 0.05
+HEAD_RESOURCE = "node:__internal_head__"
+"""What the head's raylet offers and no other: the controller and its folder are there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,6 +111,7 @@ def _make_actor(ray: Any, config: ControllerConfig) -> Any:
             max_restarts=-1,
             num_cpus=0,
             get_if_exists=True,
+            resources={HEAD_RESOURCE: 0.001},
         )
         .remote(config.model_dump_json())
     )

@@ -1,6 +1,8 @@
 """Agents as detached Ray actors: one per node, named, started again by Ray when they die.
 
 Looking an actor up and making one are blocking calls to Ray's head, so they run in a thread; calls to an actor are not.
+An agent of a node with a raylet of its own is pinned to it by the custom resource that only this raylet offers: Ray
+makes it once the raylet is there, and again whenever it is back.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from outlast.config import NodeConfig, agent_actor
 from outlast.controller.link import AgentDied
 from outlast.errors import TransferError
 
+PINNED = 0.001
+"""Of the resource that pins an agent to its raylet."""
+
 
 class RayAgent:
     """One agent, by its actor's handle."""
@@ -24,9 +29,18 @@ class RayAgent:
     def __init__(self, node: str, handle: Any) -> None:
         self._node = node
         self._handle = handle
+        self._joining: Any = None
 
     async def join(self) -> None:
-        await self._answer(self._handle.join.remote())
+        """One call at a time: those to an agent that Ray has yet to make would pile up."""
+        if self._joining is None:
+            self._joining = self._handle.join.remote()
+        try:
+            await self._answer(self._joining)
+        except TransferError:
+            self._joining = None
+            raise
+        self._joining = None
 
     async def perform(self, instructions: str) -> None:
         await self._answer(self._handle.perform.remote(instructions))
@@ -64,6 +78,7 @@ class RayAgents:
             "max_restarts": -1,
             "num_cpus": 0,
             "get_if_exists": True,
+            "resources": {config.ray_resource: PINNED} if config.ray_resource else None,
         }
         try:
             return ray.remote(AgentActor).options(**options).remote(config.model_dump_json())

@@ -53,7 +53,8 @@ class MachineConfig:
 
     ``replicas`` is the size that is wanted; ``min_replicas`` (None: the same) the least that may train, which is done
     when nodes are missing for ``shrink_after_s``. A resize is followed by another that makes the job larger only after
-    ``grow_after_s``. ``checkpoint`` None: no object tier. ``fingerprint``: of the job's specification.
+    ``grow_after_s``. ``checkpoint`` None: no object tier. ``fingerprint``: of the job's specification. ``patient``:
+    somebody else ends a job for want of nodes.
     """
 
     replicas: int
@@ -74,6 +75,7 @@ class MachineConfig:
     grow_after_s: float = 30.0
     checkpoint: CheckpointConfig | None = None
     fingerprint: str = ""
+    patient: bool = False
 
     @property
     def slots(self) -> int:
