@@ -1,0 +1,126 @@
+"""One lab with three machines, a bucket, both images and a release of the chart, for all end-to-end tests; all of it is
+taken down at the end. Tests that remove the release come last."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import boto3
+import pytest
+from botocore.config import Config
+
+from support.labs import Lab, build_images, lab_wide_s3, running_lab, save_logs
+from support.stores import ROOT, environment
+from support.trainingjobs import Job, local_digest
+
+LAB = "e2e"
+NAMESPACE = "train"
+BUCKET = "training"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--timings", default=None, help="write what was measured to this JSON file")
+    parser.addoption("--lab-logs", default=None, help="save what the cluster said to this folder before it goes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "last: removes what other tests need")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+    for item in items:
+        if pathlib.Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(420))
+
+
+@pytest.fixture(scope="session")
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    with running_lab(LAB, nodes=3) as found:
+        build_images(found)
+        yield found
+        if folder := request.config.getoption("--lab-logs", default=None):
+            save_logs(found, pathlib.Path(folder))
+
+
+@pytest.fixture(scope="session")
+def bucket(lab: Lab) -> Iterator[str]:
+    """A store's URL; its credentials are the Secret "bucket" in the jobs' namespace, and in this process's environment."""
+    with lab_wide_s3(lab) as variables, environment(variables):
+        client = boto3.session.Session().client("s3", config=Config(s3={"addressing_style": "path"}))
+        client.create_bucket(Bucket=BUCKET)
+        client.close()
+        restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
+        lab.apply(
+            {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": restricted}},
+            {
+                "apiVersion": "v1",
+                "kind": "Secret",
+                "metadata": {"name": "bucket", "namespace": NAMESPACE},
+                "stringData": variables,
+            },
+        )
+        yield f"s3://{BUCKET}"
+
+
+@pytest.fixture(scope="session")
+def release(lab: Lab, bucket: str) -> Lab:
+    """The lab with Outlast in it, as the README says."""
+    chart = str(ROOT / "charts" / "outlast")
+    where = ["--namespace", "outlast-system", "--create-namespace"]
+    lab.helm("install", "outlast", chart, *where, "--set", "image.tag=dev", "--wait", "--timeout", "120s")
+    return lab
+
+
+@pytest.fixture(scope="session")
+def timings(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """What was measured, by name."""
+    found: dict[str, Any] = {}
+    yield found
+    if path := request.config.getoption("--timings", default=None):
+        pathlib.Path(path).write_text(json.dumps(found, indent=1) + "\n")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(lab: Lab, bucket: str) -> Callable[[int, int], str]:
+    """The weights' digest of the same job run by ``trainctl run`` in one Pod, where nothing fails: (steps, ranks) -> it."""
+    known: dict[tuple[int, int], str] = {}
+
+    def digest(steps: int, ranks: int) -> str:
+        if (steps, ranks) not in known:
+            known[steps, ranks] = local_digest(lab, NAMESPACE, steps, ranks)
+        return known[steps, ranks]
+
+    return digest
+
+
+@pytest.fixture
+def submit(release: Lab) -> Iterator[Callable[[dict[str, Any]], Job]]:
+    """Applies a job, and removes it afterwards: nothing of it may stay."""
+    jobs: list[Job] = []
+
+    def apply(resource: dict[str, Any]) -> Job:
+        release.apply({**resource, "metadata": {**resource["metadata"], "namespace": NAMESPACE}})
+        jobs.append(Job(release, NAMESPACE, resource["metadata"]["name"]))
+        return jobs[-1]
+
+    yield apply
+    for job in jobs:
+        release.kubectl("-n", NAMESPACE, "delete", "trainingjob", job.name, "--ignore-not-found", "--wait=false")
+        assert_nothing_left(release, job.name)
+
+
+def assert_nothing_left(lab: Lab, job: str, seconds: float = 90) -> None:
+    """No object of ``job`` is left, once the garbage collector has been there."""
+    kinds = "pods,services,secrets,networkpolicies,poddisruptionbudgets,configmaps"
+    deadline = time.monotonic() + seconds
+    while True:
+        found = lab.kubectl("-n", NAMESPACE, "get", kinds, "-l", f"outlast.dev/job={job}", "-o", "name").split()
+        if not found:
+            return
+        assert time.monotonic() < deadline, f"still there {seconds:g} s after the deletion of {job}: {found}"
+        lab.run("kubectl", "-n", NAMESPACE, "wait", "--for=delete", found[0], f"--timeout={seconds:g}s")

@@ -1,0 +1,95 @@
+"""The chart in a real cluster: installed, upgraded, removed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from support.labs import Lab
+from support.stores import ROOT
+from support.trainingjobs import Job, job
+
+CHART = str(ROOT / "charts" / "outlast")
+WHERE = ("--namespace", "outlast-system")
+
+
+def test_two_replicas_one_leads(release: Lab) -> None:
+    (deployment,) = release.get("-n", "outlast-system", "deployments")["items"]
+    assert deployment["status"]["readyReplicas"] == 2
+    lease = release.get("-n", "outlast-system", "lease", "outlast-operator")
+    pods = release.get("-n", "outlast-system", "pods", "-l", "app.kubernetes.io/name=outlast")["items"]
+    leaders = [p["metadata"]["name"] for p in pods if p["metadata"]["name"] in lease["spec"]["holderIdentity"]]
+    assert len(leaders) == 1
+    assert len({pod["spec"]["nodeName"] for pod in pods}) == 2, "on different machines"
+
+
+def test_explain_reads_like_documentation(release: Lab) -> None:
+    text = release.kubectl("explain", "trainingjob.spec.workers")
+    assert "minReplicas" in text
+    assert "The fewest nodes to go on with" in text
+
+
+@pytest.mark.parametrize(
+    ("who", "verb", "what", "allowed"),
+    [
+        ("view", "get", "trainingjobs", True),
+        ("view", "create", "trainingjobs", False),
+        ("view", "get", "secrets", False),
+        ("edit", "create", "trainingjobs", True),
+        ("edit", "patch", "trainingjobs/scale", True),
+        ("edit", "patch", "trainingjobs/status", False),
+        ("edit", "create", "pods/portforward", True),
+    ],
+)
+def test_people_have_rights_through_the_clusters_own_roles(
+    release: Lab, who: str, verb: str, what: str, allowed: bool
+) -> None:
+    release.run("kubectl", "-n", "train", "create", "rolebinding", f"{who}-tester", f"--clusterrole={who}", f"--user={who}-tester")  # fmt: skip
+    asked = ["kubectl", "-n", "train", "auth", "can-i", verb, what, "--as", f"{who}-tester"]
+    deadline = time.monotonic() + 20
+    while (answer := release.run(*asked).stdout.split()[0]) != ("yes" if allowed else "no"):
+        assert time.monotonic() < deadline, f"{who}, {verb} {what}: {answer} (the aggregation of roles takes a moment)"
+
+
+def test_an_upgrade_leaves_what_runs_alone(release: Lab, submit: Callable[[dict[str, Any]], Job]) -> None:
+    """The operator is replaced, the definition is applied again; the job's Pods stay, and no attempt is lost."""
+    running = submit(job("steady", 100000, replicas=2))
+    before = running.reach(5, seconds=180)
+    names = [pod["metadata"]["uid"] for pod in running.pods("node")] + [running.head()["metadata"]["uid"]]
+    release.kubectl("label", "crd", "trainingjobs.outlast.dev", "was=here", "--overwrite")
+    release.kubectl("patch", "crd", "trainingjobs.outlast.dev", "--type=json", "-p", '[{"op":"remove","path":"/spec/names/shortNames"}]')  # fmt: skip
+    options = ["--set", "image.tag=dev", "--set", "logLevel=debug", "--wait", "--timeout", "120s"]
+    release.helm("upgrade", "outlast", CHART, *WHERE, *options)
+    assert release.get("crd", "trainingjobs.outlast.dev")["spec"]["names"]["shortNames"] == ["tj"]
+    after = running.reach(before["step"] + 20)
+    assert after["attempt"] == before["attempt"]
+    assert names == [pod["metadata"]["uid"] for pod in running.pods("node")] + [running.head()["metadata"]["uid"]]
+
+
+@pytest.mark.last
+def test_uninstall_leaves_nothing_but_the_definition(release: Lab) -> None:
+    assert not release.get("-A", "trainingjobs")["items"], "tests remove their jobs"
+    release.helm("uninstall", "outlast", *WHERE, "--wait")
+    kinds = release.kubectl("api-resources", "--verbs=list", "-o", "name").split()
+    listed = ",".join(kind for kind in kinds if not kind.startswith(("events", "componentstatuses")))
+    found = release.kubectl("get", listed, "-A", "-l", "app.kubernetes.io/name=outlast", "-o", "name")
+    found += release.kubectl("get", listed, "-A", "-l", "app.kubernetes.io/managed-by=outlast", "-o", "name")
+    assert found.split() == []
+    assert (
+        release.get("crd", "trainingjobs.outlast.dev")["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    )
+    left = release.kubectl("-n", "outlast-system", "get", listed, "-o", "name").split()
+    assert set(left) <= {"configmap/kube-root-ca.crt", "serviceaccount/default"}, left
+
+
+@pytest.mark.last
+def test_plain_manifests_install_the_same(release: Lab) -> None:
+    """``kubectl apply -f manifests/install.yaml`` of what the chart's defaults are; its images are not built here."""
+    file = str(ROOT / "manifests" / "install.yaml")
+    release.kubectl("apply", "-f", file)
+    again = release.kubectl("apply", "-f", file)
+    assert "configured" not in again, f"applied again nothing changes:\n{again}"
+    release.kubectl("delete", "-f", file, "--ignore-not-found", "--timeout=60s")
