@@ -81,6 +81,10 @@ class Observed:
     ``machines`` the cluster's Nodes by name, as far as they carry Pods of the job. ``owned``: the job's other objects
     by (kind, name). ``trouble``: why actions of the last pass could not be done; the plan has them done again all the
     same (with back-off), and its status says why there are none yet. Objects come pruned (``pruning``).
+
+    What earlier passes wrote must be seen here: a cache that is behind the operator's own writes would have Pods made
+    and Events told twice. ``new_token``: a random text of 32 characters or more, drawn for this pass; it becomes the
+    job's token if it has none.
     """
 
     key: Key
@@ -92,6 +96,7 @@ class Observed:
     owned: Mapping[tuple[str, str], Object]
     controller: Controller = Controller()
     trouble: Trouble | None = None
+    new_token: str = ""
 
 
 # --- what is decided ------------------------------------------------------------------------------------------------

@@ -1,0 +1,71 @@
+"""What a job's controller says (``outlast.controller.status``), read with care: it may be of another version. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+JOINED = frozenset({"active", "spare", "joining", "leaving"})
+"""States of nodes that are here."""
+LEFT, LOST = "left", "lost"
+
+
+@dataclass(frozen=True)
+class Heard:
+    """The status as it was heard at ``at``. Every property has an answer for what is not in it."""
+
+    status: Mapping[str, Any]
+    at: float
+
+    @property
+    def identity(self) -> str:
+        return self.text("controller")
+
+    @property
+    def outcome(self) -> str:
+        """succeeded, failed, stopped or suspended; "" before the end."""
+        return self.text("outcome")
+
+    @property
+    def workers(self) -> Mapping[str, Any]:
+        return self.part("workers")
+
+    @property
+    def states(self) -> dict[str, str]:
+        """The nodes that the controller knows, and how they are."""
+        return {name: str(_mapping(node).get("state", "")) for name, node in self.part("nodes").items()}
+
+    @property
+    def joined(self) -> int:
+        return self.count(self.workers, "ready")
+
+    @property
+    def started(self) -> bool:
+        """Whether ranks of the job were ever started, as this controller knows."""
+        return any(self.count(self.status, name) > 0 for name in ("attempts", "step", "best_step"))
+
+    @property
+    def unplaced(self) -> tuple[str, ...]:
+        return tuple(str(machine) for machine in self.status.get("unplaced") or ())
+
+    @property
+    def has_snapshot(self) -> bool:
+        """Whether a committed snapshot is in the nodes' memory."""
+        return self.part("snapshot").get("step") is not None
+
+    def text(self, name: str) -> str:
+        return str(self.status.get(name) or "")
+
+    def part(self, name: str) -> Mapping[str, Any]:
+        return _mapping(self.status.get(name))
+
+    @staticmethod
+    def count(part: Mapping[str, Any], name: str) -> int:
+        """A number of 0 or more."""
+        value = part.get(name)
+        return max(0, int(value)) if isinstance(value, int | float) else 0
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,185 @@
+"""What a Pod object says, as values: where it is, how it is, and what keeps it from starting. Pure.
+
+An obstacle's ``reason`` is Kubernetes' own word, one for each state that repeats: a container that cannot pull its
+image goes back and forth between ErrImagePull and ImagePullBackOff, one that crashes between Error and
+CrashLoopBackOff; a condition that followed them would change every few seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from outlast import kube
+from outlast_operator.model import Object
+from outlast_operator.timestamps import read_or_none
+
+_STEADY: Mapping[str, str] = {"ErrImagePull": "ImagePullBackOff"}
+_HOPELESS = frozenset(
+    {
+        "ImagePullBackOff",
+        "ErrImageNeverPull",
+        "InvalidImageName",
+        "ImageInspectError",
+        "CreateContainerConfigError",
+        "CreateContainerError",
+        "RunContainerError",
+        "CrashLoopBackOff",
+    }
+)
+"""Reasons of waiting containers that somebody must mend; others (ContainerCreating) pass."""
+OUT_OF_MEMORY, CRASHING = "OOMKilled", "CrashLoopBackOff"
+UNSCHEDULABLE = "Unschedulable"
+_CRASHES = 2
+"""Restarts after which a container that is not ready counts as crashing, whatever it does at the moment."""
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a Pod does not start. ``passes``: waiting may help."""
+
+    pod: str
+    reason: str
+    message: str
+    passes: bool = False
+
+
+@dataclass(frozen=True)
+class Pod:
+    """``index`` -1: a name that is none of ours. ``age_from``: when it was made; ``ended_at``: when it Failed or
+    Succeeded, as far as it says so; ``why``: reason and message of its phase; ``obstacles``: why it is not ready.
+    """
+
+    name: str
+    uid: str
+    role: str
+    index: int
+    phase: str
+    deleting: bool
+    machine: str
+    ready: bool
+    made_at: float
+    ended_at: float | None
+    why: str
+    obstacles: tuple[Obstacle, ...]
+
+    @property
+    def ended(self) -> bool:
+        """Whether no container of it will run again."""
+        return self.phase in ("Failed", "Succeeded")
+
+    @property
+    def is_node(self) -> bool:
+        return self.role == kube.NODE_ROLE
+
+
+def pod_of(obj: Object) -> Pod:
+    """``obj`` as it is read here."""
+    metadata, status = obj["metadata"], obj.get("status", {})
+    name, phase = metadata["name"], status.get("phase") or "Pending"
+    made_at = read_or_none(metadata.get("creationTimestamp")) or 0.0
+    return Pod(
+        name=name,
+        uid=metadata.get("uid", ""),
+        role=(metadata.get("labels") or {}).get(kube.ROLE_LABEL, ""),
+        index=index_of(name),
+        phase=phase,
+        deleting=bool(metadata.get("deletionTimestamp")),
+        machine=obj.get("spec", {}).get("nodeName") or "",
+        ready=_condition(status, "Ready").get("status") == "True",
+        made_at=made_at,
+        ended_at=_ended_at(status, made_at) if phase in ("Failed", "Succeeded") else None,
+        why=": ".join(text for text in (status.get("reason"), status.get("message")) if text),
+        obstacles=() if phase in ("Failed", "Succeeded") else tuple(_obstacles(name, obj)),
+    )
+
+
+def index_of(name: str) -> int:
+    """The index in a Pod's name; -1 when it has none."""
+    try:
+        return kube.pod_index(name)
+    except ValueError:
+        return -1
+
+
+def owner_uid(obj: Object) -> str:
+    """Who controls the object; "" when nobody does."""
+    owners = obj["metadata"].get("ownerReferences") or ()
+    return next((owner.get("uid", "") for owner in owners if owner.get("controller")), "")
+
+
+def summed_up(obstacles: Iterable[Obstacle]) -> Obstacle | None:
+    """One for all: the first that waiting cannot mend, else the first; its message counts the others of its kind."""
+    found = sorted(obstacles, key=lambda obstacle: (obstacle.passes, index_of(obstacle.pod)))
+    if not found:
+        return None
+    first = found[0]
+    alike = len({obstacle.pod for obstacle in found if obstacle.reason == first.reason}) - 1
+    more = f" and {alike} more" if alike else ""
+    return Obstacle(first.pod, first.reason, f"{first.pod}{more}: {first.message}", first.passes)
+
+
+def _condition(status: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    conditions = status.get("conditions") or ()
+    return next((condition for condition in conditions if condition.get("type") == kind), {})
+
+
+def _containers(status: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield from status.get("initContainerStatuses") or ()
+    yield from status.get("containerStatuses") or ()
+
+
+def _ended_at(status: Mapping[str, Any], made_at: float) -> float:
+    ends = [(container.get("state") or {}).get("terminated") or {} for container in _containers(status)]
+    times = [read_or_none(end.get("finishedAt")) for end in ends]
+    known = [time for time in times if time is not None]
+    return max(known) if known else read_or_none(status.get("startTime")) or made_at
+
+
+def _obstacles(pod: str, obj: Object) -> Iterator[Obstacle]:
+    status = obj.get("status", {})
+    scheduled = _condition(status, "PodScheduled")
+    if scheduled.get("status") == "False":
+        reason = scheduled.get("reason") or UNSCHEDULABLE
+        yield Obstacle(pod, reason, scheduled.get("message") or "no machine takes it", passes=True)
+    limits = _memory_limits(obj)
+    for container in _containers(status):
+        found = _container_obstacle(pod, container, limits.get(container.get("name", ""), ""))
+        if found is not None:
+            yield found
+
+
+def _memory_limits(obj: Object) -> dict[str, str]:
+    containers = obj.get("spec", {}).get("containers") or ()
+    limits = {
+        one.get("name", ""): ((one.get("resources") or {}).get("limits") or {}).get("memory") for one in containers
+    }
+    return {name: str(limit) for name, limit in limits.items() if limit}
+
+
+def _container_obstacle(pod: str, container: Mapping[str, Any], memory_limit: str) -> Obstacle | None:
+    if container.get("ready"):
+        return None
+    state = container.get("state") or {}
+    waiting = state.get("waiting") or {}
+    last = state.get("terminated") or (container.get("lastState") or {}).get("terminated") or {}
+    name, reason = container.get("name", ""), waiting.get("reason", "")
+    reason = _STEADY.get(reason, reason)
+    if last.get("reason") == OUT_OF_MEMORY:
+        limit = f" ({memory_limit})" if memory_limit else ""
+        text = f"container {name} was killed for want of memory: raise its memory limit{limit}, or lower what it uses"
+        return Obstacle(pod, OUT_OF_MEMORY, text)
+    crashing = bool(last) and last.get("exitCode") != 0 and container.get("restartCount", 0) >= _CRASHES
+    if reason == CRASHING or crashing:
+        return Obstacle(pod, CRASHING, _how_it_ended(name, container, last))
+    if reason in _HOPELESS:
+        return Obstacle(pod, reason, f"container {name}: {waiting.get('message') or reason}")
+    return None
+
+
+def _how_it_ended(name: str, container: Mapping[str, Any], last: Mapping[str, Any]) -> str:
+    code, times = last.get("exitCode"), container.get("restartCount", 0)
+    said = (last.get("message") or "").strip()
+    how = f"ended with exit code {code}" if code is not None else "ends again and again"
+    return f"container {name} {how}, {times} restarts{f': {said}' if said else ''}; `kubectl logs --previous` has more"
