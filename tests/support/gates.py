@@ -41,6 +41,9 @@ class GatedTier:
         self._tier.fetch(url, key, target, self._gated(limits))
         self._pass("end", 1)
 
+    def trouble(self) -> str | None:
+        return self._tier.trouble()
+
     def _gated(self, limits: TransferLimits) -> TransferLimits:
         numbers = count(1)
 

@@ -188,6 +188,15 @@ class KeeperTasks:
         job = partial(self._call, "upload", UPLOAD_S, attempt, False, bandwidth=upload.bandwidth, **fields)
         self._reactor.work(job, done)
 
+    def store_trouble(self, seconds: float, then: Callable[[str | None], None]) -> None:
+        """In so many seconds, tell why the keeper's transfers wait for the store; None: as far as known they do not."""
+
+        def done(reply: dict[str, Any] | OutlastError) -> None:
+            then(None if isinstance(reply, OutlastError) else reply["trouble"])
+
+        look = partial(self._host.call, "waiting", timeout=CALL_S)
+        self._reactor.after(seconds, lambda: self._reactor.work(look, done))
+
     def commit(self, commit: m.Commit, attempt: Attempt | None) -> None:
         """Have the keeper remember a commit, and drop what it makes useless; ``CommitAcked`` when it does."""
         if attempt is None:

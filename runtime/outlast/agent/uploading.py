@@ -10,6 +10,9 @@ from outlast.agent.attempt_record import AttemptRecord
 from outlast.agent.keeper_calls import KeeperTasks
 from outlast.snapshot.identity import Attempt, Generation
 
+LOOK_S = 5.0
+"""How often it is looked whether an upload waits for a store that does not answer."""
+
 _Job = tuple[Attempt, Generation, str]
 
 
@@ -32,6 +35,20 @@ class Uploading:
         if job != self._under_way:
             self._under_way = job
             self._keeper.upload(upload, record.started, record.seat, partial(self._done, job))
+            self._watch(job)
+
+    def _watch(self, job: _Job) -> None:
+        self._keeper.store_trouble(LOOK_S, partial(self._looked, job))
+
+    def _looked(self, job: _Job, trouble: str | None) -> None:
+        """Say once of an upload that it waits, which is no failure yet: the keeper is patient."""
+        if self._under_way is not job:
+            return
+        if trouble is None:
+            self._watch(job)
+        else:
+            text = f"{self._node} waits for the store and tries again: {trouble}"
+            self._emit(m.Note(self._node, None, "store-unavailable", text))
 
     def _done(self, job: _Job, event: m.Uploaded | m.UploadFailed) -> None:
         """Nobody asked in this attempt for what another one began."""

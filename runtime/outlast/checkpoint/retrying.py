@@ -20,18 +20,30 @@ _LOOK_S = 0.1
 T = TypeVar("T")
 
 
-def again(call: Callable[[], T], patience_s: float, cancelled: Callable[[], bool] = lambda: False) -> T:
+def again(
+    call: Callable[[], T],
+    patience_s: float,
+    cancelled: Callable[[], bool] = lambda: False,
+    on_wait: Callable[[str | None], None] = lambda _: None,
+) -> T:
     """``call()``, again after StoreUnavailable until ``patience_s`` is over; the last error is raised then.
 
-    Raises StaleAttemptError when ``cancelled`` says yes during a pause.
+    ``on_wait`` is told each error that is waited after, and None when the call has succeeded after one. Raises
+    StaleAttemptError when ``cancelled`` says yes during a pause.
     """
     until, pause = time.monotonic() + patience_s, FIRST_S
+    waited = False
     while True:
         try:
-            return call()
-        except StoreUnavailable:
+            result = call()
+            if waited:
+                on_wait(None)
+            return result
+        except StoreUnavailable as error:
             if time.monotonic() >= until:
                 raise
+            on_wait(str(error))
+            waited = True
         _sleep(min(random.uniform(0.0, pause), max(0.0, until - time.monotonic())), cancelled)
         pause = min(2 * pause, LONGEST_S)
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
@@ -39,6 +39,7 @@ from outlast.errors import (
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+T = TypeVar("T")
 MOST_PARTS = 10_000
 _READ_PIECE = 1 << 20
 _DELETE_AT_ONCE = 1000
@@ -81,7 +82,7 @@ class S3Store:
                 answer = self._client.get_object(Bucket=self._bucket, Key=self._key(key))
                 return answer["Body"].read(), answer["ETag"]
 
-        return again(ask, self._options.patience_s)
+        return self._again(ask)
 
     def put(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> str:
         condition: dict[str, Any] = {"IfMatch": if_match} if if_match is not None else {}
@@ -98,7 +99,7 @@ class S3Store:
             except (PreconditionFailed, ObjectMissing) as error:
                 return self._ours_after_all(key, data, error, tries)
 
-        return again(ask, self._options.patience_s)
+        return self._again(ask)
 
     def _ours_after_all(self, key: str, data: bytes, error: OutlastError, tries: int) -> str:
         """A conditional put that was tried again may have met itself: its first answer was lost."""
@@ -116,7 +117,7 @@ class S3Store:
         if len(data) <= part:
             self._upload_small(key, data, cancelled)
             return
-        started = again(lambda: self._begin(key), self._options.patience_s, cancelled)
+        started = self._again(lambda: self._begin(key), cancelled)
         done = False
         try:
             parts = self._send_parts(key, started, data, part, cancelled)
@@ -140,12 +141,12 @@ class S3Store:
                 found = self._client.head_object(Bucket=self._bucket, Key=self._key(key))
                 return ObjectInfo(key, found["ContentLength"], found["ETag"], found["LastModified"].timestamp())
 
-        return again(ask, self._options.patience_s)
+        return self._again(ask)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         token: dict[str, Any] = {}
         while True:
-            page = again(lambda token=token: self._page(prefix, token), self._options.patience_s)  # type: ignore[misc]
+            page = self._again(lambda token=token: self._page(prefix, token))  # type: ignore[misc]
             for found in page.get("Contents", []):
                 key = found["Key"][len(self._prefix) + 1 if self._prefix else 0 :]
                 yield ObjectInfo(key, found["Size"], found["ETag"], found["LastModified"].timestamp())
@@ -156,7 +157,7 @@ class S3Store:
     def delete(self, keys: Iterable[str]) -> None:
         names = [{"Key": self._key(key)} for key in keys]
         for start in range(0, len(names), _DELETE_AT_ONCE):
-            again(lambda start=start: self._delete(names[start : start + _DELETE_AT_ONCE]), self._options.patience_s)  # type: ignore[misc]
+            self._again(lambda start=start: self._delete(names[start : start + _DELETE_AT_ONCE]))  # type: ignore[misc]
 
     def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
         def ask() -> tuple[Unfinished, ...]:
@@ -169,13 +170,16 @@ class S3Store:
                     for found in page.get("Uploads", [])
                 )
 
-        yield from again(ask, self._options.patience_s)
+        yield from self._again(ask)
 
     def call_off(self, upload: Unfinished) -> None:
         self._abort(upload.key, upload.token)
 
     def close(self) -> None:
         self._client.close()
+
+    def _again(self, call: Callable[[], T], cancelled: Callable[[], bool] = lambda: False) -> T:
+        return again(call, self._options.patience_s, cancelled, self._options.on_wait)
 
     # --- small things -----------------------------------------------------------------------------------------------
 
@@ -208,7 +212,7 @@ class S3Store:
 
         if cancelled() or not self._pace.wait(len(data), cancelled):
             raise StaleAttemptError(f"the upload of {key} was called off")
-        again(ask, self._options.patience_s, cancelled)
+        self._again(ask, cancelled)
 
     def _begin(self, key: str) -> str:
         with self._told(key):
@@ -228,7 +232,7 @@ class S3Store:
                     where = {"Bucket": self._bucket, "Key": self._key(key), "UploadId": started}
                     return self._client.upload_part(**where, PartNumber=number, Body=_view(body))["ETag"]  # type: ignore[arg-type]
 
-            return {"PartNumber": number, "ETag": again(ask, self._options.patience_s, cancelled)}
+            return {"PartNumber": number, "ETag": self._again(ask, cancelled)}
 
         bodies = [data[at : at + part] for at in range(0, len(data), part)]
         work = [lambda n=n, body=body: send(n, body) for n, body in enumerate(bodies, 1)]
@@ -246,7 +250,7 @@ class S3Store:
                 if self.head(key).size != size:
                     raise
 
-        again(ask, self._options.patience_s)
+        self._again(ask)
 
     def _abort(self, key: str, started: str) -> None:
         try:
@@ -267,7 +271,7 @@ class S3Store:
                     raise CheckpointError(f"{self._url}/{key} ends before {offset + len(target)}")
                 self._receive(answer["Body"], key, target, cancelled)
 
-        again(ask, self._options.patience_s, cancelled)
+        self._again(ask, cancelled)
 
     def _receive(self, body: Any, key: str, target: memoryview, cancelled: Callable[[], bool]) -> None:
         done = 0

@@ -46,16 +46,22 @@ class Unfinished:
     started: float
 
 
+def _nothing(_: str | None) -> None:
+    """Nobody wants to know."""
+
+
 @dataclass(frozen=True)
 class StoreOptions:
     """``patience_s``: how long a call goes on trying; ``timeout_s``: for one request to make any progress;
-    ``bandwidth``: bytes a second for all uploads through this store together (None: no limit)."""
+    ``bandwidth``: bytes a second for all uploads through this store together (None: no limit); ``on_wait`` is told why,
+    whenever a request is to be made again, and None when it was answered then; by any thread."""
 
     patience_s: float = 60.0
     timeout_s: float = 20.0
     parallel: int = PARALLEL
     part_bytes: int = PART_BYTES
     bandwidth: int | None = None
+    on_wait: Callable[[str | None], None] = _nothing
 
 
 class Store(Protocol):

@@ -18,7 +18,8 @@ class StoreTier:
     """See `ObjectTier` for what it does and raises. ``options``: what the limits of a transfer leave open."""
 
     def __init__(self, options: StoreOptions | None = None) -> None:
-        self._options = options or StoreOptions()
+        self._options = replace(options or StoreOptions(), on_wait=self._hear)
+        self._trouble: str | None = None
         self._lock = threading.Lock()
         self._stores: dict[tuple[str, StoreOptions], Store] = {}
 
@@ -34,12 +35,19 @@ class StoreTier:
             raise CheckpointError(f"{url}/{key} has {size} bytes, not the {len(target)} that it was uploaded with")
         store.read_into(key, 0, target, limits.cancelled)
 
+    def trouble(self) -> str | None:
+        """Why transfers wait for a store, as it said last."""
+        return self._trouble
+
     def close(self) -> None:
         """Let all connections go."""
         with self._lock:
             stores, self._stores = self._stores, {}
         for store in stores.values():
             store.close()
+
+    def _hear(self, trouble: str | None) -> None:
+        self._trouble = trouble
 
     def _store(self, url: str, limits: TransferLimits) -> Store:
         options = replace(self._options, patience_s=limits.patience_s, bandwidth=limits.bandwidth)

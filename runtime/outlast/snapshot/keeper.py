@@ -23,6 +23,7 @@ put_parity attempt, ... of `ParityRequest`, stripe, row                 want; th
 rebuild *  generation, restore (`RankRestore`), peers: {node: [host,    bytes, seconds
            port]}, fresh?
 upload *   generation, seat, url, bandwidth?, procs?                    images (`StoredImage`), bytes, seconds
+waiting                                                                 trouble: why transfers wait for the store
 commit *   generation, slots?, procs?                                   commit, removed: how many images
 ========== ============================================================ =============================================
 
@@ -117,6 +118,7 @@ class Keeper:
             "put_parity": self._put_parity,
             "rebuild": self._rebuild,
             "upload": self._upload,
+            "waiting": lambda _message, _channel, _deadline: {"trouble": self._objects and self._objects.trouble()},
             "commit": self._commit,
         }
 

@@ -118,3 +118,7 @@ class ObjectTier(Protocol):
     def fetch(self, url: str, key: str, target: memoryview, limits: TransferLimits) -> None:
         """Fill ``target`` with the object, which must have exactly that size (CheckpointError if not)."""
         ...
+
+    def trouble(self) -> str | None:
+        """Why transfers wait for the store, as it said last; None while none waits."""
+        ...
