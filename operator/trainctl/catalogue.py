@@ -39,6 +39,7 @@ def list_checkpoints(url: str, as_json: bool) -> None:
         archive = _archive(store)
         head = archive.read_head()
         if head is None:
+            archive.check_lost()
             _list_jobs(store, as_json)
             return
         rows = list(_rows(archive, head))
@@ -160,8 +161,10 @@ def locate(text: str, step: int | None) -> tuple[str, int | None]:
 
     url, named = parse_reference(text)
     with _store(url) as store:
-        if _archive(store).read_head() is None:
-            jobs = _jobs_below(store)
+        archive = _archive(store)
+        if archive.read_head() is None:
+            archive.check_lost()
+            jobs = _jobs_below(store) + _headless_below(store)
             shown = "".join(f"\n  {job}" for job in jobs[:_NAMED])
             raise RequestError(
                 f"{url} is no job's URL: below it are the checkpoints of{shown}"
@@ -176,9 +179,19 @@ def _jobs_below(store: Store) -> list[str]:
     return [f"{store.url}/{key.removesuffix('/' + _HEAD)}" for key in keys if key.endswith("/" + _HEAD)]
 
 
+def _headless_below(store: Store) -> list[str]:
+    """Those that have manifests, but no head."""
+    from outlast.checkpoint.manifest import MANIFESTS
+
+    keys = [info.key for info in store.list() if f"/{MANIFESTS}" in info.key]
+    found = dict.fromkeys(f"{store.url}/{key.partition('/' + MANIFESTS)[0]}" for key in keys)
+    known = _jobs_below(store) if found else []
+    return [url for url in found if url not in known]
+
+
 def _list_jobs(store: Store, as_json: bool) -> None:
-    urls = _jobs_below(store)
-    if not urls:
+    urls, headless = _jobs_below(store), _headless_below(store)
+    if not urls and not headless:
         raise RequestError(f"{store.url} holds no checkpoints")
     rows: list[dict[str, Any]] = []
     for url in urls:
@@ -188,13 +201,15 @@ def _list_jobs(store: Store, as_json: bool) -> None:
         size = sum(entry.bytes for entry in head.line)
         rows.append({"url": url, "checkpoints": len(head.line), "bytes": size, "step": newest and newest.step})
     if as_json:
-        _print_json({"url": store.url, "jobs": rows})
+        _print_json({"url": store.url, "jobs": rows, "headless": headless})
         return
     cells = [
         (row["url"], str(row["checkpoints"]), amount(row["bytes"]), "-" if row["step"] is None else str(row["step"]))
         for row in rows
     ]
     _print_table(("JOB", "CHECKPOINTS", "SIZE", "NEWEST STEP"), cells)
+    for url in headless:
+        print(f"{_HEAD} is lost: trainctl checkpoints repair {url}")
 
 
 def _rows(archive: Archive, head: Head) -> Iterator[dict[str, Any]]:

@@ -73,6 +73,18 @@ def gc(
     collect_garbage(url, grace, delete, json)
 
 
+@app.command("repair")
+def repair(
+    url: Url,
+    write: Annotated[bool, typer.Option("--write", help="Write the head; without this it is only shown.")] = False,
+    json: Json = False,
+) -> None:
+    """Make a lost or unreadable head.json anew out of the manifests whose images verify. Let no job run on it."""
+    from trainctl.transfers import repair_head
+
+    raise typer.Exit(repair_head(url, write, json))
+
+
 @app.command("pin")
 def pin(url: Url, step: Step = None, json: Json = False) -> None:
     """Keep a checkpoint, whatever the job's retention says."""

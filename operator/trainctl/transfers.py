@@ -1,7 +1,7 @@
-"""``trainctl checkpoints verify`` and ``export``: processes of their own, since they need numpy and torch.
+"""``trainctl checkpoints verify``, ``export`` and ``repair``: processes of their own, since they need numpy and torch.
 
-``python -m outlast.checkpoint.verify`` and ``.export`` write JSON lines, which are shown here as a progress bar, as
-plain lines where there is no terminal, or, with ``--json``, not until the last.
+``python -m outlast.checkpoint.verify``, ``.export`` and ``.repair`` write JSON lines, which are shown here as a
+progress bar, as plain lines where there is no terminal, or, with ``--json``, not until the last.
 """
 
 from __future__ import annotations
@@ -42,6 +42,20 @@ def export_checkpoint(url: str, step: int | None, form: str, to: Path, shard_siz
     url, step = locate(url, step)
     options = ["--format", form, "--to", str(to), "--shard-size", shard_size]
     return _run("export", [url, *_step(step), *options], as_json, "exporting")[0]
+
+
+def repair_head(text: str, write: bool, as_json: bool) -> int:
+    """Make the head anew; the exit status."""
+    from outlast.checkpoint.manifest import parse_reference
+
+    check_installed("trainctl checkpoints repair", ("numpy", "xxhash"))
+    url, _ = parse_reference(text)
+    status, end = _run("repair", [url, *(["--write"] if write else [])], as_json, "verifying")
+    for item in [] if as_json else end.get("quarantined", [])[:_SHOWN]:
+        print(f"  step {item['entry']['step']} goes into quarantine: {item['reason']}")
+    for entry in [] if as_json else end.get("abandoned", [])[:_SHOWN]:
+        print(f"  step {entry['step']} ({entry['generation']}) is of a branch that was given up")
+    return status
 
 
 def _step(step: int | None) -> list[str]:

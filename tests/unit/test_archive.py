@@ -15,12 +15,20 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from outlast.checkpoint import repair
 from outlast.checkpoint.archive import Archive
 from outlast.checkpoint.line import Retention
 from outlast.checkpoint.manifest import HEAD_KEY, ClaimMark, Head, JobMark, image_key
 from outlast.checkpoint.store import Store
 from outlast.checkpoint.verify import PIECE, verify
-from outlast.errors import CheckpointError, ClaimLost, ObjectMissing, PreconditionFailed, RequestError
+from outlast.errors import (
+    CheckpointError,
+    ClaimLost,
+    ObjectMissing,
+    PreconditionFailed,
+    RequestError,
+    StoreUnavailable,
+)
 from outlast.snapshot.identity import Generation
 from outlast.snapshot.image import BLOCK, Entry, ImageFile, block_checksums, plan_layout
 from outlast.snapshot.stored import StoredImage
@@ -40,6 +48,7 @@ from support.archives import (
 )
 
 CLAIM = claim_of(1)
+FIRST = generation_of(CLAIM, 5)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -291,6 +300,40 @@ def test_retention_removes_all_of_what_expires(tmp_path: Path) -> None:
     assert steps(archive) == [15, 20]
 
 
+def test_a_branch_that_a_commit_drops_is_removed_with_what_expires(tmp_path: Path) -> None:
+    archive, second = claimed(tmp_path), claim_of(2)
+    for step in (5, 10, 15, 20):
+        checkpoint(archive, CLAIM, step)
+    archive.pin(15)
+    archive.claim(MARK, second, CLAIM)
+    checkpoint(archive, second, 10)
+    assert steps(archive) == [5, 15, 10]
+    dropped = {str(generation_of(CLAIM, step)) for step in (10, 20)}
+    assert [entry.step for entry in archive.expire(Retention(9), second)] == [10, 20]
+    assert not [key for key in keys(archive.store) if any(name in key for name in dropped)]
+    assert archive.restorable().bad == ()
+    assert archive.gc().keys == ()
+    assert archive.expire(Retention(9), second) == ()
+
+
+def test_what_could_not_be_removed_is_removed_the_next_time(tmp_path: Path) -> None:
+    failing = [True]
+
+    def fail_to_delete(name: str) -> None:
+        if name.startswith("delete") and failing:
+            raise StoreUnavailable("503")
+
+    checkpoint(claimed(tmp_path), CLAIM, 5)
+    archive = Archive(SteppedStore(folder(tmp_path), fail_to_delete), FUTURE)
+    checkpoint(archive, CLAIM, 10)
+    with pytest.raises(StoreUnavailable):
+        archive.expire(Retention(1), CLAIM)
+    assert steps(archive) == [10]
+    failing.clear()
+    assert [entry.step for entry in archive.expire(Retention(1), CLAIM)] == [5]
+    assert archive.gc().keys == ()
+
+
 def test_gc_shows_first_and_removes_then(tmp_path: Path) -> None:
     archive = claimed(tmp_path)
     checkpoint(archive, CLAIM, 5)
@@ -449,8 +492,13 @@ def sealed(path: Path, generation: Generation, nbytes: int) -> ImageFile:
     return image
 
 
-def real_checkpoint(archive: Archive, scratch: Path, nbytes: int = PIECE + 3 * BLOCK + 17) -> Generation:
-    generation = generation_of(CLAIM, 5)
+def real_checkpoint(
+    archive: Archive,
+    scratch: Path,
+    nbytes: int = PIECE + 3 * BLOCK + 17,
+    generation: Generation = FIRST,
+    claim: ClaimMark = CLAIM,
+) -> Generation:
     images = []
     for rank in range(2):
         image = sealed(scratch / f"{rank}.img", generation, nbytes)
@@ -459,8 +507,109 @@ def real_checkpoint(archive: Archive, scratch: Path, nbytes: int = PIECE + 3 * B
         checksum = xxhash.xxh64_hexdigest(image.checksums().tobytes())
         images.append(StoredImage(rank, rank, 0, key, len(data), checksum))
         image.close()
-    archive.commit(manifest_of(generation, tuple(images)), CLAIM)
+    archive.commit(manifest_of(generation, tuple(images)), claim)
     return generation
+
+
+# --- without its head -----------------------------------------------------------------------------------------------
+
+
+def test_over_checkpoints_whose_head_was_lost_nobody_begins_anew(tmp_path: Path) -> None:
+    checkpoint(claimed(tmp_path), CLAIM, 5)
+    before = keys(folder(tmp_path)) - {HEAD_KEY}
+    (tmp_path / HEAD_KEY).unlink()
+    archive = Archive(folder(tmp_path), FUTURE)
+    for act in (
+        lambda: archive.claim(MARK, claim_of(2), None),
+        lambda: archive.claim(MARK, claim_of(2), None, resume=True),
+        archive.find,
+        lambda: archive.gc(dry_run=False),
+        lambda: archive.pin(5),
+    ):
+        with pytest.raises(RequestError, match=f"no {HEAD_KEY}.*trainctl checkpoints repair file://{tmp_path}"):
+            act()
+    assert keys(archive.store) == before
+
+
+def repaired(path: Path) -> Head:
+    store = folder(path)
+    finding = repair.look(store, FUTURE)
+    assert finding is not None
+    head = repair.rebuild(Archive(store), finding, lambda _: None, FUTURE)
+    repair.write(store, head, finding.etag)
+    return head
+
+
+def with_images(archive: Archive, claim: ClaimMark, scratch: Path, *at: int) -> None:
+    for step in at:
+        real_checkpoint(archive, scratch, 1000, generation_of(claim, step), claim)
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["lost", "unreadable"])
+def test_a_head_is_made_anew_of_manifests_that_verify(tmp_path: Path, lost: bool) -> None:
+    root = tmp_path / "store"
+    archive, second = claimed(root), claim_of(2)
+    with_images(archive, CLAIM, tmp_path, 5, 10, 15)
+    archive.claim(MARK, second, CLAIM)
+    with_images(archive, second, tmp_path, 10, 20, 30)
+    wanted = archive.require_head().line
+    assert [(entry.generation.attempt, entry.step) for entry in wanted] == [(1, 5), (2, 10), (2, 20), (2, 30)]
+    path = root / image_key(generation_of(second, 30), 0)
+    path.write_bytes(path.read_bytes()[:-9] + bytes(9))
+    if lost:
+        (root / HEAD_KEY).unlink()
+    else:
+        (root / HEAD_KEY).write_text("{")
+    head = repaired(root)
+    assert (head.job, head.claim, head.line) == (MARK, None, wanted[:3])
+    assert [item.entry.step for item in head.quarantined] == [30]
+    assert Archive(folder(root)).read_head() == head
+    assert repair.look(folder(root), FUTURE) is None
+    with pytest.raises(ClaimLost):
+        checkpoint(archive, second, 40)
+    after = Archive(folder(root), FUTURE)
+    after.claim(MARK, claim_of(3), None)
+    assert {key.split("/")[0] for key in after.gc().keys if key.endswith(".safetensors")} == {
+        *(str(generation_of(CLAIM, step)) for step in (10, 15)),
+        str(generation_of(second, 40)),
+    }, "what was given up, not what is in quarantine"
+
+
+def test_a_repair_takes_nothing_for_garbage_that_it_cannot_read(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    archive = claimed(root)
+    with_images(archive, CLAIM, tmp_path, 5, 10)
+    name = root / "manifests" / f"{generation_of(CLAIM, 10)}.json"
+    text = name.read_text()
+    name.write_text("torn")
+    (root / HEAD_KEY).unlink()
+    head = repaired(root)
+    assert ([entry.step for entry in head.line], [item.entry.step for item in head.quarantined]) == ([5], [10])
+    assert Archive(folder(root), FUTURE).gc().keys == ()
+    (root / HEAD_KEY).unlink()
+    name.write_text(text.replace('"format": 1', '"format": 99'))
+    with pytest.raises(CheckpointError, match="use a newer outlast"):
+        repair.look(folder(root), FUTURE)
+
+
+def test_a_repair_overwrites_no_head_that_came_meanwhile(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    archive = claimed(root)
+    with_images(archive, CLAIM, tmp_path, 5)
+    (root / HEAD_KEY).unlink()
+    store = folder(root)
+    finding = repair.look(store, FUTURE)
+    assert finding is not None
+    head = repair.rebuild(Archive(store), finding, lambda _: None, FUTURE)
+    with_images(archive, CLAIM, tmp_path, 10)
+    with pytest.raises(PreconditionFailed):
+        repair.write(store, head, finding.etag)
+    assert steps(archive) == [5, 10]
+    with pytest.raises(RequestError, match="nothing to make a head of"):
+        repair.look(folder(tmp_path / "empty"), FUTURE)
+
+
+# --- every byte -----------------------------------------------------------------------------------------------------
 
 
 def test_a_sound_checkpoint_verifies_with_its_progress(tmp_path: Path) -> None:

@@ -196,6 +196,35 @@ def test_gc_tells_of_uploads_that_were_never_ended(job: Job, trainctl: Command) 
     assert not draft.exists()
 
 
+def test_without_a_head_everything_names_the_remedy(job: Job, trainctl: Command) -> None:
+    (job.folder / "head.json").unlink()
+    for command in ("ls", "show", "verify", "pin", "unpin", "gc"):
+        status, _, complaint = trainctl(command, job.url)
+        assert status == 2
+        assert f"trainctl checkpoints repair {job.url}" in complaint
+    assert f"trainctl checkpoints repair {job.url}" in trainctl("ls", f"file://{job.root}")[1]
+    assert of_json(trainctl("ls", f"file://{job.root}", "--json"))["headless"] == [job.url]
+
+
+def test_repair_needs_images_that_verify(job: Job, trainctl: Command) -> None:
+    """Those here are none: all go into quarantine, with nothing written until told."""
+    head = job.folder / "head.json"
+    assert "nothing is to be repaired" in output_of(trainctl, "repair", job.url)
+    head.unlink()
+    said = output_of(trainctl, "repair", job.url)
+    assert "add --write" in said
+    assert "step 20 goes into quarantine" in said
+    assert not head.exists()
+    assert "head.json is written" in output_of(trainctl, "repair", job.url, "--write")
+    assert [row["state"] for row in of_json(trainctl("ls", job.url, "--json"))["checkpoints"]] == ["quarantined"] * 3
+
+
+def output_of(trainctl: Command, *arguments: str) -> str:
+    status, text, complaint = trainctl(*arguments)
+    assert status == 0, complaint
+    return text
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -185,6 +185,16 @@ def test_a_store_without_checkpoints_lets_a_job_start_afresh(tmp_path: Path) -> 
     assert len(said) == 2
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_checkpoints_whose_head_was_lost_are_not_begun_over(tmp_path: Path, resume: bool) -> None:
+    url = _put_head(tmp_path, [10])
+    store = open_store(url)
+    store.put(manifest_key(Generation(1, 10, "ab" * 8)), b"{}")
+    store.delete(["head.json"])
+    with pytest.raises(RequestError, match=f"no head.json.*trainctl checkpoints repair {url}"):
+        identity_of(_stored_job(tmp_path), resume, lambda _: None)
+
+
 def test_a_refused_run_says_why_and_leaves_nothing(job: Path, tmp_path: Path) -> None:
     _put_head(tmp_path, [10])
     before = sorted(tmp_path.rglob("*"))

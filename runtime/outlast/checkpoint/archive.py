@@ -8,6 +8,9 @@ Call order for a controller: ``claim`` before every attempt, ``restorable`` for 
 for each generation whose images are uploaded, and ``expire``. All calls raise StoreUnavailable and StoreDenied as the
 store does, CheckpointError for a head that cannot be read, ClaimLost when another controller holds the head. One
 ``Archive`` is not for several threads at a time.
+
+Manifests without a head are checkpoints whose catalogue was lost. Nobody begins anew over them, and ``gc`` does not
+take them for garbage: RequestError names ``trainctl checkpoints repair`` (``outlast.checkpoint.repair``).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from outlast.checkpoint import line
 from outlast.checkpoint.line import Retention
 from outlast.checkpoint.manifest import (
     HEAD_KEY,
+    MANIFESTS,
     ClaimMark,
     Entry,
     Head,
@@ -71,6 +75,7 @@ class Archive:
         self._clock = clock or SystemClock()
         self._manifests: dict[str, Manifest] = {}
         self._known: Head | None = None
+        self._leaving: dict[Generation, Entry] = {}
 
     @property
     def url(self) -> str:
@@ -83,16 +88,27 @@ class Archive:
         return self._read()[0]
 
     def require_head(self) -> Head:
-        """The head as it is. Raises RequestError when there is none."""
+        """The head as it is. Raises RequestError when there is none, or when it was lost."""
         head = self.read_head()
         if head is None:
-            raise RequestError(f"{self.url} holds no checkpoints: its URL must end with a job's namespace and name")
+            self.check_lost()
+            raise self._none()
         return head
+
+    def check_lost(self) -> None:
+        """To be called when no head was found. Raises RequestError with the remedy when there are manifests, and still
+        no head: another may have made both meanwhile."""
+        if any(True for _ in self.store.list(MANIFESTS)) and self.read_head() is None:
+            raise RequestError(
+                f"{self.url} holds manifests of checkpoints, but no {HEAD_KEY}, which says which of them count: it was "
+                f"lost or removed. See what can be had back with: trainctl checkpoints repair {self.url}"
+            )
 
     def claim(self, mark: JobMark, claim: ClaimMark, expected: ClaimMark | None, *, resume: bool = False) -> Head:
         """Take the head, made if there is none. ``expected``: see ``line.claimed``; ``resume``: also from another job.
 
-        Raises RequestError when the checkpoints are another job's, ClaimLost when another came between.
+        Raises RequestError when the checkpoints are another job's or the head was lost and this archive never saw it,
+        ClaimLost when another came between.
         """
 
         def take(head: Head) -> Head:
@@ -108,7 +124,8 @@ class Archive:
     def commit(self, manifest: Manifest, claim: ClaimMark) -> Head:
         """Make a generation, whose images are all uploaded, a checkpoint: its manifest, then the head. May be repeated.
 
-        Raises ClaimLost, and CheckpointError when an image is not there as the manifest says.
+        What it drops from the line, an abandoned branch, is removed from the store by the next ``expire``. Raises
+        ClaimLost, and CheckpointError when an image is not there as the manifest says.
         """
         head = self._read()[0] or self._known
         if head is None:
@@ -116,7 +133,16 @@ class Archive:
         line.check_claim(head, claim)
         self._check(manifest)
         entry = head.entry(manifest.generation) or self._put_manifest(manifest)
-        return self._move(lambda found: line.committed(found, entry, claim))
+        dropped: dict[Generation, Entry] = {}
+
+        def move(found: Head) -> Head:
+            after = line.committed(found, entry, claim)
+            dropped.update({other.generation: other for other in found.line if after.entry(other.generation) is None})
+            return after
+
+        head = self._move(move)
+        self._leaving.update({key: other for key, other in dropped.items() if head.entry(key) is None})
+        return head
 
     def quarantine(self, generation: Generation, reason: str, claim: ClaimMark | None = None) -> bool:
         """Take a checkpoint out of the line, its objects kept; False when the line does not have it.
@@ -185,7 +211,8 @@ class Archive:
     # --- removing ---------------------------------------------------------------------------------------------------
 
     def expire(self, retention: Retention, claim: ClaimMark | None = None) -> tuple[Entry, ...]:
-        """Remove what retention does not keep: from the head, then the manifests, then the objects.
+        """Remove what retention does not keep, and what commits dropped: from the head, then the manifests, then the
+        objects. What was left behind by a call that failed is removed by the next one.
 
         Raises ClaimLost when ``claim`` is given and does not hold the head.
         """
@@ -199,17 +226,25 @@ class Archive:
             return kept
 
         self._move(move)
-        self.store.delete([entry.manifest for entry in removed])
-        for entry in removed:
+        self._leaving.update({entry.generation: entry for entry in removed})
+        gone = tuple(self._leaving.values())
+        self.store.delete([entry.manifest for entry in gone])
+        for entry in gone:
             self.store.delete([info.key for info in self.store.list(f"{entry.generation}/")])
-        return removed
+            del self._leaving[entry.generation]
+        return gone
 
     def gc(self, *, dry_run: bool = True, grace_s: float = GRACE_S) -> GcReport:
-        """Find, and but for a dry run remove, what no reader needs and nobody has touched for ``grace_s``."""
+        """Find, and but for a dry run remove, what no reader needs and nobody has touched for ``grace_s``.
+
+        Raises RequestError when the head was lost: without it nobody knows what is needed.
+        """
         now = self._clock.wall()
         listing = {info.key: info for info in self.store.list()}
         unfinished = tuple(upload for upload in self.store.unfinished() if now - upload.started >= grace_s)
         head = self.read_head()
+        if head is None:
+            self.check_lost()
         keys = line.garbage(listing.values(), head, self._readable(head), now, grace_s)
         if not dry_run:
             self.store.delete(keys)
@@ -235,12 +270,15 @@ class Archive:
 
     def _move(self, change: Callable[[Head], Head], fresh: Head | None = None) -> Head:
         """Replace the head by what ``change`` makes of it. A head that the store lost is taken from memory; without
-        that from ``fresh``. Raises RequestError when there is none at all."""
+        that from ``fresh``, if there are no manifests either. Raises RequestError when there is none at all."""
         for _ in range(TRIES):
             found, etag = self._read()
-            base = found or self._known or fresh
+            base = found or self._known
             if base is None:
-                raise RequestError(f"{self.url} holds no checkpoints: its URL must end with a job's namespace and name")
+                self.check_lost()
+                base = fresh
+            if base is None:
+                raise self._none()
             head = change(base)
             if head == found:
                 return head
@@ -251,6 +289,9 @@ class Archive:
             self._known = head
             return head
         raise StoreUnavailable(f"{self.url}/{HEAD_KEY} was moved by others {TRIES} times: try again later")
+
+    def _none(self) -> RequestError:
+        return RequestError(f"{self.url} holds no checkpoints: its URL must end with a job's namespace and name")
 
     def _put_manifest(self, manifest: Manifest) -> Entry:
         """Write a manifest that no head names. One that is there already, of the same images, is taken as it is:

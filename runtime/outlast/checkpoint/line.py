@@ -81,6 +81,23 @@ def unpinned(head: Head, generation: Generation) -> Head:
     return _with_pin(head, generation, False)
 
 
+def rebuilt(found: Iterable[tuple[Manifest, Entry]], damaged: Iterable[Quarantined] = ()) -> Head:
+    """The head that manifests without one tell of, claimed by nobody and with nothing pinned.
+
+    They are taken in the order of attempts, each commit dropping what an earlier attempt left at or beyond its step:
+    that is the line as it was, with what retention was about to remove and what was written and never committed, which
+    is as sound. The job is that of the newest. Raises ValueError when there is none.
+    """
+    ordered = sorted(found, key=lambda item: (item[0].generation.attempt, item[0].step))
+    if not ordered:
+        raise ValueError("there are no manifests")
+    unclaimed = ClaimMark(0, "", "")
+    head = Head(ordered[-1][0].job, unclaimed)
+    for _, entry in ordered:
+        head = committed(head, entry, unclaimed)
+    return replace(head, claim=None, quarantined=tuple(damaged))
+
+
 @dataclass(frozen=True)
 class Retention:
     """What stays: the newest ``keep_last``, the first at or after each multiple of ``keep_every_steps``, the pinned."""

@@ -20,14 +20,18 @@ def identity_of(job: TrainingJob, resume: bool, say: Callable[[str], None]) -> s
     """The mark that this run's controllers put on the job's checkpoints.
 
     The object's own where Kubernetes gave it one; going on, that of the checkpoints; else one that is new. Raises
-    RequestError when there are checkpoints and ``resume`` was not asked for, and what the store raises.
+    RequestError when there are checkpoints and ``resume`` was not asked for, or ones whose head was lost, and what the
+    store raises.
     """
     own = job.metadata.uid or secrets.token_hex(16)
     if job.spec.checkpoint is None:
         return own
     url = job_url(job.spec.checkpoint.url, job.metadata.namespace, job.metadata.name)
     with closing(open_store(url, StoreOptions(patience_s=PATIENCE_S))) as store:
-        head = Archive(store).read_head()
+        archive = Archive(store)
+        head = archive.read_head()
+        if head is None:
+            archive.check_lost()
     if not resume and head is not None and _holds(head):
         raise RequestError(
             f"{url} holds checkpoints of this job already, {_what(head)}: go on from them with --resume, or give the "
