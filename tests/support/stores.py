@@ -7,7 +7,9 @@ import pathlib
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import pytest
 from botocore.config import Config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+START_S = 10.0
 AWS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_DEFAULT_REGION")
 
 
@@ -27,20 +30,61 @@ def lab() -> str | None:
     return shutil.which("kubelab") or (str(beside) if beside.exists() else None)
 
 
-@contextmanager
-def lab_s3() -> Iterator[dict[str, str]]:
-    """The variables that lead to a real S3 server; skips where there is none. Stops what it started."""
+def lab_assets() -> pathlib.Path | None:
+    """The folder of the lab's binaries, None where there is no lab."""
     command = lab()
-    if command is None or os.geteuid() != 0:
-        pytest.skip("no S3 server here: the lab (kubelab) and root are needed")
-    started = subprocess.run([command, "s3"], capture_output=True, text=True, timeout=120, check=False)
-    if started.returncode:
-        pytest.skip(f"the lab's S3 server does not start: {started.stderr.strip()[-200:]}")
-    lines = [line.removeprefix("export ") for line in started.stdout.splitlines() if line.startswith("export ")]
-    try:
-        yield {key: value.strip("'\"") for key, _, value in (line.partition("=") for line in lines)}
-    finally:
-        subprocess.run([command, "s3", "--stop"], capture_output=True, timeout=60, check=False)
+    if command is None:
+        return None
+    asked = subprocess.run([command, "assets"], capture_output=True, text=True, timeout=300, check=False)
+    return pathlib.Path(asked.stdout.strip().splitlines()[-1]) if asked.returncode == 0 else None
+
+
+@contextmanager
+def lab_s3(buckets: pathlib.Path | None = None) -> Iterator[dict[str, str]]:
+    """The variables that lead to a real S3 server (the lab's versitygw) of the caller's own, on loopback; skips where
+    there is none. ``buckets``: the folder in which its buckets are folders; a new one by default."""
+    assets = lab_assets()
+    server = assets / "versitygw" if assets is not None else None
+    if server is None or not server.exists():
+        pytest.skip("no S3 server here: the lab (kubelab) is needed")
+    with tempfile.TemporaryDirectory(prefix="outlast-test-s3-") as own, socket.create_server(("127.0.0.1", 0)) as taken:
+        place = buckets or pathlib.Path(own) / "buckets"
+        place.mkdir(exist_ok=True)
+        port = taken.getsockname()[1]
+        taken.close()
+        variables = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": uuid.uuid4().hex[:16],
+            "AWS_SECRET_ACCESS_KEY": uuid.uuid4().hex,
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        process = _versitygw(server, port, variables, place, pathlib.Path(own) / "log")
+        try:
+            yield variables
+        finally:
+            process.kill()  # it waits for its clients' connections otherwise
+            process.wait(10)
+
+
+def _versitygw(
+    server: pathlib.Path, port: int, variables: Mapping[str, str], buckets: pathlib.Path, log: pathlib.Path
+) -> subprocess.Popen[bytes]:
+    """Start it, and wait until it listens."""
+    access = ["--access", variables["AWS_ACCESS_KEY_ID"], "--secret", variables["AWS_SECRET_ACCESS_KEY"]]
+    where = ["--region", variables["AWS_REGION"], "--quiet", "--keep-alive", "--port", f"127.0.0.1:{port}"]
+    with log.open("w") as output:
+        process = subprocess.Popen([server, *access, *where, "posix", buckets], stdout=output, stderr=output)
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return process
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                pytest.skip(f"the lab's S3 server does not start: {log.read_text().strip()[-200:]}")
+            time.sleep(0.02)
 
 
 @contextmanager
@@ -61,6 +105,16 @@ def moto_s3() -> Iterator[dict[str, str]]:
         }
     finally:
         server.stop()
+
+
+@contextmanager
+def s3(buckets: pathlib.Path | None = None) -> Iterator[dict[str, str]]:
+    """The lab's server where there is one, else moto's, which has no folder for ``buckets``: then it skips."""
+    assets = lab_assets()
+    if assets is None and buckets is not None:
+        pytest.skip("moto's server keeps its buckets in memory: the lab (kubelab) is needed")
+    with lab_s3(buckets) if assets is not None else moto_s3() as variables:
+        yield variables
 
 
 @contextmanager
@@ -91,7 +145,8 @@ class Proxy:
     """A connection to a server that can refuse, cut and stall: real sockets between the two.
 
     ``mode``: "pass"; "503" answers each request so; "cut" ends connections after ``after`` bytes of requests; "stall"
-    takes requests and never answers. Changing it ends the connections there are.
+    takes requests and never answers; "slow" lets ``rate`` bytes of requests a second through a connection. Changing it
+    ends the connections there are.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -101,6 +156,7 @@ class Proxy:
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.refused = 0
         self.after = 0
+        self.rate = 1 << 20
         self._mode = "pass"
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -141,7 +197,7 @@ class Proxy:
                 while client.recv(65536):
                     pass
             else:
-                self._forward(client, self.after if mode == "cut" else None)
+                self._forward(client, self.after if mode == "cut" else None, self.rate if mode == "slow" else None)
         except OSError:
             pass
         finally:
@@ -158,25 +214,27 @@ class Proxy:
         while client.recv(65536):  # or its unread request would reset the answer
             pass
 
-    def _forward(self, client: socket.socket, limit: int | None) -> None:
+    def _forward(self, client: socket.socket, limit: int | None, rate: int | None) -> None:
         server = socket.create_connection(self._target, timeout=30)
         with self._lock:
             self._open.add(server)
         back = threading.Thread(target=_pump, args=(server, client, None), daemon=True)
         back.start()
-        if _pump(client, server, limit):
+        if _pump(client, server, limit, rate):
             self.refused += 1
         _end(server)
         back.join(5)
 
 
-def _pump(source: socket.socket, target: socket.socket, limit: int | None) -> bool:
-    """Move bytes until one side ends; True when the limit ended it."""
+def _pump(source: socket.socket, target: socket.socket, limit: int | None, rate: int | None = None) -> bool:
+    """Move bytes until one side ends, at most ``rate`` a second; True when the limit ended it."""
     moved = 0
     try:
         while data := source.recv(1 << 16):
             target.sendall(data)
             moved += len(data)
+            if rate is not None:
+                time.sleep(len(data) / rate)
             if limit is not None and moved > limit:
                 return True
         target.shutdown(socket.SHUT_WR)
