@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test quick bench lint format clean manifests golden e2e
+.PHONY: demo test quick bench lint format clean manifests golden e2e images
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make bench   benchmarks, as ratios against what runs beside them; writes benchmarks/RESULTS.md"
 	@echo "make lint    ruff, mypy --strict, import-linter"
 	@echo "make manifests   the CRD out of outlast.api, the chart's copy, install.yaml out of the chart (needs helm)"
+	@echo "make images  outlast-operator:dev and outlast-training:dev, with docker or the lab's builder"
 	@echo "make e2e     end-to-end tests on the lab's Kubernetes: root, about 15 minutes"
 
 $(READY): pyproject.toml constraints.txt hatch_build.py runtime/outlast/snapshot/_kernel.c
@@ -44,6 +45,13 @@ manifests: $(READY)
 	cp manifests/crd.yaml charts/outlast/files/crd.yaml
 	$(BIN)/python manifests/install.py $(HELM) > manifests/install.yaml.new
 	mv manifests/install.yaml.new manifests/install.yaml
+
+# With docker where its daemon answers, else with the lab, which puts them into the nodes of its running labs too.
+images:
+	@if docker info >/dev/null 2>&1; then build="docker build -t"; \
+	elif [ -n "$(LAB)" ]; then build="$(LAB) build"; \
+	else echo "make images needs docker with its daemon, or kubelab on PATH or in ../shared/kubelab" >&2; exit 1; fi; \
+	set -ex; $$build outlast-operator:dev -f Dockerfile.operator .; $$build outlast-training:dev -f Dockerfile.training .
 
 golden: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m support.charts

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from outlast.config import NodeConfig
-from outlast.local import processes
+from outlast.hosting import processes
 from outlast.local.folders import RunFolders
 from outlast.local.nodes import LocalNode, LocalNodes, NodeTemplate
 

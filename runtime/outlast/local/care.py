@@ -12,8 +12,8 @@ import time
 
 from outlast.config import NodeConfig
 from outlast.errors import TransferError
+from outlast.hosting.client import ControllerClient
 from outlast.local.board import Board, Replacements
-from outlast.local.client import ControllerClient
 from outlast.local.nodes import LocalNodes
 from outlast.local.output import Output
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from outlast.local import processes
+from outlast.hosting import processes
 from outlast.local.faults import Fault, Kind, Phase, due
 
 GATHER_LIMIT_S = 30.0

@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 from outlast.config import NodeConfig
 from outlast.errors import OutlastError, TransferError
-from outlast.local import processes
+from outlast.hosting import processes
+from outlast.hosting.raynode import RayHead
 from outlast.local.board import Board
 from outlast.local.faultgate import Scene
 from outlast.local.faults import NODE_KINDS, Fault, Kind, Part, Phase
 from outlast.local.imagefiles import corrupt
 from outlast.local.nodes import LocalNodes
-from outlast.local.raycluster import RayHead
 
 TELL_LIMIT_S = 1.0
 

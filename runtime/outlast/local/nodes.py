@@ -24,7 +24,7 @@ from outlast.agent.forkprotocol import ServerSetup
 from outlast.agent.pidfiles import node_pids
 from outlast.config import Isolation, NodeConfig
 from outlast.errors import OutlastError
-from outlast.local import processes
+from outlast.hosting import processes
 from outlast.local.faults import Fault, boundary_steps
 from outlast.local.folders import RunFolders
 

@@ -29,10 +29,12 @@ from typing import Any
 from outlast.api import TrainingJob, load
 from outlast.config import ControllerConfig
 from outlast.errors import CheckpointError, OutlastError, RequestError, StoreDenied, StoreError, TransferError
-from outlast.local import processes
+from outlast.hosting import processes
+from outlast.hosting.launching import Launcher
+from outlast.hosting.raynode import RayHead, RaySite
 from outlast.local.board import Board, Replacements
 from outlast.local.care import NodeCare
-from outlast.local.client import ControllerClient
+from outlast.local.client import LocalClient
 from outlast.local.environment import describe_environment
 from outlast.local.faultgate import FaultGate, FaultPlan
 from outlast.local.faults import Fault, parse_fault
@@ -41,14 +43,12 @@ from outlast.local.history import History
 from outlast.local.injury import Injury
 from outlast.local.nodes import LocalNodes, NodeTemplate
 from outlast.local.output import Output
-from outlast.local.raycluster import RayHead
 from outlast.local.report import build_report
 from outlast.local.storecheck import identity_of
 from outlast.local.watching import PhaseFaults, StatusWatch, watch_events, watch_head
 
 STOP_LIMIT_S = 15.0
 """How long a job may take to stop after it was asked to."""
-LAUNCH_LIMIT_S = 60.0
 INJURY_FRESH_S = 2.0
 """A head that is found lost so soon after a fault was lost by it."""
 LAUNCHES = 3
@@ -91,11 +91,10 @@ class Supervisor:
         self._node_count = workers.replicas + workers.spares
         self._config = _controller_config(folders, job, identity, options.resume)
         self._nodes = LocalNodes(folders, _template(options, job, self._config))
-        self._ray = RayHead(
-            folders.short, folders.token_file, folders.logs / "ray.log", dict(os.environ), self._known_children
-        )
-        self._client = ControllerClient(self._config.http_file, folders.token_file.read_text())
-        self._launching: int | None = None
+        log, env = folders.logs / "ray.log", dict(os.environ)
+        self._ray = RayHead(RaySite(folders.short, folders.token_file, log, env, self._known_children))
+        self._client = LocalClient(self._config.http_file, folders.token_file.read_text())
+        self._launcher = Launcher(folders.config_file, folders.logs / "launch.log", self._ray.env, folders.root)
         plan = FaultPlan(options.faults)
         self._plan = plan
         self._history = History()
@@ -167,25 +166,8 @@ class Supervisor:
         nodes = [json.loads(config.model_dump_json()) for config in configs]
         self._config.nodes_file.write_text(json.dumps({"nodes": nodes}))
         self._output.progress("starting the controller")
-        await self._launch(address)
+        await self._launcher.launch(address)
         self._address = address
-
-    async def _launch(self, address: str) -> None:
-        """Have the controller made, or found, in the Ray at ``address``. Raises OutlastError."""
-        command = [sys.executable, "-m", "outlast.controller.launch", "--address", address]
-        log = self._folders.logs / "launch.log"
-        process = processes.launch(
-            [*command, "--config", str(self._folders.config_file)], self._ray.env, log, self._folders.root
-        )
-        self._launching = process.pid
-        try:
-            status = await processes.wait_for(process, LAUNCH_LIMIT_S)
-        except TimeoutError as error:
-            raise OutlastError(f"the controller did not start: {error}; see {log}") from error
-        finally:
-            self._launching = None
-        if status != 0:
-            raise OutlastError(f"the controller did not start: {_last_line(log)}; see {log}")
 
     async def _on_event(self, event: dict[str, Any]) -> None:
         self._output.event(event)
@@ -208,7 +190,7 @@ class Supervisor:
             try:
                 await self._ray.kill()
                 self._address = await self._ray.start()
-                await self._launch(self._address)
+                await self._launcher.launch(self._address)
                 return
             except OutlastError as error:
                 self._output.progress(str(error))
@@ -218,7 +200,7 @@ class Supervisor:
     async def _relaunch(self) -> None:
         if self._ray.alive():
             self._output.progress("the controller does not answer: starting it again")
-            await self._launch(self._address)
+            await self._launcher.launch(self._address)
 
     async def _reap(self) -> None:
         while True:
@@ -264,7 +246,7 @@ class Supervisor:
 
     def _known_children(self) -> list[int]:
         """Children that are waited for by those who started them, and are not Ray's."""
-        return [pid for pid in (self._nodes.zygote_pid, self._launching, self._ray.starter) if pid is not None]
+        return [pid for pid in (self._nodes.zygote_pid, self._launcher.pid, self._ray.starter) if pid is not None]
 
     def _report(self, end: End) -> dict[str, Any]:
         faults = _read_lines(self._folders.faults_file)
@@ -311,11 +293,6 @@ def _last_words(end: End, report: Mapping[str, Any], folders: RunFolders) -> str
     rank = (report["first_error"] or {}).get("rank")
     logs = sorted(folders.logs.glob(f"rank-{rank}.attempt-*.log"), key=lambda path: path.stat().st_mtime)
     return f"{text}: {end.reason}" + (f"\nits log is {logs[-1]}" if logs and end.outcome == "failed" else "")
-
-
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "no reason given"
 
 
 def _read_lines(path: Path) -> Sequence[dict[str, Any]]:

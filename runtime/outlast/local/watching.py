@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from outlast.errors import TransferError
+from outlast.hosting.client import ControllerClient
+from outlast.hosting.raynode import RayHead
 from outlast.local.board import Board
-from outlast.local.client import ControllerClient
 from outlast.local.faultgate import FaultPlan
 from outlast.local.faults import Phase
 from outlast.local.history import RESTORED
 from outlast.local.imagefiles import PARITIES, SHARDS, being_written
 from outlast.local.injury import Injury
 from outlast.local.nodes import LocalNodes
-from outlast.local.raycluster import RayHead
 
 HEAD_EVERY_S = 0.1
 STATUS_EVERY_S = 0.25
