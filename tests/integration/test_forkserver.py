@@ -391,6 +391,23 @@ def test_a_server_that_nobody_attends_ends_at_once(bench: Bench, attended: bool)
     assert time.monotonic() - before < 2
 
 
+@pytest.mark.parametrize("back", [True, False])
+def test_who_attended_and_is_being_started_again_is_waited_for(bench: Bench, back: bool) -> None:
+    """Its keeper lives: what a new agent can hand over. One that does not come back in 10 s is not waited for."""
+    folder, client, _ = node_server(bench)
+    agent = Attending(folder, 30.0)
+    keeper = client.spawn(bench.script(SLEEPER, lifetime="server", role="keeper"))
+    agent.client.close()
+    os.kill(node_pids(folder)["forkserver"], signal.SIGTERM)
+    if back:
+        again = Attending(folder, 30.0)
+        assert 20 < again.told.get(timeout=5) <= 30.0
+        assert alive(keeper)
+        again.client.shutdown()
+    assert bench.exits.get(timeout=15).code == 0
+    assert not alive(keeper)
+
+
 def test_a_server_that_ends_takes_attended_ones_with_it_at_once() -> None:
     with tempfile.TemporaryDirectory(prefix="ol-") as name:
         zygote = launch(f"{name}/z.sock", log=Path(name) / "log", preload=())

@@ -22,7 +22,9 @@ When a child has ended, what is left of its process group is killed before the e
 runs any more; orphans that left the group are adopted and killed once no client's child is alive.
 
 SIGTERM ends the server with all its children: at once, unless a client attends, which may hand over what it has first.
-The server then goes on as before until a client says ``shutdown`` or the longest grace is over.
+The server then goes on as before until a client says ``shutdown`` or the longest grace is over. Where one has attended
+and is gone while a child of lifetime "server" (the keeper) lives, it is being started again: for ``COMEBACK_S`` it is
+waited for, and told when it attends.
 """
 
 from __future__ import annotations
@@ -51,6 +53,9 @@ __all__ = ["DEFAULT_PRELOAD", "ForkServer", "ServerSetup", "listen", "main"]
 
 STOP_S = 5.0
 """How long children may take to end when the server is asked to."""
+
+COMEBACK_S = 10.0
+"""How long a client that attended may take to come back, once the server was told to go."""
 
 _IDLE_S = 1.0
 _END_AT_ONCE = signal.SIGHUP
@@ -100,6 +105,8 @@ class ForkServer:
         self._clients: set[Connection] = set()
         self._stopping: float | None = None
         self._leave_by: float | None = None
+        self._told_at = 0.0
+        self._attended = self._awaiting = False
         self._selector = selectors.DefaultSelector()
         self._wake_out, self._wake_in = socket.socketpair()
         self._operations: dict[str, Callable[[Connection, dict[str, Any]], dict[str, Any]]] = {
@@ -298,15 +305,24 @@ class ForkServer:
     def _leave(self) -> None:
         """Told to go: as soon as clients that attend say so, at the end of their grace at the latest."""
         graces = [client.grace_s for client in self._clients if client.grace_s is not None]
-        if not graces:
+        told_before = self._leave_by is not None
+        if not graces and (told_before or not self._awaits_attendance()):
             self._stop()
-        elif self._leave_by is None:
-            self._leave_by = time.monotonic() + max(graces)
+        elif not told_before:
+            self._told_at = time.monotonic()
+            self._leave_by = self._told_at + max(graces, default=COMEBACK_S)
+            self._awaiting = not graces
             for client in self._clients:
                 self._tell_of_leaving(client)
 
+    def _awaits_attendance(self) -> bool:
+        """Whether who attended will be back: what it would hand over is still served."""
+        return self._attended and any(child.lifetime == "server" for child in self._children.values())
+
     def _attend(self, client: Connection, grace_s: float) -> dict[str, Any]:
-        client.grace_s = grace_s
+        client.grace_s, self._attended = grace_s, True
+        if self._awaiting:
+            self._leave_by, self._awaiting = self._told_at + grace_s, False
         self._tell_of_leaving(client)
         return {"op": "attending"}
 
