@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,10 +60,11 @@ def job(tmp_path: Path) -> Path:
 def test_help_names_the_options_and_is_quick(tmp_path: Path) -> None:
     took = []
     for _ in range(3):
-        began = time.monotonic()
+        began = os.times()
         assert _trainctl(["--help"], tmp_path).returncode == 0
-        took.append(time.monotonic() - began)
-    assert min(took) < 0.3
+        ended = os.times()
+        took.append(ended.children_user + ended.children_system - began.children_user - began.children_system)
+    assert min(took) < 0.3, "seconds of processor: what else the machine does is not its fault"
     text = _trainctl(["run", "--help"], tmp_path).stdout
     for option in ("--dir", "--fault", "--set", "--replace-after", "--resume", "--json", "node-leave", "node-join"):
         assert option in text
