@@ -95,6 +95,14 @@ class Isolation(_Config):
     """The one below it that stays visible."""
 
 
+class MemoryShare(_Config):
+    """A node's part of a file system that ``nodes`` nodes have in common."""
+
+    nodes: int = Field(ge=1)
+    bytes: int = Field(ge=0)
+    """Of each, for its images."""
+
+
 class NodeConfig(_Config):
     """Everything that a node's agent must know, also after a restart."""
 
@@ -119,6 +127,8 @@ class NodeConfig(_Config):
     """Where ranks' and the keeper's output goes: rank-R.attempt-A.log."""
     memory_dir: str
     """The node's own folder on tmpfs, mode 0700."""
+    share: MemoryShare | None = None
+    """What the node may take of that tmpfs; None: all of it is the node's."""
     socket_dir: str
     """The node's own folder for sockets: short, since a socket's path has at most 107 bytes."""
     token_file: str

@@ -197,6 +197,15 @@ def test_too_little_memory_is_said_at_protect(tmp_path: pathlib.Path) -> None:
     assert "MiB are missing" in outcome.output
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small tmpfs")
+def test_nodes_that_share_too_small_a_tmpfs_fail_early_with_the_sum(tmp_path: pathlib.Path) -> None:
+    """Each alone would fit: 2 slots of 19 MiB with as much parity, 78 MiB of 256; four do not."""
+    small = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=256m tmpfs /dev/shm && exec "$@"', "sh")
+    outcome = trainctl_run(job("train.py", *FSDP, "--width", "1024", "--steps", "5"), tmp_path, within=small)
+    assert outcome.status == 1, outcome.output
+    assert "the tmpfs that 4 local nodes share (256 MiB are free, they need" in outcome.output
+
+
 def test_a_random_soak_ends_identical(tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]) -> None:
     import random
 

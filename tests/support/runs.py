@@ -80,14 +80,15 @@ def trainctl_run(
     timeout: float = 240,
     interrupt: tuple[str, int] | None = None,
     alone: bool = True,
+    within: Sequence[str] = (),
 ) -> Outcome:
     """``trainctl run`` in a process of its own; afterwards nothing of it may be left. ``alone`` False: another runs
-    beside it, whose shared memory is none of its."""
+    beside it, whose shared memory is none of its. ``within``: a command that becomes it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "given.yaml"
     file.write_text(yaml.safe_dump(dict(spec), sort_keys=False))
     run = folder / "run"
-    command = [sys.executable, "-m", "trainctl", "run", str(file), "--dir", str(run), *options]
+    command = [*within, sys.executable, "-m", "trainctl", "run", str(file), "--dir", str(run), *options]
     for fault in faults:
         command += ["--fault", fault]
     mark = uuid.uuid4().hex

@@ -12,6 +12,7 @@ from outlast import messages as m
 from outlast.agent.keeper_calls import trouble_of
 from outlast.agent.rank_messages import Speaker, abort, event_of, permit, proceed, protection, restore_message, slots
 from outlast.api import TrainingJob
+from outlast.config import MemoryShare
 from outlast.errors import (
     CapacityError,
     CheckpointError,
@@ -24,6 +25,7 @@ from outlast.errors import (
     StoreUnavailable,
     TransferError,
 )
+from outlast.protect.capture import check_capacity
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.inventory import GUEST_SLOT, Origin, RankRestore, RestorePlan
 
@@ -160,3 +162,12 @@ def test_a_malformed_failure_is_refused(change: dict[str, Any]) -> None:
 )
 def test_what_an_error_says_of_the_store(error: OutlastError, trouble: m.StoreTrouble | None) -> None:
     assert trouble_of(error) == trouble
+
+
+def test_nodes_that_share_a_file_system_are_told_their_part_of_it(tmp_path: Path) -> None:
+    """Each would fit into the whole; what they need in all is more than there is."""
+    limits = protection(job(), 0, 4, MemoryShare(nodes=4, bytes=100 << 20))
+    assert limits["share"] == {"nodes": 4, "bytes": 100 << 20}
+    check_capacity(tmp_path, 25 << 20, 0, limits, 1)
+    with pytest.raises(CapacityError, match=r"4 local nodes share \(400 MiB are free, they need 416 MiB in all\)"):
+        check_capacity(tmp_path, 26 << 20, 0, limits, 1)

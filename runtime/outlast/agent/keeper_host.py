@@ -60,7 +60,8 @@ class KeeperHost:
 
     def __init__(self, config: NodeConfig, job: TrainingJob, forks: ForkClient, clock: Clock) -> None:
         self._config, self._forks, self._clock = config, forks, clock
-        self._max_memory = job.spec.snapshot.max_memory
+        limits = (job.spec.snapshot.max_memory, config.share and config.share.bytes)
+        self._max_memory = min((limit for limit in limits if limit is not None), default=None)
         self._program = _PLAIN if job.spec.checkpoint is None else _DURABLE
         self._info = Path(config.socket_dir) / "keeper.json"
         self._token = Path(config.token_file).read_text().strip()

@@ -298,7 +298,7 @@ class NodeAgent:
         ranks = self._ranks
         if ranks is not None and ranks.attempt == load.attempt and not ranks.ending:
             start = ranks.instruction
-            limits = protection(self._job, start.seat, start.world_nodes)
+            limits = protection(self._job, start.seat, start.world_nodes, self.config.share)
             ranks.load(restore_message(self.config.node, self._memory, start, limits))
 
     def _do_permit(self, instruction: m.Permit) -> None:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from outlast import messages as m
 from outlast.api import TrainingJob
+from outlast.config import MemoryShare
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.inventory import RankRestore
 from outlast.snapshot.placement import groups
@@ -161,9 +162,10 @@ def _at_keeper(address: m.Address, restore: RankRestore) -> dict[str, Any]:
     return {"host": host, "port": port, "local_rank": restore.local_rank, "seat": restore.seat}
 
 
-def protection(job: TrainingJob, seat: int, world_nodes: int) -> dict[str, Any]:
-    """What decides how much memory a node needs for snapshots ({"slots", "parity", "group", "max_memory"}), and whether
-    ranks wait at the end until their last step is protected ("final").
+def protection(job: TrainingJob, seat: int, world_nodes: int, share: MemoryShare | None = None) -> dict[str, Any]:
+    """What decides how much memory a node needs for snapshots ({"slots", "parity", "group", "max_memory", and "share"
+    where it has but a part of the file system}), and whether ranks wait at the end until their last step is protected
+    ("final").
 
     The sizes of groups are those of ``world_nodes``, estimated as if every node were a failure domain of its own.
     """
@@ -176,4 +178,5 @@ def protection(job: TrainingJob, seat: int, world_nodes: int) -> dict[str, Any]:
         "group": len(group.seats),
         "max_memory": wanted.max_memory,
         "final": job.spec.checkpoint is not None,
+        **({} if share is None else {"share": share.model_dump()}),
     }

@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from outlast.config import MemoryShare
 from outlast.errors import RequestError
 
 TMPFS = Path("/dev/shm")
@@ -20,6 +21,13 @@ _PREFIX = "outlast-"
 _PRIVATE = 0o700
 _LONGEST_BASE = 24
 """A socket's path has at most 107 bytes, of which Ray's session folder below ours takes 66."""
+
+
+def memory_share(nodes: int) -> MemoryShare:
+    """What each of the nodes that train may take of the tmpfs that they share: spares hold nothing until they have the
+    seat of a node that does not any more."""
+    stat = os.statvfs(TMPFS)
+    return MemoryShare(nodes=nodes, bytes=stat.f_bavail * stat.f_frsize // nodes)
 
 
 @dataclass(frozen=True)

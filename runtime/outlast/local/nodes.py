@@ -22,7 +22,7 @@ from typing import Any
 
 from outlast.agent.forkprotocol import ServerSetup
 from outlast.agent.pidfiles import node_pids
-from outlast.config import Isolation, NodeConfig
+from outlast.config import Isolation, MemoryShare, NodeConfig
 from outlast.errors import OutlastError
 from outlast.hosting import processes
 from outlast.local.faults import Fault, boundary_steps
@@ -42,6 +42,7 @@ class NodeTemplate:
     env: Mapping[str, str]
     faults: Sequence[Fault]
     threads: int | None
+    share: MemoryShare | None = None
 
     def config(self, folders: RunFolders, node: str) -> NodeConfig:
         """The configuration of the node with this id."""
@@ -56,6 +57,7 @@ class NodeTemplate:
             run_dir=str(folders.root),
             log_dir=str(folders.logs),
             memory_dir=own,
+            share=self.share,
             socket_dir=str(folders.node_sockets(node)),
             token_file=str(folders.token_file),
             forkserver_socket=str(folders.node_sockets(node) / "forkserver"),

@@ -38,7 +38,7 @@ from outlast.local.client import LocalClient
 from outlast.local.environment import describe_environment
 from outlast.local.faultgate import FaultGate, FaultPlan
 from outlast.local.faults import Fault, parse_fault
-from outlast.local.folders import RunFolders
+from outlast.local.folders import RunFolders, memory_share
 from outlast.local.history import History
 from outlast.local.injury import Injury
 from outlast.local.nodes import LocalNodes, NodeTemplate
@@ -282,6 +282,7 @@ def _template(options: Options, job: TrainingJob, config: ControllerConfig) -> N
         env=dict(os.environ),
         faults=options.faults,
         threads=max(1, cores // world),
+        share=memory_share(job.spec.workers.replicas),
     )
 
 

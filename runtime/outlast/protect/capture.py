@@ -183,13 +183,23 @@ def _fits(planned: Leaf, live: Leaf | None) -> bool:
     )
 
 
+def _shared(share: Mapping[str, Any], needed: int) -> str:
+    """Names the part of a file system that several nodes have in common, and the sum of what they need."""
+    nodes, part = int(share["nodes"]), int(share["bytes"])
+    return (
+        f"each node's part of the tmpfs that {nodes} local nodes share ({nodes * part / 2**20:.0f} MiB are free, they "
+        f"need {nodes * needed / 2**20:.0f} MiB in all)"
+    )
+
+
 def check_capacity(
     memory_dir: pathlib.Path, image_bytes: int, held_bytes: int, limits: Mapping[str, Any], ranks: int
 ) -> None:
     """Refuse to go on when a node's memory cannot hold ``slots`` images and their parity.
 
     image_bytes: of one rank; held_bytes: what this node's files occupy already; limits: {"slots", "parity", "group",
-    "max_memory" or None}; ranks: on this node. Raises CapacityError that says how much is missing.
+    "max_memory" or None, "share": {"bytes", "nodes"} of nodes that share the file system}; ranks: on this node. Raises
+    CapacityError that says how much is missing.
     """
     slots, parity, group = int(limits.get("slots", 2)), int(limits.get("parity", 0)), int(limits.get("group", 1))
     overhead = parity / (group - parity) if group > parity else 0.0
@@ -200,6 +210,9 @@ def check_capacity(
     maximum = limits.get("max_memory")
     if maximum is not None and int(maximum) < available:
         available, where = int(maximum), "spec.snapshot.maxMemory"
+    share = limits.get("share")
+    if share is not None and int(share["bytes"]) < available:
+        available, where = int(share["bytes"]), _shared(share, needed)
     if needed > available:
         raise CapacityError(
             f"snapshots need {needed / 2**20:.0f} MiB a node ({slots} slots x {ranks} ranks x "
