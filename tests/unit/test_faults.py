@@ -26,9 +26,9 @@ from outlast.local.faults import (
     check_faults,
     parse_fault,
 )
-from outlast.local.imagefiles import FLIPPED_BYTES, PARITIES, SHARDS, being_written, corrupt
 from outlast.snapshot.identity import Generation
 from outlast.snapshot.image import ImageFile, block_checksums
+from outlast.snapshot.imagefiles import FLIPPED_BYTES, PARITIES, SHARDS, being_written, corrupt
 from outlast.snapshot.layout import Entry, Layout, plan_layout
 
 WRITTEN = {

@@ -23,30 +23,37 @@ first encoding of parity or the first recovery at or after that step is under wa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeVar
 
 from outlast.errors import RequestError
+from outlast.faults import (
+    NODE_KINDS,
+    RANK_KINDS,
+    Kind,
+    Part,
+    check_target,
+    member,
+    noun_of,
+    part_of,
+    wrong,
+)
 
-
-class Kind(StrEnum):
-    """What is done to the target."""
-
-    RANK_CRASH = "rank-crash"
-    RANK_ERROR = "rank-error"
-    HANG = "hang"
-    STRAGGLER = "straggler"
-    NODE_LOSS = "node-loss"
-    NODE_PAUSE = "node-pause"
-    NODE_LEAVE = "node-leave"
-    NODE_JOIN = "node-join"
-    CORRUPT = "corrupt"
-    KEEPER_CRASH = "keeper-crash"
-    AGENT_CRASH = "agent-crash"
-    CONTROLLER_CRASH = "controller-crash"
-    HEAD_LOSS = "head-loss"
+__all__ = [
+    "ANSWERED_KINDS",
+    "NODE_KINDS",
+    "RANK_KINDS",
+    "Fault",
+    "Kind",
+    "Part",
+    "Phase",
+    "boundary_steps",
+    "check_faults",
+    "due",
+    "in_order",
+    "parse_fault",
+]
 
 
 class Phase(StrEnum):
@@ -58,19 +65,6 @@ class Phase(StrEnum):
     RESTART = "restart"
 
 
-class Part(StrEnum):
-    """Which bytes of a node's images are flipped."""
-
-    HEADER = "header"
-    DATA = "data"
-    PARITY = "parity"
-    TRAILER = "trailer"
-
-
-RANK_KINDS = frozenset({Kind.RANK_CRASH, Kind.RANK_ERROR, Kind.HANG, Kind.STRAGGLER})
-NODE_KINDS = frozenset(
-    {Kind.NODE_LOSS, Kind.NODE_PAUSE, Kind.NODE_LEAVE, Kind.CORRUPT, Kind.KEEPER_CRASH, Kind.AGENT_CRASH}
-)
 ANSWERED_KINDS = frozenset({Kind.RANK_ERROR, Kind.STRAGGLER})
 """Kinds that the rank itself carries out when the gate tells it to: they need a rank that asks."""
 
@@ -78,8 +72,6 @@ PERFORMING_ORDER = (Kind.CORRUPT, *(kind for kind in Kind if kind is not Kind.CO
 """The order of faults of one moment: bytes are flipped before anything dies of the others."""
 
 DEFAULT_FACTOR = 3.0
-
-_E = TypeVar("_E", bound=StrEnum)
 
 _SYNTAX = re.compile(
     r"(?P<kind>[a-z-]+)@(?P<step>\d+)(\.(?P<phase>[a-z]+))?(:(?P<target>\d+)(\*(?P<factor>[0-9.]+))?(/(?P<part>[a-z]+))?)?"
@@ -113,14 +105,14 @@ def parse_fault(text: str) -> Fault:
     found = _SYNTAX.fullmatch(text.strip())
     if not found:
         raise _wrong(text, "it is not KIND@STEP:TARGET, such as rank-crash@20:1")
-    kind = _member(Kind, found["kind"], text, "kind")
+    kind = member(Kind, found["kind"], _given(text), "kind")
     fault = Fault(
         kind=kind,
         step=int(found["step"]),
         target=None if found["target"] is None else int(found["target"]),
         phase=Phase.BOUNDARY if found["phase"] is None else _phase(found["phase"], text),
         factor=_factor(kind, found["factor"], text),
-        part=_part(kind, found["part"], text),
+        part=part_of(kind, found["part"], _given(text)),
     )
     _check_shape(fault, text)
     return fault
@@ -131,7 +123,8 @@ def check_faults(faults: Iterable[Fault], seats: int, procs: int) -> None:
     for fault in faults:
         if fault.target is None:
             continue
-        count, noun = (seats * procs, "rank") if fault.kind in RANK_KINDS else (seats, "seat")
+        noun = noun_of(fault.kind)
+        count = seats * procs if noun == "rank" else seats
         if fault.target >= count:
             raise _wrong(str(fault), f"there is no {noun} {fault.target}: the job has {noun}s 0 to {count - 1}")
 
@@ -154,17 +147,13 @@ def due(faults: Iterable[Fault], phase: Phase, step: int) -> list[Fault]:
 
 
 def _check_shape(fault: Fault, text: str) -> None:
-    needs_target = fault.kind in RANK_KINDS or fault.kind in NODE_KINDS
-    if needs_target and fault.target is None:
-        raise _wrong(text, f"{fault.kind} needs a {'rank' if fault.kind in RANK_KINDS else 'seat'}: {fault}:0")
-    if not needs_target and fault.target is not None:
-        raise _wrong(text, f"{fault.kind} takes no target")
+    check_target(fault.kind, fault.target, _given(text), f"{fault}:0")
     if fault.kind in ANSWERED_KINDS and fault.phase is not Phase.BOUNDARY:
         raise _wrong(text, f"{fault.kind} happens between two steps: @STEP without .{fault.phase}")
 
 
 def _phase(value: str, text: str) -> Phase:
-    phase = _member(Phase, value, text, "phase")
+    phase = member(Phase, value, _given(text), "phase", hidden=(Phase.BOUNDARY,))
     if phase is Phase.BOUNDARY:
         raise _wrong(text, "@STEP alone means the boundary before it")
     return phase
@@ -186,24 +175,9 @@ def _factor(kind: Kind, value: str | None, text: str) -> float | None:
     return factor
 
 
-def _part(kind: Kind, value: str | None, text: str) -> Part | None:
-    if kind is not Kind.CORRUPT:
-        if value is not None:
-            raise _wrong(text, f"{kind} takes no part")
-        return None
-    return Part.DATA if value is None else _member(Part, value, text, "part")
-
-
-def _member(cls: type[_E], value: str, text: str, noun: str) -> _E:
-    try:
-        return cls(value)
-    except ValueError:
-        raise _wrong(text, f"unknown {noun} {value}: one of {_names(list(cls))}") from None
-
-
-def _names(values: Sequence[StrEnum]) -> str:
-    return ", ".join(value.value for value in values if value != Phase.BOUNDARY)
-
-
 def _wrong(text: str, reason: str) -> RequestError:
-    return RequestError(f"--fault {text}: {reason}")
+    return wrong(_given(text), reason)
+
+
+def _given(text: str) -> str:
+    return f"--fault {text}"

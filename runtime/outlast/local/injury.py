@@ -21,8 +21,8 @@ from outlast.hosting.raynode import RayHead
 from outlast.local.board import Board
 from outlast.local.faultgate import Scene
 from outlast.local.faults import NODE_KINDS, Fault, Kind, Part, Phase
-from outlast.local.imagefiles import corrupt
 from outlast.local.nodes import LocalNodes
+from outlast.snapshot.imagefiles import corrupt
 
 TELL_LIMIT_S = 1.0
 

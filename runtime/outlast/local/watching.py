@@ -20,9 +20,9 @@ from outlast.local.board import Board
 from outlast.local.faultgate import FaultPlan
 from outlast.local.faults import Phase
 from outlast.local.history import RESTORED
-from outlast.local.imagefiles import PARITIES, SHARDS, being_written
 from outlast.local.injury import Injury
 from outlast.local.nodes import LocalNodes
+from outlast.snapshot.imagefiles import PARITIES, SHARDS, being_written
 
 HEAD_EVERY_S = 0.1
 STATUS_EVERY_S = 0.25

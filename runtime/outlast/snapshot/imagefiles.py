@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from outlast.errors import ImageError
-from outlast.local.faults import Part
+from outlast.faults import Part
 from outlast.snapshot.identity import Generation
 from outlast.snapshot.image import MAGIC, read_layout
 from outlast.snapshot.layout import FOOTER_BYTES, GENERATION_OFFSET, GENERATION_WIDTH, Layout
