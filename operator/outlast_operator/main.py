@@ -6,7 +6,6 @@ Exit status: 0 after SIGTERM or SIGINT, 1 when leadership was lost, 2 when it ca
 from __future__ import annotations
 
 import sys
-from functools import partial
 from importlib.metadata import version
 from typing import Annotated
 
@@ -14,7 +13,6 @@ import typer
 
 from outlast.errors import OutlastError, RequestError
 from outlast.kube import CONTROLLER_PORT
-from outlast_operator.leadership import Terms
 from outlast_operator.model import Settings
 from outlast_operator.plan import plan
 from outlast_operator.poller import PollSettings
@@ -69,7 +67,7 @@ def main(
     terms = terms_of(lease, where, identity or own_identity(), lease_seconds)
     poll = PollSettings(controller_port, controller_connections, progress_every_s=settings.progress_every_s)
     options = Options(settings, terms, tuple(namespace or ()), workers, poll)
-    serve(options, partial(plan, settings=settings), kubeconfig, Ports(metrics_port, health_port))
+    serve(options, lambda observed, now: plan(observed, settings, now), kubeconfig, Ports(metrics_port, health_port))
 
 
 def run() -> None:
