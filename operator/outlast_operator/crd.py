@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from outlast.api import API_VERSION, KIND, LARGEST_CHOSEN_GROUP, TrainingJob
+from outlast.kube import LONGEST_JOB_NAME
 
 Schema = dict[str, Any]
 
@@ -37,7 +38,7 @@ _KEPT = (
 
 @dataclass(frozen=True)
 class Rule:
-    """A CEL rule at ``path`` below the resource, and what it tells people when it does not hold."""
+    """A CEL rule at ``path`` below the resource ("": of the whole), and what it tells people when it does not hold."""
 
     path: str
     rule: str
@@ -69,6 +70,16 @@ def _fixed(path: str, field: str) -> Rule:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "",
+        f"self.metadata.name.size() <= {LONGEST_JOB_NAME}",
+        f"metadata.name must have at most {LONGEST_JOB_NAME} characters: the names of its Pods are host names",
+    ),
+    Rule(
+        "",
+        "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+        "metadata.name must be a DNS label: a-z, 0-9 and -, without dots, with a letter or digit at either end",
+    ),
     Rule(
         "spec.workers",
         "!has(self.minReplicas) || self.minReplicas <= self.replicas",
@@ -135,6 +146,7 @@ def definition() -> dict[str, Any]:
             "scale": {
                 "specReplicasPath": ".spec.workers.replicas",
                 "statusReplicasPath": ".status.workers.ready",
+                "labelSelectorPath": ".status.selector",
             },
         },
         "additionalPrinterColumns": [dict(column) for column in COLUMNS],
@@ -165,7 +177,7 @@ def resource_schema() -> Schema:
     schema["required"] = ["spec"]
     for rule in RULES:
         place = schema
-        for name in rule.path.split("."):
+        for name in rule.path.split(".") if rule.path else ():
             place = place["properties"][name]
         place.setdefault("x-kubernetes-validations", []).append({"rule": rule.rule, "message": rule.message})
     return schema

@@ -110,10 +110,13 @@ def owner_uid(obj: Object) -> str:
 
 
 def summed_up(obstacles: Iterable[Obstacle]) -> Obstacle | None:
-    """One for all: the first that waiting cannot mend, else the first; its message counts the others of its kind."""
-    found = sorted(obstacles, key=lambda obstacle: (obstacle.passes, index_of(obstacle.pod)))
-    if not found:
-        return None
+    """One for all: the first that waiting cannot mend, else the first; its message counts the others of its kind.
+
+    What the API server refused is of no Pod (``pod`` is ""), and comes first.
+    """
+    found = sorted(obstacles, key=lambda obstacle: (obstacle.passes, obstacle.pod != "", index_of(obstacle.pod)))
+    if not found or not found[0].pod:
+        return found[0] if found else None
     first = found[0]
     alike = len({obstacle.pod for obstacle in found if obstacle.reason == first.reason}) - 1
     more = f" and {alike} more" if alike else ""

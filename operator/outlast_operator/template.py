@@ -94,10 +94,9 @@ def _container_shape(path: str, container: Mapping[str, Any]) -> Iterator[Proble
     for name in ("env", "envFrom", "volumeMounts"):
         yield from _list_problems(f"{path}.{name}", container.get(name))
     resources = container.get("resources") or {}
-    parts = (container.get("securityContext") or {}, resources)
-    parts += (
-        tuple((resources.get(name) or {}) for name in ("limits", "requests")) if isinstance(resources, Mapping) else ()
-    )
+    parts: list[Any] = [container.get("securityContext") or {}, resources]
+    if isinstance(resources, Mapping):
+        parts += [resources.get(name) or {} for name in ("limits", "requests")]
     if not all(isinstance(part, Mapping) for part in parts):
         yield path, "securityContext, resources, resources.limits and resources.requests must be mappings"
 

@@ -76,6 +76,13 @@ class ControllerStatus(Part):
 
     identity: str = Field(default="", description="Tells one controller of the job from the next.")
     version: str = Field(default="", description="Version of Outlast in the training image.")
+    heard_time: str | None = Field(default=None, description="When it had answered last (RFC 3339).")
+    goodput: dict[str, float] = Field(
+        default_factory=dict, description="Seconds of the goodput ledger that it has booked, by kind."
+    )
+    earlier_attempt: Count = Field(
+        default=0, description="The attempt that was under way when it took over; 0: it is the first."
+    )
     earlier_restarts: dict[str, int] = Field(
         default_factory=dict, description="Restarts by cause that earlier controllers counted."
     )
@@ -100,6 +107,9 @@ class TrainingJobStatus(Part):
     workers: WorkersStatus = Field(default=WorkersStatus(), description="The nodes there are.")
     snapshot: SnapshotStatus | None = Field(default=None, description="The newest committed snapshot.")
     checkpoint: CheckpointStatus | None = Field(default=None, description="The newest complete checkpoint.")
+    checkpoint_failures: Count = Field(
+        default=0, description="Checkpoints that were begun and not completed, as the controller in force counts them."
+    )
     goodput: Annotated[float, Field(ge=0, le=1)] | None = Field(
         default=None, description="The part of the time that went into steps which count, 0 to 1."
     )
@@ -107,7 +117,13 @@ class TrainingJobStatus(Part):
     weights_digest: str | None = Field(
         default=None, description="SHA-256 over the trained weights, once the job succeeded."
     )
-    start_time: str | None = Field(default=None, description="When the first rank started (RFC 3339).")
+    start_time: str | None = Field(
+        default=None, description="When the first rank started, since the job was resumed (RFC 3339)."
+    )
+    suspending_since: str | None = Field(
+        default=None,
+        description="Since when the job has been told to make room, its last checkpoint first (RFC 3339).",
+    )
     completion_time: str | None = Field(default=None, description="When the job ended (RFC 3339).")
     selector: str = Field(
         default="", description="Selects the job's node Pods; `kubectl scale` and disruption budgets read it."

@@ -1,0 +1,144 @@
+"""A job that shall run: its objects, its Pods, what its controller is told, and why it trains or does not. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from outlast import kube
+from outlast.jobstatus import Phase, TrainingJobStatus
+from outlast_operator import objects
+from outlast_operator.calls import calls
+from outlast_operator.ending import camel, deadline, finish
+from outlast_operator.model import Action, Apply, Create, Happening, Object
+from outlast_operator.progress import emptied
+from outlast_operator.replacing import Roster, empty_roster, full_roster, next_index
+from outlast_operator.sight import Sight
+from outlast_operator.starting import Course, Gathering, gather, obstacle
+from outlast_operator.verdict import Decision, Truth, Word
+from outlast_operator.versions import skew
+
+SILENT_S = 30.0
+"""After so long without an answer it is not known whether the job trains."""
+
+
+def run(sight: Sight, status: TrainingJobStatus) -> Decision:
+    """What a job needs that is neither over nor to be suspended."""
+    gathering = gather(sight)
+    if gathering.course is Course.FAIL:
+        return finish(sight, status, "Failed", gathering.why)
+    if gathering.course in (Course.GIVE_BACK, Course.WAIT):
+        return _without_pods(sight, status, gathering)
+    roster = full_roster(sight)
+    known = {"start": gathering.start, "head": roster.head, "next_pod": roster.next_pod, "suspending_since": None}
+    phase = _phase(sight, status)
+    waits = [gathering.until, roster.again_at, deadline(sight, status), _silence_ends(sight)]
+    return Decision(
+        phase,
+        _why(sight, status, phase, gathering),
+        status.model_copy(update=known),
+        (*_objects(sight, roster), *roster.creates, *roster.deletes, *calls(sight)),
+        roster.happenings,
+        ready=_ready(sight, phase),
+        waits=tuple(at for at in waits if at is not None),
+    )
+
+
+def _without_pods(sight: Sight, status: TrainingJobStatus, gathering: Gathering) -> Decision:
+    """Every Pod is given back until the job may ask again."""
+    bare = emptied(status).model_copy(update={"start": gathering.start, "next_pod": next_index(sight)})
+    told: tuple[Happening, ...] = ()
+    if gathering.course is Course.GIVE_BACK:
+        told = (Happening("Warning", "GivenBack", gathering.why.message),)
+    waits = tuple(at for at in (gathering.until, deadline(sight, status)) if at is not None)
+    return Decision("Pending", gathering.why, bare, empty_roster(sight), told, waits=waits)
+
+
+# --- the objects beside the Pods ------------------------------------------------------------------------------------
+
+
+def _objects(sight: Sight, roster: Roster) -> Iterator[Action]:
+    """Those that are lacking, or not as they should be; the Secret first: Pods cannot start without it."""
+    job = sight.job
+    there = sight.owned.get(("Secret", kube.secret_name(sight.name)))
+    token = objects.kept_token(there)
+    secret = objects.secret(job, token or sight.new_token)
+    if there is None:
+        # Not applied: if the cache were behind, the token of Pods that run would be overwritten.
+        yield Create(secret)
+    elif not objects.agrees(secret, there):
+        yield Apply(secret)
+    wanted: list[Object] = [objects.network_policy(job, sight.settings), objects.disruption_budget(job)]
+    if roster.head is not None:
+        wanted.append(objects.service(job, roster.head))
+    for one in wanted:
+        if not objects.agrees(one, sight.owned.get((one["kind"], one["metadata"]["name"]))):
+            yield Apply(one)
+
+
+# --- how it is ------------------------------------------------------------------------------------------------------
+
+
+def _phase(sight: Sight, status: TrainingJobStatus) -> Phase:
+    """The controller's word; what it calls a start is a recovery when ranks of the job were started before."""
+    before = sight.old.start_time is not None
+    if sight.heard is None:
+        return "Recovering" if before else "Pending"
+    shown = sight.heard.text("phase")
+    if shown in ("Pending", "Starting") and before and _began_before(sight, status):
+        return "Recovering"
+    return shown if shown in ("Pending", "Starting", "Running", "Recovering") else sight.old.phase  # type: ignore[return-value]
+
+
+def _began_before(sight: Sight, status: TrainingJobStatus) -> bool:
+    """Whether more than the first attempt of the job is under way."""
+    if status.controller.earlier_attempt > 0 or sight.old.start.failures > 0:
+        return True
+    return sight.heard is not None and bool(sight.heard.status.get("recoveries"))
+
+
+def _ready(sight: Sight, phase: Phase) -> Truth | None:
+    silence = _silence_ends(sight)
+    return "Unknown" if phase == "Running" and silence is not None and sight.now >= silence else None
+
+
+def _silence_ends(sight: Sight) -> float | None:
+    """When a silence of the controller's becomes something to tell; None: it answers, or there is none."""
+    since = sight.controller.failing_since
+    return None if since is None or sight.heard is None else since + SILENT_S
+
+
+def _why(sight: Sight, status: TrainingJobStatus, phase: Phase, gathering: Gathering) -> Word:
+    """Why the job trains, or does not."""
+    if sight.problem:
+        return Word("InvalidSpec", f"the edit is not in force, the job goes on as before: {sight.problem}")
+    silence = _silence_ends(sight)
+    if silence is not None and sight.now >= silence:
+        return Word("ControllerSilent", f"{sight.old.head} does not answer the operator: {sight.controller.trouble}")
+    apart = skew(sight.settings.version, status.controller.version)
+    if apart:
+        return Word("VersionSkew", apart)
+    if phase == "Running":
+        return _training(sight)
+    if phase == "Recovering" and gathering.start.since is None:
+        return recovery_word(sight)
+    if gathering.start.since is None and gathering.why.reason == "WaitingForNodes":
+        return Word("Starting", f"{gathering.why.message}; ranks start")
+    return gathering.why
+
+
+def _training(sight: Sight) -> Word:
+    """All is well, but for what keeps a spare from starting."""
+    hindrance = obstacle(sight)
+    detail = f"; {hindrance.reason}: {hindrance.message}" if hindrance is not None else ""
+    return Word("Training", f"all ranks train{detail}")
+
+
+def recovery_word(sight: Sight) -> Word:
+    """What the job recovers from."""
+    records = sight.heard.status.get("recoveries") if sight.heard is not None else ()
+    last = records[-1] if isinstance(records, list | tuple) and records else {}
+    if isinstance(last, dict) and last.get("cause") and last.get("total_s") is None:
+        return Word(camel(str(last.get("kind") or "")) or "Recovering", str(last["cause"]))
+    if sight.heard is None or not sight.heard.started:
+        return Word("HeadLost", "the head was lost: the next one gathers the nodes")
+    return Word("Recovering", "ranks are started again")

@@ -1,0 +1,196 @@
+"""Which Pods a running job gets, and which are let go: the roster of one pass. Pure.
+
+Every Pod that does not count any more is replaced at once under an index that was never used; the old one need not be
+gone for that, since the runtime's attempts fence it. Exactly one head is in force. There are never more Pods that count
+than wanted; who goes when fewer are wanted is the controller's choice (nodes that have ``left``), and the operator's
+only among Pods that no controller knows.
+
+Pods that end soon after they were made would be made over and over: the first of each place is replaced at once, later
+ones after 10 s, doubling to 5 minutes. Ended Pods are kept for ten minutes, for their logs, and to be counted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from outlast import kube
+from outlast_operator import podspec
+from outlast_operator.heard import LEFT
+from outlast_operator.model import Action, Create, Delete, Happening
+from outlast_operator.pods import Pod
+from outlast_operator.sight import Sight
+
+YOUNG_S = 60.0
+"""A Pod that ended within so many seconds counts as one that cannot live."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 300.0
+KEPT_S = 600.0
+MOST_KEPT = 20
+MOST_TOLD = 5
+"""Replacements of one pass that get an Event each."""
+
+
+@dataclass(frozen=True)
+class Roster:
+    """``head``: the head Pod in force from now on, None: there is none; ``next_pod``: the next free index;
+    ``head_made``: it is made by ``creates``; ``again_at``: when a pause ends."""
+
+    head: str | None
+    next_pod: int
+    creates: tuple[Action, ...] = ()
+    deletes: tuple[Action, ...] = ()
+    happenings: tuple[Happening, ...] = ()
+    again_at: float | None = None
+
+
+@dataclass
+class _Draft:
+    """A roster in the making."""
+
+    next_pod: int
+    creates: list[Action] = field(default_factory=list)
+    deletes: list[Action] = field(default_factory=list)
+    happenings: list[Happening] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
+
+    def take_index(self) -> int:
+        index, self.next_pod = self.next_pod, self.next_pod + 1
+        return index
+
+
+def next_index(sight: Sight) -> int:
+    """The least index that was never used, as far as anybody knows."""
+    return max(sight.old.next_pod, sight.highest_index + 1)
+
+
+def full_roster(sight: Sight) -> Roster:
+    """The Pods of a job that runs."""
+    draft = _Draft(next_index(sight))
+    first = not sight.pods
+    head = _head(sight, draft)
+    _nodes(sight, draft)
+    _let_go(sight, draft, head)
+    if first and draft.creates:
+        draft.happenings = [Happening("Normal", "PodsMade", _made_text(sight, draft))]
+    if sight.doubt_ends is not None:
+        draft.waits.append(sight.doubt_ends)
+    return Roster(
+        head,
+        draft.next_pod,
+        tuple(draft.creates),
+        tuple(draft.deletes),
+        () if sight.trouble is not None else tuple(draft.happenings),
+        min(draft.waits, default=None),
+    )
+
+
+def empty_roster(sight: Sight) -> tuple[Action, ...]:
+    """Every Pod is given back; what has ended is not kept either."""
+    return tuple(Delete("Pod", pod.name, pod.uid) for pod in sight.pods if not pod.deleting)
+
+
+# --- the head -------------------------------------------------------------------------------------------------------
+
+
+def _head(sight: Sight, draft: _Draft) -> str | None:
+    """The one in force stays; else one that an earlier pass made, and was cut short; else a new one."""
+    if sight.head is not None:
+        return sight.head.name
+    heads = [pod for pod in sight.live if pod.role == kube.HEAD_ROLE]
+    if heads:
+        return heads[-1].name
+    pause = _paused_until([pod for pod in sight.pods if pod.role == kube.HEAD_ROLE], 1)
+    if pause > sight.now:
+        draft.waits.append(pause)
+        return sight.old.head
+    index = draft.take_index()
+    name = kube.pod_name(sight.name, kube.HEAD_ROLE, index)
+    draft.creates.append(Create(podspec.head_pod(sight.job, sight.settings, index)))
+    if sight.old.head:
+        why = sight.lost.get(sight.old.head, "is gone")
+        draft.happenings.append(Happening("Warning", "HeadReplaced", f"{name} replaces {sight.old.head}, which {why}"))
+    return name
+
+
+# --- the nodes ------------------------------------------------------------------------------------------------------
+
+
+def _nodes(sight: Sight, draft: _Draft) -> None:
+    live = [pod for pod in sight.live if pod.is_node]
+    draft.deletes += [_delete(pod) for pod in surplus(sight, live)]
+    missing = sight.wanted - len(live)
+    if missing <= 0:
+        return
+    pause = _paused_until(sight.nodes, sight.wanted)
+    if pause > sight.now:
+        draft.waits.append(pause)
+        return
+    victims = _victims(sight, missing)
+    for at in range(missing):
+        index = draft.take_index()
+        draft.creates.append(Create(podspec.node_pod(sight.job, sight.settings, index)))
+        if at < len(victims) and at < MOST_TOLD:
+            victim, name = victims[at], kube.pod_name(sight.name, kube.NODE_ROLE, index)
+            text = f"{name} replaces {victim.name}, which {sight.lost[victim.name]}"
+            draft.happenings.append(Happening("Warning", "PodReplaced", text))
+
+
+def surplus(sight: Sight, live: Sequence[Pod]) -> list[Pod]:
+    """The node Pods to delete because fewer are wanted, newest first; those the controller knows it must name."""
+    excess = len(live) - sight.wanted
+    if excess <= 0:
+        return []
+    if sight.heard is None:
+        free = [] if sight.old.controller.identity else list(live)
+    else:
+        known = sight.heard.states
+        free = [pod for pod in live if pod.name not in known]
+    return sorted(free, key=lambda pod: pod.index, reverse=True)[:excess]
+
+
+def _victims(sight: Sight, count: int) -> list[Pod]:
+    """The lost node Pods that new ones are made for, as far as it can be told: those that have been lost just now."""
+    left = {name for name, state in (sight.heard.states if sight.heard else {}).items() if state == LEFT}
+    lost = [pod for pod in sight.nodes if pod.name in sight.lost and pod.name not in left]
+    return sorted(lost, key=lambda pod: (pod.deleting, -(pod.ended_at or sight.now), -pod.index))[:count]
+
+
+def _paused_until(pods: Sequence[Pod], places: int) -> float:
+    """When the next Pod may be made, for Pods that ended soon; 0: at once."""
+    young = [pod for pod in pods if pod.ended_at is not None and pod.ended_at - pod.made_at < YOUNG_S]
+    rounds = (len(young) - 1) // places
+    if rounds < 1:
+        return 0.0
+    last = max(pod.ended_at or 0.0 for pod in young)
+    return last + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(rounds - 1, 10))
+
+
+# --- who goes -------------------------------------------------------------------------------------------------------
+
+
+def _let_go(sight: Sight, draft: _Draft, head: str | None) -> None:
+    """Pods that do not count are deleted, with their own grace, so that they go when their machine returns."""
+    left = {name for name, state in (sight.heard.states if sight.heard else {}).items() if state == LEFT}
+    ended = [pod for pod in sight.pods if pod.ended and not pod.deleting]
+    kept = sorted(ended, key=lambda pod: pod.ended_at or 0.0, reverse=True)[:MOST_KEPT]
+    for pod in sight.pods:
+        if pod.deleting or pod.name == head:
+            continue
+        if pod.ended:
+            until = (pod.ended_at or 0.0) + KEPT_S
+            if pod.name in left or pod not in kept or until <= sight.now:
+                draft.deletes.append(_delete(pod))
+            else:
+                draft.waits.append(until)
+        elif pod.name in sight.lost or not pod.is_node:
+            draft.deletes.append(_delete(pod))
+
+
+def _delete(pod: Pod) -> Delete:
+    return Delete("Pod", pod.name, pod.uid)
+
+
+def _made_text(sight: Sight, draft: _Draft) -> str:
+    names = [action.object["metadata"]["name"] for action in draft.creates if isinstance(action, Create)]
+    heads = [name for name in names if name.startswith(f"{sight.name}-{kube.HEAD_ROLE}-")]
+    return f"made {', '.join(heads) or 'no head'} and {len(names) - len(heads)} node Pods"

@@ -1,0 +1,125 @@
+"""Enough nodes or none: what becomes of a job that has too few of them. Pure.
+
+::
+
+    Pods made, too few nodes --startTimeout--> Pods given back --back-off--> Pods made ...
+         |                        '-- what hinders them, nobody's waiting mends --> failed
+         |                        '-- the job's only state is in its nodes' memory --> failed
+         '-- enough nodes --> counts anew
+
+``status.start`` holds since when nodes are lacking, how often in a row Pods were given back, and when they are asked
+for again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from outlast.jobstatus import StartStatus
+from outlast.quantities import format_duration
+from outlast_operator.pods import Obstacle, summed_up
+from outlast_operator.sight import HOPELESS_REFUSALS, Sight
+from outlast_operator.timestamps import read_or_none, written
+from outlast_operator.verdict import Word
+
+FIRST_RETRY_S, LONGEST_RETRY_S = 60.0, 900.0
+
+
+class Course(Enum):
+    """What follows from how many nodes are here."""
+
+    GO_ON = "go on"
+    GIVE_BACK = "give back"
+    WAIT = "wait"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """``start``: for the status; ``why``: what to say while nodes are lacking; ``until``: when to look again."""
+
+    course: Course
+    start: StartStatus
+    why: Word
+    until: float | None = None
+
+
+def retry_delay(failures: int) -> float:
+    """Seconds until Pods are asked for again, after so many starts in a row that were given up."""
+    return float(min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(max(0, failures - 1), 10)))
+
+
+def gather(sight: Sight) -> Gathering:
+    """Whether to wait, to give back, to ask again, or to fail."""
+    start, now = sight.old.start, sight.now
+    retry = read_or_none(start.retry_time)
+    if retry is not None and now < retry:
+        return Gathering(Course.WAIT, start, Word("WaitingToRetry", _given_back_text(start)), retry)
+    since = None if retry is not None else read_or_none(start.since)
+    hindrance = obstacle(sight)
+    here, least = joined(sight), sight.least
+    if here >= least:
+        return Gathering(Course.GO_ON, StartStatus(), _word(hindrance, here, least))
+    began = now if since is None else since
+    waiting = StartStatus(failures=start.failures, since=start.since if since is not None else written(now))
+    limit = sight.job.spec.recovery.start_timeout
+    if now - began < limit:
+        return Gathering(Course.GO_ON, waiting, _word(hindrance, here, least), began + limit)
+    return _given_up(sight, waiting, hindrance, here)
+
+
+def joined(sight: Sight) -> int:
+    """Nodes that train or could. While the controller does not answer, Pods that are ready count, if its head is."""
+    if sight.heard is not None and sight.controller.failing_since is None:
+        return sight.heard.joined
+    if sight.head is None or not sight.head.ready:
+        return 0
+    return sum(pod.ready for pod in sight.live if pod.is_node)
+
+
+def obstacle(sight: Sight) -> Obstacle | None:
+    """The one thing to name that keeps Pods from starting."""
+    found = [found for pod in sight.live for found in pod.obstacles]
+    if sight.trouble is not None:
+        passes = sight.trouble.reason not in HOPELESS_REFUSALS
+        found.append(Obstacle("", sight.trouble.reason, sight.trouble.message, passes))
+    return summed_up(found)
+
+
+def _given_up(sight: Sight, waiting: StartStatus, hindrance: Obstacle | None, here: int) -> Gathering:
+    """startTimeout is over."""
+    limit = format_duration(sight.job.spec.recovery.start_timeout)
+    short = f"{here} of {sight.least} nodes joined within {limit} (recovery.startTimeout)"
+    if hindrance is not None and not hindrance.passes:
+        return Gathering(Course.FAIL, waiting, Word(hindrance.reason, f"only {short}: {hindrance.message}"))
+    detail = f": {hindrance.message}" if hindrance is not None else ""
+    if in_memory_alone(sight):
+        text = (
+            f"only {short}{detail}; the job's only state is in its nodes' memory, so that they cannot be given back "
+            "and asked for again: give the job an object tier (spec.checkpoint), more spares or a longer startTimeout"
+        )
+        return Gathering(Course.FAIL, waiting, Word("StartTimeout", text))
+    failures = waiting.failures + 1
+    retry = sight.now + retry_delay(failures)
+    start = StartStatus(failures=failures, retry_time=written(retry))
+    text = f"only {short}{detail}; {_given_back_text(start)}"
+    return Gathering(Course.GIVE_BACK, start, Word("GivenBack", text), retry)
+
+
+def in_memory_alone(sight: Sight) -> bool:
+    """Whether giving the nodes back would lose what the job has done."""
+    if sight.job.spec.checkpoint is not None:
+        return False
+    return sight.old.snapshot is not None or (sight.heard is not None and sight.heard.has_snapshot)
+
+
+def _given_back_text(start: StartStatus) -> str:
+    times = "once" if start.failures == 1 else f"{start.failures} times in a row"
+    return f"the Pods were given back {times}; they are asked for again at {start.retry_time}"
+
+
+def _word(hindrance: Obstacle | None, here: int, least: int) -> Word:
+    if hindrance is not None:
+        return Word(hindrance.reason, hindrance.message)
+    return Word("WaitingForNodes", f"{here} of at least {least} nodes have joined")

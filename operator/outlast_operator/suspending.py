@@ -1,0 +1,99 @@
+"""A job that shall have no nodes for now: told to take its last checkpoint, then without Pods, then started anew. Pure.
+
+``status.suspendingSince`` holds since when it is told. The suspension goes on after the controller's patience and 15 s
+more whatever the controller and the store do; the condition says what is kept and what is lost.
+"""
+
+from __future__ import annotations
+
+from outlast.jobstatus import TrainingJobStatus
+from outlast_operator.model import Action, Call, Delete
+from outlast_operator.progress import emptied
+from outlast_operator.replacing import empty_roster, next_index
+from outlast_operator.sight import Sight
+from outlast_operator.timestamps import read_or_none, written
+from outlast_operator.verdict import Decision, Word
+
+SUSPENDED = "suspended"
+"""The controller's outcome of a suspension."""
+REASON = "spec.suspend"
+EXTRA_S = 15.0
+"""What the operator waits beyond the controller's patience."""
+
+
+def suspend(sight: Sight, status: TrainingJobStatus) -> Decision:
+    """The next step towards having no Pods."""
+    if not sight.pods or sight.old.phase == "Suspended":
+        return _without_pods(sight, status)
+    if not _has_state(sight, status):
+        return _take_away(sight, status)
+    since = read_or_none(status.suspending_since) or sight.now
+    ends = since + sight.settings.suspend_patience_s + EXTRA_S
+    if sight.heard is not None and sight.heard.outcome == SUSPENDED:
+        return _take_away(sight, status)
+    if sight.now >= ends:
+        return _take_away(sight, status)
+    return _wait(sight, status.model_copy(update={"suspending_since": written(since)}), ends)
+
+
+def start_anew(sight: Sight, status: TrainingJobStatus) -> Decision:
+    """The controller has suspended the job, and it is wanted again: its nodes are spent, the next pass makes others."""
+    fresh = emptied(status).model_copy(update={"next_pod": next_index(sight)})
+    why = Word("Resuming", "the suspension was taken back when it was complete: the job starts anew")
+    return Decision("Pending", why, fresh, empty_roster(sight), waits=(sight.now,))
+
+
+def _has_state(sight: Sight, status: TrainingJobStatus) -> bool:
+    """Whether ranks were started, so that there is something to keep."""
+    return status.start_time is not None or (sight.heard is not None and sight.heard.started)
+
+
+def _wait(sight: Sight, status: TrainingJobStatus, ends: float) -> Decision:
+    patience = sight.settings.suspend_patience_s
+    calls: list[Action] = []
+    if sight.answering:
+        calls.append(Call("POST", "/suspend", {"patience_s": patience, "reason": REASON}))
+        text = "the controller takes a snapshot, and brings its checkpoint to the store"
+    else:
+        text = f"the controller does not answer; the Pods go at {written(ends)} in any case"
+    why = Word("Suspending", text)
+    return Decision(sight.old.phase, why, status, tuple(calls), ready="False", suspended=why, waits=(ends,))
+
+
+def _take_away(sight: Sight, status: TrainingJobStatus) -> Decision:
+    """All Pods go; what is said of them is said from now on of none."""
+    why = _what_is_kept(sight, status)
+    kept = status.checkpoint.step if status.checkpoint is not None else 0
+    bare = emptied(status).model_copy(update={"start_time": None, "step": kept, "next_pod": next_index(sight)})
+    return Decision("Suspended", why, bare, empty_roster(sight))
+
+
+def _without_pods(sight: Sight, status: TrainingJobStatus) -> Decision:
+    """Suspended already, or from the beginning; Pods that are still there go."""
+    known = next((condition for condition in sight.old.conditions if condition.type == "Suspended"), None)
+    if sight.old.phase == "Suspended" and known is not None and known.status == "True":
+        why = Word(known.reason, known.message)
+    else:
+        why = _what_is_kept(sight, status)
+    bare = emptied(status).model_copy(update={"start_time": None, "next_pod": next_index(sight)})
+    deletes = tuple(Delete("Pod", pod.name, pod.uid) for pod in sight.pods if not pod.deleting)
+    return Decision("Suspended", why, bare, deletes)
+
+
+def _what_is_kept(sight: Sight, status: TrainingJobStatus) -> Word:
+    """What the job goes on from when it is resumed, and what is lost until then."""
+    done = max(status.step, sight.heard.count(sight.heard.status, "best_step") if sight.heard is not None else 0)
+    checkpoint = status.checkpoint
+    if not _has_state(sight, status) and checkpoint is None and not done:
+        return Word("Suspended", "the job has not begun; it starts when spec.suspend is false")
+    if checkpoint is None:
+        why = "has no object tier (spec.checkpoint)" if sight.job.spec.checkpoint is None else "has no checkpoint yet"
+        lost = f"all {done} steps that were done are lost" if done else "nothing was done yet"
+        return Word(
+            "SuspendedWithoutCheckpoint" if done else "Suspended", f"the job {why}: {lost}; it begins at step 0"
+        )
+    kept = f"step {checkpoint.step} is kept at {checkpoint.url}"
+    if done > checkpoint.step:
+        lost = f"the {done - checkpoint.step} steps done after it are lost"
+        return Word("SuspendedWithLoss", f"{kept}; {lost}")
+    return Word("Suspended", f"{kept}; nothing is lost")
