@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pathlib
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from support.plain_python import run_plain
 from support.runs import Outcome, job, trainctl_run
 
 pytestmark = pytest.mark.timeout(400)
@@ -51,6 +54,16 @@ def test_a_run_with_a_store_ends_the_same_and_leaves_its_last_step_there(
     assert outcome.report["checkpoints"]["last_step"] == 40
     assert manifests(tmp_path)[-1].stem.endswith("-40")
     assert len(manifests(tmp_path)) <= 3, "keepLast"
+    for form, script in (("safetensors", "load_safetensors.py"), ("dcp", "load_dcp_weights.py")):
+        to = str(tmp_path / form)
+        done = checkpoints("export", f"file://{tmp_path}/store/default/test", "--format", form, "--to", to)
+        assert done.returncode == 0, done.stderr
+        assert run_plain(tmp_path / "plain", script, to)["weights"] == reference.digest
+
+
+def checkpoints(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trainctl", "checkpoints", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize("faults", [EVERYTHING[:3], EVERYTHING, ("head-loss@27", *EVERYTHING)], ids=["3", "4", "all"])
@@ -156,7 +169,6 @@ def free_when_told(events: pathlib.Path, filler: pathlib.Path) -> None:
 def small_disk(tmp_path: pathlib.Path) -> Any:
     """A file system of 64 MiB."""
     import os
-    import subprocess
 
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")

@@ -7,6 +7,8 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +17,9 @@ from outlast.checkpoint.export import main
 from outlast.snapshot.identity import Generation
 from support import checkpoints
 from support.plain_net import optimizer_digest
+from support.plain_python import run_plain
 
-SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "support" / "scripts"
+Run = Callable[..., dict[str, Any]]
 STEPS = {"sharded": 10, "replicated": 20}
 MARK = "ab" * 8
 
@@ -41,13 +44,10 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     return Stored(tmp_path_factory.mktemp("stored"))
 
 
-def run(script: str, *arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs a script where outlast cannot be imported."""
+    return partial(run_plain, tmp_path_factory.mktemp("plain"))
 
 
 def export(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -63,7 +63,7 @@ def export(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, di
 @pytest.mark.parametrize("kind", STEPS)
 @pytest.mark.parametrize("shard_size", ["5G", "300"])
 def test_safetensors_alone_reads_the_weights(
-    stored: Stored, kind: str, shard_size: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    stored: Stored, run: Run, kind: str, shard_size: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     to = tmp_path / "out"
     step = str(STEPS[kind])
@@ -83,7 +83,7 @@ def test_safetensors_alone_reads_the_weights(
 
 @pytest.mark.parametrize("kind", STEPS)
 def test_torch_alone_reads_a_dcp_folder(
-    stored: Stored, kind: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    stored: Stored, run: Run, kind: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     to = tmp_path / "out"
     step = str(STEPS[kind])
@@ -95,7 +95,11 @@ def test_torch_alone_reads_a_dcp_folder(
 
 
 def test_dcp_folders_of_several_files_are_read_too(
-    stored: Stored, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stored: Stored,
+    run: Run,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("outlast.checkpoint.formats.FILE_BYTES", 500)
     to = tmp_path / "out"
