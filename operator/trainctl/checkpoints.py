@@ -1,6 +1,8 @@
 """``trainctl checkpoints``: what a job has in its store.
 
-URL is a job's own: ``<spec.checkpoint.url>/<namespace>/<name>``. Of a place above it ``ls`` tells which jobs there are.
+It is named by its URL, ``<spec.checkpoint.url>/<namespace>/<name>``, or by the job's name, and the cluster is asked for
+the URL; the store itself is asked from here, with the caller's credentials. Of a place above a job ``ls`` tells which
+jobs there are.
 """
 
 from __future__ import annotations
@@ -11,6 +13,11 @@ from typing import Annotated
 
 import typer
 
+from outlast.errors import RequestError
+from trainctl.arguments import Context, Kubeconfig, Namespace, where_of
+from trainctl.cluster.where import Where
+from trainctl.completion import complete_jobs
+
 app = typer.Typer(
     no_args_is_help=True,
     help="Look at, check, keep, clean up and export the checkpoints in a store.",
@@ -19,7 +26,12 @@ app = typer.Typer(
 )
 
 Url = Annotated[
-    str, typer.Argument(metavar="URL", help="A job's checkpoints: s3://bucket/prefix/NAMESPACE/NAME, or file:///...")
+    str,
+    typer.Argument(
+        metavar="URL|JOB",
+        help="A job's checkpoints: s3://bucket/prefix/NAMESPACE/NAME, file:///..., or a job's name in the cluster.",
+        autocompletion=complete_jobs,
+    ),
 ]
 Step = Annotated[
     int | None, typer.Argument(metavar="[STEP]", help="Which checkpoint [the newest].", show_default=False)
@@ -35,74 +47,129 @@ class Format(StrEnum):
 
 
 @app.command("ls")
-def list_them(url: Url, json: Json = False) -> None:
+def list_them(
+    ctx: typer.Context,
+    url: Url,
+    json: Json = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
     """List a job's checkpoints, or the jobs of a store."""
     from trainctl.catalogue import list_checkpoints
 
-    list_checkpoints(url, json)
+    place = store_place(url, where_of(ctx, namespace, context, kubeconfig))
+    list_checkpoints(place, json)
 
 
 @app.command("show")
-def show(url: Url, step: Step = None, json: Json = False) -> None:
+def show(
+    ctx: typer.Context,
+    url: Url,
+    step: Step = None,
+    json: Json = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
     """Show what a checkpoint consists of and where it comes from."""
     from trainctl.catalogue import show_checkpoint
 
-    show_checkpoint(url, step, json)
+    place = store_place(url, where_of(ctx, namespace, context, kubeconfig))
+    show_checkpoint(place, step, json)
 
 
 @app.command("verify")
-def verify(url: Url, step: Step = None, json: Json = False) -> None:
+def verify(
+    ctx: typer.Context,
+    url: Url,
+    step: Step = None,
+    json: Json = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
     """Read every byte of a checkpoint and compare every checksum. Exit status 1: something is wrong."""
     from trainctl.transfers import verify_checkpoint
 
-    raise typer.Exit(verify_checkpoint(url, step, json))
+    place = store_place(url, where_of(ctx, namespace, context, kubeconfig))
+    raise typer.Exit(verify_checkpoint(place, step, json))
 
 
 @app.command("gc")
 def gc(
+    ctx: typer.Context,
     url: Url,
     delete: Annotated[bool, typer.Option("--delete", help="Remove it; without this it is only shown.")] = False,
     grace: Annotated[
         str, typer.Option(metavar="DURATION", help="Leave alone what was written so recently: it may be in use.")
     ] = "1h",
     json: Json = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
 ) -> None:
     """Find what no checkpoint needs: left by uploads that never became one, and by branches given up."""
     from trainctl.catalogue import collect_garbage
 
-    collect_garbage(url, grace, delete, json)
+    place = store_place(url, where_of(ctx, namespace, context, kubeconfig))
+    collect_garbage(place, grace, delete, json)
 
 
 @app.command("repair")
 def repair(
+    ctx: typer.Context,
     url: Url,
     write: Annotated[bool, typer.Option("--write", help="Write the head; without this it is only shown.")] = False,
     json: Json = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
 ) -> None:
     """Make a lost or unreadable head.json anew out of the manifests whose images verify. Let no job run on it."""
     from trainctl.transfers import repair_head
 
-    raise typer.Exit(repair_head(url, write, json))
+    place = store_place(url, where_of(ctx, namespace, context, kubeconfig))
+    raise typer.Exit(repair_head(place, write, json))
 
 
 @app.command("pin")
-def pin(url: Url, step: Step = None, json: Json = False) -> None:
+def pin(
+    ctx: typer.Context,
+    url: Url,
+    step: Step = None,
+    json: Json = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
     """Keep a checkpoint, whatever the job's retention says."""
     from trainctl.catalogue import set_pin
 
-    set_pin(url, step, True, json)
+    place = store_place(url, where_of(ctx, namespace, context, kubeconfig))
+    set_pin(place, step, True, json)
 
 
 @app.command("unpin")
-def unpin(url: Url, step: Step = None, json: Json = False) -> None:
+def unpin(
+    ctx: typer.Context,
+    url: Url,
+    step: Step = None,
+    json: Json = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
     """Leave a checkpoint to the job's retention again."""
     from trainctl.catalogue import set_pin
 
-    set_pin(url, step, False, json)
+    place = store_place(url, where_of(ctx, namespace, context, kubeconfig))
+    set_pin(place, step, False, json)
 
 
 @app.command("export")
 def export(
+    ctx: typer.Context,
     url: Url,
     to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="A folder that is not there yet, or empty.")],
     step: Step = None,
@@ -118,8 +185,31 @@ def export(
         str, typer.Option("--shard-size", metavar="BYTES", help="The most in one safetensors file.")
     ] = "5G",
     json: Json = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
 ) -> None:
     """Write a checkpoint for those who have no outlast: whole tensors, every byte verified."""
     from trainctl.transfers import export_checkpoint
 
-    raise typer.Exit(export_checkpoint(url, step, form.value, to, shard_size, json))
+    place = store_place(url, where_of(ctx, namespace, context, kubeconfig))
+    raise typer.Exit(export_checkpoint(place, step, form.value, to, shard_size, json))
+
+
+def store_place(text: str, where: Where) -> str:
+    """The URL that ``text`` is, or that the job of this name has; a step after @ stays.
+
+    Raises RequestError for a job without a store, and what the cluster refuses.
+    """
+    if "/" in text:
+        return text
+    from trainctl.cluster.connection import Cluster
+    from trainctl.cluster.resources import JobRef
+    from trainctl.logs import job_store
+
+    name, at, step = text.partition("@")
+    with Cluster(where) as cluster:
+        url = job_store(JobRef(cluster, cluster.namespace, name).get())
+    if url is None:
+        raise RequestError(f'the TrainingJob "{name}" has no store (spec.checkpoint): it makes no checkpoints')
+    return f"{url}{at}{step}"

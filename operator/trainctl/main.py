@@ -13,23 +13,31 @@ from typing import Annotated
 import typer
 
 from outlast.errors import OutlastError, RequestError, StoreDenied
+from trainctl.arguments import Context, Kubeconfig, Namespace
 from trainctl.checkpoints import app as checkpoints
+from trainctl.cluster.where import Where
+from trainctl.jobs import app as jobs
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-app.add_typer(checkpoints, name="checkpoints")
-
-
 @app.callback()
-def trainctl() -> None:
+def trainctl(
+    ctx: typer.Context,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
     """Runs training jobs that outlast their machines."""
+    where = Where(namespace, context, kubeconfig)
+    if ctx.invoked_subcommand == "run" and where != Where():
+        raise typer.BadParameter("run needs no cluster: leave out --namespace, --context and --kubeconfig")
+    ctx.obj = where
 
 
 @app.command("run")
@@ -74,6 +82,10 @@ def run_job(
 
     request = RunRequest(job, directory, tuple(fault or ()), tuple(override or ()), replace_after, json, resume)
     raise typer.Exit(run_here(request))
+
+
+app.add_typer(jobs)
+app.add_typer(checkpoints, name="checkpoints")
 
 
 def run() -> None:

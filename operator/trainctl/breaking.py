@@ -1,0 +1,101 @@
+"""``trainctl fault``: something is broken in a running job on purpose, once, at once.
+
+Most kinds are the controller's to carry out; ``head-loss`` and ``pod-delete:SEAT`` are done here, by deleting a Pod.
+"""
+
+from __future__ import annotations
+
+from outlast.errors import RequestError
+from outlast.local.faults import check_faults, parse_fault
+from trainctl.cluster.connection import Cluster
+from trainctl.cluster.controller import controller_of
+from trainctl.cluster.refusals import ClusterError
+from trainctl.cluster.resources import JobRef, Object, core_path
+from trainctl.cluster.where import Where
+from trainctl.jobview import ENDED, phase_of
+
+POD_DELETE, HEAD_LOSS = "pod-delete", "head-loss"
+
+
+def inject(where: Where, name: str, fault: str) -> None:
+    """Break it. Raises RequestError unless the job allows it and the fault is one."""
+    with Cluster(where) as cluster:
+        job = JobRef(cluster, cluster.namespace, name)
+        resource = job.get()
+        check_allowed(resource)
+        kind, _, target = fault.partition(":")
+        if kind == HEAD_LOSS and not target:
+            _delete(job, _head(resource))
+        elif kind == POD_DELETE:
+            _delete(job, _seated(job, resource, target))
+        else:
+            told = _through_controller(job, resource, check(fault, resource))
+            print(f"{fault}: done to {job.name}" + "".join(f", {key} {value}" for key, value in told.items()))
+
+
+def check_allowed(resource: Object) -> None:
+    """Raises RequestError when the job does not take faults, or takes none any more (pure)."""
+    meta = resource["metadata"]
+    if not (resource["spec"].get("faults") or {}).get("allow"):
+        raise RequestError(
+            f'the TrainingJob "{meta["name"]}" does not allow faults (spec.faults.allow is false): allow them with '
+            f"kubectl patch trainingjob {meta['name']} -n {meta.get('namespace', 'default')} --type merge "
+            """-p '{"spec":{"faults":{"allow":true}}}'"""
+        )
+    if phase_of(resource) in ENDED:
+        raise RequestError(
+            f'the TrainingJob "{meta["name"]}" has ended ({phase_of(resource)}): there is nothing to break'
+        )
+
+
+def check(fault: str, resource: Object) -> str:
+    """The fault as the controller takes it. Raises RequestError that says what it should be (pure)."""
+    kind, colon, target = fault.partition(":")
+    if "@" in kind:
+        raise RequestError(f"{fault}: a fault of a running job happens at once: write KIND:TARGET, without @STEP")
+    workers = resource["spec"].get("workers") or {}
+    try:
+        parsed = parse_fault(f"{kind}@0{colon}{target}")
+        check_faults([parsed], int(workers.get("replicas", 1)), int(workers.get("procsPerWorker", 1)))
+    except RequestError as error:
+        raise RequestError(str(error).replace("--fault ", "").replace("@0", "").replace("@20", "")) from error
+    return fault
+
+
+def _through_controller(job: JobRef, resource: Object, fault: str) -> dict[str, object]:
+    client = controller_of(job, resource)
+    try:
+        return client.fault(fault)
+    finally:
+        client.close()
+
+
+def _head(resource: Object) -> str:
+    pod = (resource.get("status") or {}).get("head")
+    if not pod:
+        raise ClusterError(f'the TrainingJob "{resource["metadata"]["name"]}" has no head Pod to lose')
+    return str(pod)
+
+
+def _seated(job: JobRef, resource: Object, target: str) -> str:
+    """The Pod that has a seat, as the controller says."""
+    replicas = int((resource["spec"].get("workers") or {}).get("replicas", 1))
+    if not target.isdecimal() or int(target) >= replicas:
+        raise RequestError(f"{POD_DELETE}:{target}: a seat is needed, 0 to {replicas - 1}")
+    client = controller_of(job, resource)
+    try:
+        nodes = client.status().get("nodes") or {}
+    finally:
+        client.close()
+    found = [str(node["node"]) for node in nodes.values() if node.get("seat") == int(target)]
+    if not found:
+        raise ClusterError(
+            f"seat {target} of {job.name} has no node now: `trainctl status {job.name}` shows who has which"
+        )
+    return found[0]
+
+
+def _delete(job: JobRef, pod: str) -> None:
+    """At once, as a lost machine would: without the grace in which a node hands over."""
+    job.cluster.delete(core_path(job.namespace, "pods", pod), {"gracePeriodSeconds": 0})
+    print(f"Pod {pod} deleted")

@@ -1,0 +1,118 @@
+"""Finding the cluster as kubectl does: --kubeconfig, KUBECONFIG (files that are merged), ~/.kube/config, and in a Pod
+without any of these its own service account."""
+
+from __future__ import annotations
+
+import binascii
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from kubernetes.client import Configuration
+from kubernetes.config.config_exception import ConfigException
+from kubernetes.config.incluster_config import load_incluster_config
+from kubernetes.config.kube_config import KubeConfigLoader, KubeConfigMerger
+
+from outlast.errors import RequestError
+from trainctl.cluster.where import Where
+
+IN_CLUSTER = "in-cluster"
+"""What the context is called where a Pod's own account is used."""
+_POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Found:
+    """A cluster, as far as files tell."""
+
+    configuration: Configuration
+    context: str
+    namespace: str
+
+
+def find_cluster(where: Where) -> Found:
+    """The cluster, the context's name and the namespace in force. Asks nothing of the cluster; a context's exec plugin
+    is run.
+
+    Raises RequestError that names the file and what to do.
+    """
+    files = _files(where)
+    if not files:
+        return _in_cluster(where)
+    text = os.pathsep.join(map(str, files))
+    try:
+        loaded = KubeConfigMerger(text).config
+        if loaded is None or not loaded.value:
+            raise RequestError(
+                f"{text}: it is empty; a kubeconfig was expected: say where yours lies with --kubeconfig"
+            )
+        return _of_context(loaded, where, text)
+    except yaml.YAMLError as error:
+        raise _wrong(text, f"it is no YAML: {' '.join(str(error).split())}") from error
+    except (ConfigException, binascii.Error, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _wrong(text, " ".join(str(error).split())) from error
+    except OSError as error:
+        raise RequestError(f"{error.filename or text}: {error.strerror}; the kubeconfig cannot be read") from error
+
+
+def _wrong(text: str, reason: str) -> RequestError:
+    return RequestError(
+        f"{text}: this is no usable kubeconfig: {reason}: mend it, or say where yours lies (--kubeconfig)"
+    )
+
+
+def _files(where: Where) -> list[Path]:
+    """The kubeconfig files there are; none: a Pod's own account is meant."""
+    if where.kubeconfig is not None:
+        if not where.kubeconfig.exists():
+            raise RequestError(f"--kubeconfig {where.kubeconfig}: there is no such file")
+        return [where.kubeconfig]
+    named = [Path(part).expanduser() for part in os.environ.get("KUBECONFIG", "").split(os.pathsep) if part]
+    files = [path for path in named or [Path.home() / ".kube" / "config"] if path.exists()]
+    if not files and "KUBERNETES_SERVICE_HOST" not in os.environ:
+        where_to = f"KUBECONFIG names {', '.join(map(str, named))}" if named else "there is none at ~/.kube/config"
+        raise RequestError(
+            f"no kubeconfig was found: {where_to}: get one from who runs the cluster and say where it lies "
+            "(--kubeconfig, or KUBECONFIG)"
+        )
+    return files
+
+
+def _of_context(loaded: object, where: Where, text: str) -> Found:
+    names = [str(context["name"]) for context in loaded["contexts"].value or []] if "contexts" in loaded else []  # type: ignore[index,operator]
+    chosen = where.context or loaded.safe_get("current-context")  # type: ignore[attr-defined]
+    if not chosen:
+        raise RequestError(f"{text}: no context is current: choose one with --context ({_listed(names)})")
+    if chosen not in names:
+        said = "--context" if where.context else "current-context"
+        raise RequestError(f"{said} {chosen}: there is no such context in {text}: there are {_listed(names)}")
+    logging.getLogger("root").addHandler(logging.NullHandler())
+    loader = KubeConfigLoader(config_dict=loaded, active_context=chosen, config_base_path=None)
+    configuration = Configuration()
+    loader.load_and_set(configuration)
+    context = loader.current_context.get("context") or {}
+    return Found(configuration, chosen, where.namespace or context.get("namespace") or "default")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(names[:_SHOWN]) or "none") + more
+
+
+def _in_cluster(where: Where) -> Found:
+    if where.context:
+        raise RequestError(
+            f"--context {where.context}: there is no kubeconfig that could hold it: give one (--kubeconfig)"
+        )
+    configuration = Configuration()
+    try:
+        load_incluster_config(client_configuration=configuration)
+        own = _POD_NAMESPACE.read_text().strip()
+    except ConfigException as error:
+        raise RequestError(f"this Pod has no service account to ask the API server with ({error})") from error
+    except OSError:
+        own = "default"
+    return Found(configuration, IN_CLUSTER, where.namespace or own)

@@ -1,0 +1,217 @@
+"""What people want to know of a TrainingJob, as text: a line of a list, and the facts of one (pure).
+
+``resource`` is the API server's JSON, ``live`` the controller's /status where it could be had: what that says is newer.
+``now`` is in wall seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from trainctl.catalogue import ago
+from trainctl.columns import NOTHING, table
+from trainctl.status import summarize
+
+Object = Mapping[str, Any]
+
+COLUMNS = ("NAME", "PHASE", "STEP", "NODES", "GOODPUT", "RESTARTS", "SNAPSHOT", "CHECKPOINT", "AGE")
+WIDE = ("ATTEMPT", "STARTED", "ENDED", "WHY", "STORE")
+ENDED = ("Succeeded", "Failed")
+LAST_RECOVERIES = 10
+
+
+def job_table(resources: Sequence[Object], now: float, *, namespaces: bool = False, wide: bool = False) -> str:
+    """One line for each job, in the order of namespace and name."""
+    ordered = sorted(resources, key=lambda item: (item["metadata"].get("namespace", ""), item["metadata"]["name"]))
+    columns = (*(("NAMESPACE",) if namespaces else ()), *COLUMNS, *(WIDE if wide else ()))
+    return table(columns, [job_cells(item, now, namespaces=namespaces, wide=wide) for item in ordered])
+
+
+def job_cells(resource: Object, now: float, *, namespaces: bool = False, wide: bool = False) -> list[str]:
+    """A job's cells in ``job_table``."""
+    meta, status = resource["metadata"], resource.get("status") or {}
+    cells = [
+        meta["name"],
+        phase_of(resource),
+        _progress(status.get("step"), status.get("totalSteps")),
+        _workers(status.get("workers") or {}),
+        _percent(status.get("goodput")),
+        str(status.get("restartCount", 0)),
+        _newest(status.get("snapshot"), now),
+        _newest(status.get("checkpoint"), now),
+        age(meta.get("creationTimestamp"), now),
+    ]
+    if namespaces:
+        cells.insert(0, meta.get("namespace", ""))
+    return cells + _wide(resource, now) if wide else cells
+
+
+def phase_of(resource: Object) -> str:
+    """The phase; of a job that the operator has not looked at yet, Pending."""
+    return str((resource.get("status") or {}).get("phase") or "Pending")
+
+
+def why(resource: Object) -> str:
+    """The reason and message of the condition that matters in this phase; nothing when all is well."""
+    conditions = {item["type"]: item for item in (resource.get("status") or {}).get("conditions") or ()}
+    for kind in ("Failed", "Suspended", "Recovering", "Succeeded"):
+        found = conditions.get(kind)
+        if found and found["status"] == "True":
+            return _told(found)
+    ready = conditions.get("Ready")
+    return _told(ready) if ready and ready["status"] != "True" else ""
+
+
+def job_facts(resource: Object, live: Mapping[str, Any] | None, now: float) -> list[tuple[str, str]]:
+    """(name, value) of one job, in the order to show them."""
+    status = resource.get("status") or {}
+    rows = [("job", f"{resource['metadata'].get('namespace', 'default')}/{resource['metadata']['name']}")]
+    reason = why(resource)
+    if live is not None:
+        summary = dict(summarize(live).rows())
+        rows += [(name, value) for name, value in summary.items() if value != NOTHING]
+    else:
+        rows += _facts_of_status(resource, now)
+    if reason:
+        rows.insert(2, ("why", reason))
+    restarts = (live or {}).get("restarts") or status.get("restarts") or {}
+    if restarts:
+        rows.append(("restarts", ", ".join(f"{count} x {cause}" for cause, count in sorted(restarts.items()))))
+    digest = (live or {}).get("weights_digest") or status.get("weightsDigest")
+    if digest:
+        rows.append(("weights", str(digest)))
+    return rows
+
+
+def node_table(live: Mapping[str, Any] | None, pods: Sequence[Object]) -> str:
+    """The job's Pods with what the controller makes of them: those with seats first. Nothing when there are none."""
+    nodes = {str(node["node"]): node for node in ((live or {}).get("nodes") or {}).values()}
+    by_name = {pod["metadata"]["name"]: pod for pod in pods}
+    rows = [
+        _node_cells(name, nodes.get(name), by_name.get(name))
+        for name in sorted({*nodes, *by_name}, key=lambda name: _node_order(name, nodes.get(name)))
+    ]
+    return table(("POD", "SEAT", "STATE", "POD PHASE", "MACHINE", "DOMAIN", "KEEPER"), rows) if rows else ""
+
+
+def recovery_table(live: Mapping[str, Any] | None) -> str:
+    """The last recoveries, the newest last. Nothing when there were none, or nobody can tell."""
+    records = ((live or {}).get("recoveries") or [])[-LAST_RECOVERIES:]
+    rows = [
+        (
+            str(record.get("attempt", NOTHING)),
+            str(record.get("kind", "")),
+            seconds(record.get("total_s")),
+            str(record["lost_steps"]) if record.get("lost_steps") is not None else "",
+            ", ".join(f"{count} {source}" for source, count in (record.get("restore_sources") or {}).items()),
+            str(record.get("cause", "")),
+        )
+        for record in records
+    ]
+    return table(("ATTEMPT", "KIND", "TOOK", "LOST STEPS", "STATE FROM", "CAUSE"), rows) if rows else ""
+
+
+def age(time: str | None, now: float) -> str:
+    """How long ago an RFC 3339 time is."""
+    return NOTHING if not time else ago(max(0.0, now - wall(time)))
+
+
+def wall(time: str) -> float:
+    """Wall seconds of an RFC 3339 time."""
+    return datetime.fromisoformat(time).timestamp()
+
+
+def seconds(value: object) -> str:
+    """ "1.23 s"."""
+    return f"{value:.2f} s" if isinstance(value, int | float) else NOTHING
+
+
+def pod_state(pod: Object) -> str:
+    """A Pod's phase, or what holds it: the reason of its scheduling or of its containers."""
+    status = pod.get("status") or {}
+    if pod["metadata"].get("deletionTimestamp"):
+        return "Terminating"
+    for container in status.get("containerStatuses") or ():
+        waiting = (container.get("state") or {}).get("waiting")
+        if waiting and waiting.get("reason"):
+            return str(waiting["reason"])
+    unscheduled = [
+        item["reason"]
+        for item in status.get("conditions") or ()
+        if item["type"] == "PodScheduled" and item["status"] == "False" and item.get("reason")
+    ]
+    return str(unscheduled[0] if unscheduled else status.get("reason") or status.get("phase") or NOTHING)
+
+
+def _wide(resource: Object, now: float) -> list[str]:
+    status = resource.get("status") or {}
+    store = (status.get("checkpoint") or {}).get("url") or (resource["spec"].get("checkpoint") or {}).get("url")
+    return [
+        str(status.get("attempt") or NOTHING),
+        age(status.get("startTime"), now),
+        age(status.get("completionTime"), now),
+        why(resource).partition(":")[0],
+        store or "",
+    ]
+
+
+def _facts_of_status(resource: Object, now: float) -> list[tuple[str, str]]:
+    status = resource.get("status") or {}
+    return [
+        ("phase", phase_of(resource)),
+        ("step", _progress(status.get("step"), status.get("totalSteps"))),
+        ("nodes", _workers(status.get("workers") or {})),
+        ("attempt", str(status.get("attempt") or NOTHING)),
+        ("snapshot", _newest(status.get("snapshot"), now)),
+        ("checkpoint", _newest(status.get("checkpoint"), now)),
+        ("goodput", _percent(status.get("goodput"))),
+    ]
+
+
+def _node_cells(name: str, node: Object | None, pod: Object | None) -> list[str]:
+    told = node or {}
+    seat = told.get("seat")
+    return [
+        name,
+        NOTHING if seat is None else str(seat),
+        str(told.get("state", "")) + (f" ({told['reason']})" if told.get("reason") else ""),
+        pod_state(pod) if pod else "gone",
+        str((pod or {}).get("spec", {}).get("nodeName") or ""),
+        str(told.get("domain") or ""),
+        str(told.get("keeper", "")),
+    ]
+
+
+def _node_order(name: str, node: Object | None) -> tuple[float, int, str]:
+    seat = (node or {}).get("seat")
+    index = name.rpartition("-")[2]
+    return (float("inf") if seat is None else float(seat), int(index) if index.isdecimal() else 0, name)
+
+
+def _told(condition: Object) -> str:
+    message = condition.get("message", "")
+    return f"{condition['reason']}: {message}" if message else str(condition["reason"])
+
+
+def _progress(step: object, total: object) -> str:
+    return NOTHING if step is None else f"{step}/{total}" if total else str(step)
+
+
+def _workers(workers: Object) -> str:
+    """ "3/4, 1 spare": nodes that train or could at once, of those wanted."""
+    if not workers:
+        return NOTHING
+    spares = workers.get("spares", 0)
+    return f"{workers.get('ready', 0)}/{workers.get('wanted', 0)}" + (f" +{spares}" if spares else "")
+
+
+def _percent(value: object) -> str:
+    return f"{value:.1%}" if isinstance(value, int | float) else NOTHING
+
+
+def _newest(kept: Object | None, now: float) -> str:
+    if not kept:
+        return NOTHING
+    return f"step {kept.get('step', NOTHING)}, {age(kept.get('time'), now)} ago"

@@ -1,0 +1,185 @@
+"""Containers' output as kubelets keep it: read once, or followed from Pod to Pod."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainctl.cluster.refusals import Absent, Invalid
+from trainctl.cluster.resources import JobRef, Object, core_path
+from trainctl.jobview import ENDED, phase_of
+from trainctl.merging import Ended, Merged
+from trainctl.packing import training_container
+from trainctl.ranklines import instant, split_time
+from trainctl.watching import Latest, live_statuses
+
+AGAIN_S = 1.0
+"""When the log of a container that runs is asked for again after it broke off."""
+LAST_WORDS_S = 10.0
+"""How long output is still waited for when the job has ended."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """The training container of a Pod: which one it is (another after each restart), and how it is."""
+
+    pod: str
+    name: str
+    id: str
+    started: bool
+    running: bool
+    restarts: int
+
+
+def container_of(pod: Object) -> Container:
+    """The container whose output is the ranks', or the head's (pure)."""
+    containers = pod["spec"]["containers"]
+    name = containers[training_container(containers)]["name"]
+    states = (pod.get("status") or {}).get("containerStatuses") or ()
+    told: Mapping[str, Any] = next((state for state in states if state["name"] == name), {})
+    state = told.get("state") or {}
+    running = "running" in state
+    return Container(
+        pod=pod["metadata"]["name"],
+        name=name,
+        id=str(told.get("containerID") or ""),
+        started=running or "terminated" in state,
+        running=running,
+        restarts=int(told.get("restartCount") or 0),
+    )
+
+
+def pod_lines(
+    job: JobRef,
+    container: Container,
+    *,
+    previous: bool = False,
+    follow: bool = False,
+    since: Mapping[str, Any] | None = None,
+) -> Iterator[str]:
+    """A container's output, each line with its time before it. Nothing where it has not started or is gone.
+
+    ``previous``: of the container before its last restart; ``since``: sinceSeconds or sinceTime, as the API has them.
+    """
+    query = {
+        "container": container.name,
+        "timestamps": "true",
+        "follow": "true" if follow else None,
+        "previous": "true" if previous else None,
+        **(since or {}),
+    }
+    path = core_path(job.namespace, "pods", container.pod, "log")
+    try:
+        yield from job.cluster.lines(path, query, quiet_s=None if follow else 60.0)
+    except (Absent, Invalid):
+        return
+
+
+def whole_output(job: JobRef, container: Container, since: Mapping[str, Any] | None) -> Iterator[str]:
+    """All of a Pod's output that its kubelet still has: of the container before the last restart too."""
+    if container.restarts:
+        yield from pod_lines(job, container, previous=True, since=since)
+    if container.started:
+        yield from pod_lines(job, container, since=since)
+
+
+class Following:
+    """The output of whichever Pods are wanted, as it comes, until the job has ended.
+
+    ``choose`` names the wanted ones of some Pods' names, given the controller's status where there is one;
+    ``seen``: the time of the last line of a Pod that is known already.
+    """
+
+    def __init__(
+        self,
+        job: JobRef,
+        role: str,
+        choose: Callable[[Sequence[str], Mapping[str, Any] | None], Sequence[str]],
+        seen: Mapping[str, str],
+        *,
+        ask_controller: bool,
+    ) -> None:
+        self._job, self._role, self._choose = job, role, choose
+        self._seen = dict(seen)
+        self._merged, self._latest = Merged(), Latest()
+        self._containers: dict[str, Container] = {}
+        self._live: Mapping[str, Any] | None = None
+        self._finished: dict[str, str] = {}
+        self._again: dict[str, float] = {}
+        self._ended_at: float | None = None
+        self._merged.add("resource", job.watch_itself())
+        self._merged.add("pods", job.watch_pods())
+        if ask_controller:
+            self._merged.add("live", live_statuses(job, self._latest))
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """(Pod, line with its time), each once."""
+        while not self._over():
+            arrived = self._merged.next(AGAIN_S)
+            if arrived is not None:
+                yield from self._take(*arrived)
+            self._start_streams()
+
+    def _take(self, source: str, item: Any) -> Iterator[tuple[str, str]]:
+        if isinstance(item, Ended):
+            self._source_ended(source, item)
+        elif source == "resource":
+            self._latest.put(item)
+            if phase_of(item) in ENDED and self._ended_at is None:
+                self._ended_at = time.monotonic()
+        elif source == "pods":
+            from trainctl.cluster.resources import role_of
+
+            mine = [container_of(pod) for pod in item if role_of(pod) == self._role]
+            self._containers = {container.pod: container for container in mine}
+        elif source == "live":
+            self._live = item[0] or self._live
+        elif self._is_new(source, item):
+            yield source, item
+
+    def _is_new(self, pod: str, line: str) -> bool:
+        when, _ = split_time(line)
+        last = self._seen.get(pod)
+        if when and last and instant(when) <= instant(last):
+            return False
+        self._seen[pod] = when or last or ""
+        return True
+
+    def _source_ended(self, source: str, item: Ended) -> None:
+        if source in ("resource", "pods"):
+            raise item.error or Absent(f'the TrainingJob "{self._job.name}" is gone')
+        if source == "live":
+            return
+        container = self._containers.get(source)
+        if container is None or not container.running:
+            self._finished[source] = container.id if container else "gone"
+        self._again[source] = time.monotonic() + AGAIN_S
+
+    def _start_streams(self) -> None:
+        """Begin to read what is wanted and not read yet; a container that restarted is another one."""
+        now = time.monotonic()
+        for pod in self._choose(sorted(self._containers), self._live):
+            container = self._containers[pod]
+            if pod in self._merged.open or not container.started or self._finished.get(pod) == container.id:
+                continue
+            if now >= self._again.get(pod, 0.0):
+                since = {"sinceTime": _whole_second(self._seen[pod])} if self._seen.get(pod) else {}
+                self._merged.add(pod, pod_lines(self._job, container, follow=True, since=since))
+
+    def _over(self) -> bool:
+        if self._ended_at is None:
+            return False
+        reading = self._merged.open - {"resource", "pods", "live"}
+        unread = [
+            pod
+            for pod in self._choose(sorted(self._containers), self._live)
+            if self._containers[pod].started and self._finished.get(pod) != self._containers[pod].id
+        ]
+        return time.monotonic() - self._ended_at > LAST_WORDS_S or not (reading or unread)
+
+
+def _whole_second(time: str) -> str:
+    """The API takes no fractions: what comes twice is told apart by its own time."""
+    return time.partition(".")[0].rstrip("Z") + "Z"

@@ -1,0 +1,238 @@
+"""From what a person types to the TrainingJob that is sent (pure but for reading the files that were named)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from outlast.api import API_VERSION, KIND, TrainingJob, load
+from outlast.errors import RequestError, SpecError
+from outlast.kube import CONTAINER, LONGEST_JOB_NAME
+from trainctl.packing import Packed, pack_folder, pack_script, with_code
+
+GPU = "nvidia.com/gpu"
+_YAML = (".yaml", ".yml", ".json")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """A job in flags, for those who have no YAML yet. None: the job's own default."""
+
+    nodes: int | None = None
+    spares: int | None = None
+    min_nodes: int | None = None
+    procs_per_node: int | None = None
+    gpus: int | None = None
+    cpu: str | None = None
+    memory: str | None = None
+    image: str | None = None
+    env: tuple[str, ...] = ()
+    store: str | None = None
+    snapshot_every: str | None = None
+    checkpoint_every: str | None = None
+
+    def given(self) -> list[str]:
+        """The flags that were used, as they are typed."""
+        return [
+            f"--{item.name.replace('_', '-')}" for item in fields(self) if getattr(self, item.name) not in (None, ())
+        ]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What was asked for. ``source``: a TrainingJob's file, or a script. ``code``: a folder to send."""
+
+    source: Path
+    text: str | None = None
+    name: str | None = None
+    namespace: str | None = None
+    overrides: tuple[str, ...] = ()
+    flags: Flags = Flags()
+    arguments: tuple[str, ...] = ()
+    code: Path | None = None
+    no_code: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is sent: the job as JSON, and its code, if any. ``notes`` are for the person."""
+
+    job: dict[str, Any]
+    packed: Packed | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        return str(self.job["metadata"]["name"])
+
+    @property
+    def namespace(self) -> str:
+        return str(self.job["metadata"]["namespace"])
+
+
+def is_job_file(source: Path) -> bool:
+    """Whether ``source`` holds a TrainingJob rather than being a script; ``-`` is standard input."""
+    return str(source) == "-" or source.suffix in _YAML
+
+
+def prepare(asked: Submission, default_namespace: str) -> Prepared:
+    """The job to send. Raises RequestError (SpecError for the job) with the remedy."""
+    if is_job_file(asked.source):
+        return _from_file(asked, default_namespace)
+    return _from_script(asked, default_namespace)
+
+
+def _from_file(asked: Submission, default_namespace: str) -> Prepared:
+    wrong = [*asked.flags.given(), *(["arguments after --"] if asked.arguments else [])]
+    if wrong or asked.no_code:
+        what = ", ".join(wrong or ["--no-code"])
+        raise RequestError(f"{what}: goes with a script; in {asked.source} write it down, or use --set path=value")
+    assert asked.text is not None
+    job = _load(asked, asked.text, default_namespace)
+    packed = pack_folder(asked.code) if asked.code else None
+    return _prepared(job, packed, () if packed else _forgotten(job, asked.source))
+
+
+def _from_script(asked: Submission, default_namespace: str) -> Prepared:
+    if not asked.name:
+        raise RequestError(f"--name: a job from a script needs a name, such as --name {_suggested(asked.source)}")
+    packed, script = _code(asked)
+    tree = job_tree(asked.name, script, asked.arguments, asked.flags)
+    return _prepared(_load(asked, yaml.safe_dump(tree, sort_keys=False), default_namespace), packed, ())
+
+
+def job_tree(name: str, script: str, arguments: Sequence[str], flags: Flags) -> dict[str, Any]:
+    """The TrainingJob that flags describe, with the fields that were given and no others."""
+    workers: dict[str, Any] = {}
+    named = {
+        "replicas": flags.nodes,
+        "minReplicas": flags.min_nodes,
+        "spares": flags.spares,
+        "procsPerWorker": flags.procs_per_node if flags.procs_per_node is not None else flags.gpus,
+    }
+    workers.update((field_name, value) for field_name, value in named.items() if value is not None)
+    container = _container(flags)
+    if container:
+        workers["template"] = {"spec": {"containers": [{"name": CONTAINER, **container}]}}
+    spec: dict[str, Any] = {"entrypoint": ["python", script, *arguments]}
+    if flags.env:
+        spec["env"] = [_variable(text) for text in flags.env]
+    if workers:
+        spec["workers"] = workers
+    if flags.snapshot_every is not None:
+        spec["snapshot"] = {"everySteps": _number_or_text(flags.snapshot_every)}
+    if flags.store is not None or flags.checkpoint_every is not None:
+        spec["checkpoint"] = _checkpoint(flags)
+    return {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}, "spec": spec}
+
+
+def _container(flags: Flags) -> dict[str, Any]:
+    """A memory request is also its limit; processor time is requested and not limited, since a limit only slows."""
+    requests = {"cpu": flags.cpu, "memory": flags.memory}
+    limits = {"memory": flags.memory, GPU: None if flags.gpus is None else str(flags.gpus)}
+    resources = {
+        name: kept
+        for name, amounts in (("requests", requests), ("limits", limits))
+        if (kept := {key: value for key, value in amounts.items() if value is not None})
+    }
+    return {**({"image": flags.image} if flags.image else {}), **({"resources": resources} if resources else {})}
+
+
+def _checkpoint(flags: Flags) -> dict[str, Any]:
+    if flags.store is None:
+        raise RequestError("--checkpoint-every: there is no store to checkpoint to: add --store s3://bucket/prefix")
+    interval = flags.checkpoint_every
+    return {"url": flags.store, **({} if interval is None else {"interval": _number_or_text(interval)})}
+
+
+def _variable(text: str) -> dict[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise RequestError(f"--env {text}: write NAME=VALUE")
+    return {"name": name, "value": value}
+
+
+def _number_or_text(text: str) -> int | str:
+    return int(text) if text.isascii() and text.isdecimal() else text
+
+
+def _code(asked: Submission) -> tuple[Packed | None, str]:
+    """The files to send and the script's path where ranks start."""
+    if asked.no_code:
+        if asked.code:
+            raise RequestError("--code and --no-code: give one of them")
+        return None, str(asked.source)
+    if asked.code is None:
+        if not asked.source.is_file():
+            raise RequestError(
+                f"{asked.source}: there is no such file; if it is in the image, at that path from its working "
+                "directory, add --no-code"
+            )
+        return pack_script(asked.source), asked.source.name
+    packed = pack_folder(asked.code)
+    return packed, _within(asked.source, asked.code, packed)
+
+
+def _within(script: Path, folder: Path, packed: Packed) -> str:
+    """The script's path in the folder: as seen from here, or from there."""
+    sent = {file.path for file in packed.files}
+    candidates = [script.as_posix()]
+    if script.resolve().is_relative_to(folder.resolve()):
+        candidates.insert(0, script.resolve().relative_to(folder.resolve()).as_posix())
+    found = next((path for path in candidates if path in sent), None)
+    if found is None:
+        raise RequestError(f"{script}: it is not among the files of --code {folder}: {', '.join(sorted(sent)[:8])}")
+    return found
+
+
+def _load(asked: Submission, text: str, default_namespace: str) -> TrainingJob:
+    """The job with its name and namespace, every check of ``outlast.api`` done."""
+    overrides = list(asked.overrides)
+    if asked.name:
+        overrides.append(f"metadata.name={json.dumps(asked.name)}")
+    job = load(text, overrides)
+    written = job.metadata.namespace if "namespace" in job.metadata.model_fields_set else None
+    if written and asked.namespace and written != asked.namespace:
+        raise RequestError(f'-n {asked.namespace}: the job is written for namespace "{written}": leave one of them out')
+    if not written:
+        job = load(text, [*overrides, f"metadata.namespace={json.dumps(default_namespace)}"])
+    if len(job.metadata.name) > LONGEST_JOB_NAME:
+        raise SpecError(
+            [
+                (
+                    "metadata.name",
+                    f"it has {len(job.metadata.name)} letters; Pods are named after it: {LONGEST_JOB_NAME} at most",
+                )
+            ]
+        )
+    return job
+
+
+def _prepared(job: TrainingJob, packed: Packed | None, notes: tuple[str, ...]) -> Prepared:
+    """The fields that were given, and no defaults: those are the server's to fill in."""
+    tree = job.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    tree["metadata"]["namespace"] = job.metadata.namespace
+    return Prepared(with_code(tree, packed) if packed else tree, packed, notes)
+
+
+def _forgotten(job: TrainingJob, source: Path) -> tuple[str, ...]:
+    """A note where the entrypoint's script lies beside the file, which a Pod does not see."""
+    script = next((word for word in job.spec.entrypoint[1:2] if word.endswith(".py")), None)
+    if str(source) == "-" or script is None or not (source.parent / script).is_file():
+        return ()
+    return (f"{script} beside {source} is not sent: the image's own is run; to send it, add --code {source.parent}",)
+
+
+def _suggested(source: Path) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", source.stem.lower()).strip("-") or "job"
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """As a file that kubectl applies."""
+    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)
