@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from outlast import kube
 from outlast.jobstatus import Phase, TrainingJobStatus
-from outlast_operator import objects
+from outlast_operator import objects, recoveries
 from outlast_operator.calls import calls
-from outlast_operator.ending import camel, deadline, finish
+from outlast_operator.ending import deadline, finish
 from outlast_operator.model import Action, Apply, Create, Happening, Object
 from outlast_operator.progress import emptied
 from outlast_operator.replacing import Roster, empty_roster, full_roster, next_index
@@ -81,7 +81,7 @@ def _objects(sight: Sight, roster: Roster) -> Iterator[Action]:
 def _phase(sight: Sight, status: TrainingJobStatus) -> Phase:
     """The controller's word; what it calls a start is a recovery when ranks of the job were started before."""
     before = sight.old.start_time is not None
-    if sight.heard is None:
+    if sight.heard is None or sight.head is None:
         return "Recovering" if before else "Pending"
     shown = sight.heard.text("phase")
     if shown in ("Pending", "Starting") and before and _began_before(sight, status):
@@ -120,7 +120,7 @@ def _why(sight: Sight, status: TrainingJobStatus, phase: Phase, gathering: Gathe
     if phase == "Running":
         return _training(sight)
     if phase == "Recovering" and gathering.start.since is None:
-        return recovery_word(sight)
+        return recoveries.under_way(sight)
     if gathering.start.since is None and gathering.why.reason == "WaitingForNodes":
         return Word("Starting", f"{gathering.why.message}; ranks start")
     return gathering.why
@@ -131,14 +131,3 @@ def _training(sight: Sight) -> Word:
     hindrance = obstacle(sight)
     detail = f"; {hindrance.reason}: {hindrance.message}" if hindrance is not None else ""
     return Word("Training", f"all ranks train{detail}")
-
-
-def recovery_word(sight: Sight) -> Word:
-    """What the job recovers from."""
-    records = sight.heard.status.get("recoveries") if sight.heard is not None else ()
-    last = records[-1] if isinstance(records, list | tuple) and records else {}
-    if isinstance(last, dict) and last.get("cause") and last.get("total_s") is None:
-        return Word(camel(str(last.get("kind") or "")) or "Recovering", str(last["cause"]))
-    if sight.heard is None or not sight.heard.started:
-        return Word("HeadLost", "the head was lost: the next one gathers the nodes")
-    return Word("Recovering", "ranks are started again")

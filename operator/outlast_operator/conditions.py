@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from outlast.jobstatus import Condition, Phase, TrainingJobStatus
-from outlast_operator.active import recovery_word
+from outlast_operator import recoveries
 from outlast_operator.sight import Sight
 from outlast_operator.timestamps import written
 from outlast_operator.verdict import Decision, Truth, Word
@@ -28,7 +28,7 @@ def _words(sight: Sight, decision: Decision) -> Mapping[str, tuple[Truth, Word]]
     return {
         "Ready": (ready, why),
         "Suspended": (_truth(phase == "Suspended"), _suspended(decision)),
-        "Recovering": (_truth(recovering), recovery_word(sight) if recovering else _recovered(sight)),
+        "Recovering": (_truth(recovering), recoveries.under_way(sight) if recovering else recoveries.last_one(sight)),
         "Succeeded": _ended(phase, "Succeeded", why),
         "Failed": _ended(phase, "Failed", why),
     }
@@ -48,19 +48,6 @@ def _ended(phase: Phase, kind: Phase, why: Word) -> tuple[Truth, Word]:
     if phase == kind:
         return "True", why
     return "False", Word(phase if phase in ("Succeeded", "Failed") else "NotOver")
-
-
-def _recovered(sight: Sight) -> Word:
-    """The last recovery, once it is over; how long it took is kept in the condition when its controller is gone."""
-    records = sight.heard.status.get("recoveries") if sight.heard is not None else ()
-    last = records[-1] if isinstance(records, list | tuple) and records else {}
-    if isinstance(last, dict) and isinstance(last.get("total_s"), int | float):
-        lost = f", {last['lost_steps']} steps lost" if last.get("lost_steps") is not None else ""
-        return Word("Recovered", f"{last.get('cause', '')} ({last['total_s']:.1f} s{lost})")
-    known = next((one for one in sight.old.conditions if one.type == "Recovering"), None)
-    if known is not None and known.status == "False":
-        return Word(known.reason, known.message)
-    return Word("Recovered" if known is not None else "NothingLost", known.message if known is not None else "")
 
 
 def _condition(sight: Sight, kind: str, truth: Truth, word: Word, old: Condition | None) -> Condition:

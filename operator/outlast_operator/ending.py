@@ -9,6 +9,7 @@ from __future__ import annotations
 from outlast.api import KIND
 from outlast.jobstatus import Phase, TrainingJobStatus
 from outlast_operator.model import Action, Call, Delete
+from outlast_operator.recoveries import camel
 from outlast_operator.sight import Sight
 from outlast_operator.suspending import SUSPENDED
 from outlast_operator.timestamps import read_or_none, written
@@ -93,8 +94,3 @@ def _failure(said: str, reason: str, sight: Sight) -> Word:
         return Word(DEADLINE, reason)
     cause = str(sight.heard.part("first_error").get("cause") or "") if sight.heard is not None else ""
     return Word(camel(cause) or "JobFailed", reason or "the job has failed")
-
-
-def camel(cause: str) -> str:
-    """``node-lost`` is ``NodeLost``."""
-    return "".join(part[:1].upper() + part[1:] for part in cause.split("-"))

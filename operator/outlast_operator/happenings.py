@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from outlast.jobstatus import Condition, TrainingJobStatus
-from outlast_operator.ending import camel
 from outlast_operator.heard import Heard
 from outlast_operator.model import Happening
+from outlast_operator.recoveries import RECOVERED, WENT_ON, camel
 
-_PLAIN = frozenset({"Training", "Starting", "WaitingForNodes", "Recovering", "WaitingToRetry", "GivenBack", "Resuming"})
+_PLAIN = frozenset(
+    {"Training", "Starting", "WaitingForNodes", "Recovering", "WaitingToRetry", "GivenBack", "Resuming", "Suspending"}
+)
 """Reasons of Ready that are no news by themselves, or told otherwise."""
 
 
 def happened(old: TrainingJobStatus, new: TrainingJobStatus, heard: Heard | None) -> tuple[Happening, ...]:
     """The Events between two statuses, in a readable order."""
-    return (
-        *_failed(old, new),
-        *_hindered(old, new),
-        *_recovered(old, new),
-        *_checkpoints(old, new, heard),
-        *_phase(old, new),
-    )
+    told = (_failed(old, new), _hindered(old, new), _recovering(old, new), _checkpoints(old, new, heard))
+    return (*(happening for group in told for happening in group), *_phase(old, new))
 
 
 def _phase(old: TrainingJobStatus, new: TrainingJobStatus) -> Iterator[Happening]:
@@ -60,18 +57,26 @@ def _hindered(old: TrainingJobStatus, new: TrainingJobStatus) -> Iterator[Happen
     ready, before = _of(new, "Ready"), _of(old, "Ready")
     if ready is None or new.phase in ("Suspended", "Succeeded", "Failed") or ready.reason in _PLAIN:
         return
-    if ready.reason in {camel(failure.cause) for failure in new.failures} or ready.reason in ("Suspending", "HeadLost"):
+    recovering = _of(new, "Recovering")
+    if recovering is not None and recovering.status == "True" and recovering.reason == ready.reason:
         return
     if before is None or before.reason != ready.reason:
         yield Happening("Warning", ready.reason, ready.message)
 
 
-def _recovered(old: TrainingJobStatus, new: TrainingJobStatus) -> Iterator[Happening]:
+def _recovering(old: TrainingJobStatus, new: TrainingJobStatus) -> Iterator[Happening]:
+    """The beginning of a recovery that no failure tells of, and the end of each."""
     now, before = _of(new, "Recovering"), _of(old, "Recovering")
-    if now is None or now.status != "False" or now.reason != "Recovered" or new.phase != "Running":
+    if now is None:
         return
-    if before is None or before.status == "True" or before.message != now.message:
-        yield Happening("Normal", "Recovered", f"recovered from: {now.message}" if now.message else "the job goes on")
+    if now.status == "True":
+        if (before is None or before.status != "True") and new.failures == old.failures:
+            yield Happening("Normal", "Recovering", now.message)
+        return
+    news = before is None or before.status == "True" or before.message != now.message
+    if news and now.reason in (RECOVERED, WENT_ON) and new.phase == "Running":
+        what = "recovered from" if now.reason == RECOVERED else "went on after"
+        yield Happening("Normal", now.reason, f"{what}: {now.message}")
 
 
 def _checkpoints(old: TrainingJobStatus, new: TrainingJobStatus, heard: Heard | None) -> Iterator[Happening]:

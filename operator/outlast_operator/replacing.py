@@ -24,6 +24,8 @@ from outlast_operator.sight import Sight
 YOUNG_S = 60.0
 """A Pod that ended within so many seconds counts as one that cannot live."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 300.0
+SETTLE_S = 5.0
+"""A node Pod that ended by itself gets no successor for so long: at the job's end it may be quicker than the news."""
 KEPT_S = 600.0
 MOST_KEPT = 20
 MOST_TOLD = 5
@@ -118,7 +120,9 @@ def _head(sight: Sight, draft: _Draft) -> str | None:
 def _nodes(sight: Sight, draft: _Draft) -> None:
     live = [pod for pod in sight.live if pod.is_node]
     draft.deletes += [_delete(pod) for pod in surplus(sight, live)]
-    missing = sight.wanted - len(live)
+    settling = [pod.ended_at + SETTLE_S for pod in sight.nodes if _just_ended(sight, pod) and pod.ended_at is not None]
+    draft.waits += settling
+    missing = sight.wanted - len(live) - len(settling)
     if missing <= 0:
         return
     pause = _paused_until(sight.nodes, sight.wanted)
@@ -133,6 +137,12 @@ def _nodes(sight: Sight, draft: _Draft) -> None:
             victim, name = victims[at], kube.pod_name(sight.name, kube.NODE_ROLE, index)
             text = f"{name} replaces {victim.name}, which {sight.lost[victim.name]}"
             draft.happenings.append(Happening("Warning", "PodReplaced", text))
+
+
+def _just_ended(sight: Sight, pod: Pod) -> bool:
+    if pod.phase != "Succeeded" or pod.deleting or pod.ended_at is None:
+        return False
+    return sight.now < pod.ended_at + SETTLE_S
 
 
 def surplus(sight: Sight, live: Sequence[Pod]) -> list[Pod]:

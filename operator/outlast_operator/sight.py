@@ -156,7 +156,9 @@ def job_in_force(observed: Observed, problem: str) -> TrainingJob | None:
         return None
     spec = observed.raw.get("spec") or {}
     suspend = bool(spec["suspend"]) if isinstance(spec.get("suspend"), bool) else kept.spec.suspend
-    return kept.model_copy(update={"spec": kept.spec.model_copy(update={"suspend": suspend})})
+    metadata = kept.metadata.model_copy(update={"generation": observed.raw["metadata"].get("generation")})
+    spec_in_force = kept.spec.model_copy(update={"suspend": suspend})
+    return kept.model_copy(update={"metadata": metadata, "spec": spec_in_force})
 
 
 def sight_of(

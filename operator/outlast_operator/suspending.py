@@ -7,7 +7,7 @@ more whatever the controller and the store do; the condition says what is kept a
 from __future__ import annotations
 
 from outlast.jobstatus import TrainingJobStatus
-from outlast_operator.model import Action, Call, Delete
+from outlast_operator.model import Action, Call
 from outlast_operator.progress import emptied
 from outlast_operator.replacing import empty_roster, next_index
 from outlast_operator.sight import Sight
@@ -23,9 +23,9 @@ EXTRA_S = 15.0
 
 def suspend(sight: Sight, status: TrainingJobStatus) -> Decision:
     """The next step towards having no Pods."""
-    if not sight.pods or sight.old.phase == "Suspended":
-        return _without_pods(sight, status)
-    if not _has_state(sight, status):
+    if sight.old.phase == "Suspended":
+        return _stay(sight, status)
+    if not sight.pods or not _has_state(sight, status):
         return _take_away(sight, status)
     since = read_or_none(status.suspending_since) or sight.now
     ends = since + sight.settings.suspend_patience_s + EXTRA_S
@@ -68,16 +68,12 @@ def _take_away(sight: Sight, status: TrainingJobStatus) -> Decision:
     return Decision("Suspended", why, bare, empty_roster(sight))
 
 
-def _without_pods(sight: Sight, status: TrainingJobStatus) -> Decision:
-    """Suspended already, or from the beginning; Pods that are still there go."""
+def _stay(sight: Sight, status: TrainingJobStatus) -> Decision:
+    """Suspended already; what was said stays said. Pods that are still there go."""
     known = next((condition for condition in sight.old.conditions if condition.type == "Suspended"), None)
-    if sight.old.phase == "Suspended" and known is not None and known.status == "True":
-        why = Word(known.reason, known.message)
-    else:
-        why = _what_is_kept(sight, status)
+    why = Word(known.reason, known.message) if known is not None else _what_is_kept(sight, status)
     bare = emptied(status).model_copy(update={"start_time": None, "next_pod": next_index(sight)})
-    deletes = tuple(Delete("Pod", pod.name, pod.uid) for pod in sight.pods if not pod.deleting)
-    return Decision("Suspended", why, bare, deletes)
+    return Decision("Suspended", why, bare, empty_roster(sight))
 
 
 def _what_is_kept(sight: Sight, status: TrainingJobStatus) -> Word:

@@ -1,0 +1,47 @@
+"""What the job recovers from, or has: words for the condition Recovering, out of the controller's records. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from outlast_operator.sight import Sight
+from outlast_operator.verdict import Word
+
+RECOVERED, WENT_ON = "Recovered", "WentOn"
+"""Reasons once a recovery is over: from a fault, or after a planned change such as another size."""
+HEAD_LOST = "HeadLost"
+
+
+def under_way(sight: Sight) -> Word:
+    """What the job recovers from."""
+    last = _last(sight)
+    if sight.head is None or sight.heard is None or not (sight.heard.started or last):
+        return Word(HEAD_LOST, "the head was lost: the next one gathers the nodes")
+    if last.get("cause") and last.get("total_s") is None:
+        return Word(camel(str(last.get("kind") or "")) or "Recovering", str(last["cause"]))
+    return Word("Recovering", "ranks are started again")
+
+
+def last_one(sight: Sight) -> Word:
+    """The last recovery, once it is over; the condition keeps what a controller said that is no more."""
+    last = _last(sight)
+    if isinstance(last.get("total_s"), int | float):
+        lost = f", {last['lost_steps']} steps lost" if last.get("lost_steps") is not None else ""
+        reason = WENT_ON if last.get("planned") else RECOVERED
+        return Word(reason, f"{last.get('cause', '')} ({last['total_s']:.1f} s{lost})")
+    known = next((one for one in sight.old.conditions if one.type == "Recovering"), None)
+    if known is None:
+        return Word("NothingLost")
+    return Word(known.reason if known.status == "False" else RECOVERED, known.message)
+
+
+def camel(cause: str) -> str:
+    """``node-lost`` is ``NodeLost``."""
+    return "".join(part[:1].upper() + part[1:] for part in cause.split("-"))
+
+
+def _last(sight: Sight) -> Mapping[str, Any]:
+    records = sight.heard.status.get("recoveries") if sight.heard is not None else None
+    last = records[-1] if isinstance(records, list | tuple) and records else {}
+    return last if isinstance(last, Mapping) else {}
