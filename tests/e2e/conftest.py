@@ -7,6 +7,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import boto3
@@ -25,6 +26,9 @@ BUCKET = "training"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--timings", default=None, help="write what was measured to this JSON file")
     parser.addoption("--lab-logs", default=None, help="save what the cluster said to this folder before it goes")
+    parser.addoption(
+        "--keep-lab", action="store_true", help="use the lab that is up, and leave it up: for work on tests"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    with running_lab(LAB, nodes=3) as found:
+    with running_lab(LAB, nodes=3, keep=request.config.getoption("--keep-lab", default=False)) as found:
         build_images(found)
         yield found
         if folder := request.config.getoption("--lab-logs", default=None):
@@ -52,7 +56,8 @@ def bucket(lab: Lab) -> Iterator[str]:
     """A store's URL; its credentials are the Secret "bucket" in the jobs' namespace, and in this process's environment."""
     with lab_wide_s3(lab) as variables, environment(variables):
         client = boto3.session.Session().client("s3", config=Config(s3={"addressing_style": "path"}))
-        client.create_bucket(Bucket=BUCKET)
+        with suppress(client.exceptions.BucketAlreadyOwnedByYou):
+            client.create_bucket(Bucket=BUCKET)
         client.close()
         restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
         lab.apply(
@@ -72,7 +77,7 @@ def release(lab: Lab, bucket: str) -> Lab:
     """The lab with Outlast in it, as the README says."""
     chart = str(ROOT / "charts" / "outlast")
     where = ["--namespace", "outlast-system", "--create-namespace"]
-    lab.helm("install", "outlast", chart, *where, "--set", "image.tag=dev", "--wait", "--timeout", "120s")
+    lab.helm("upgrade", "--install", "outlast", chart, *where, "--set", "image.tag=dev", "--wait", "--timeout", "120s")
     return lab
 
 

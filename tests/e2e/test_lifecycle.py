@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,6 @@ STEPS = 200
 
 
 def patch(target: Job, **spec: Any) -> None:
-    import json
-
     change = json.dumps({"spec": spec})
     target.lab.kubectl("-n", target.namespace, "patch", "trainingjob", target.name, "--type=merge", "-p", change)
 

@@ -86,18 +86,21 @@ class Lab:
 
 
 @contextmanager
-def running_lab(name: str, nodes: int) -> Iterator[Lab]:
-    """A new lab, or a skip with the reason; afterwards it is gone."""
+def running_lab(name: str, nodes: int, keep: bool = False) -> Iterator[Lab]:
+    """A new lab, or a skip with the reason; afterwards it is gone. ``keep``: one that is up is used, and stays."""
     command, assets = lab(), lab_assets()
     if command is None or assets is None or os.geteuid() != 0:
         pytest.skip("no Kubernetes here: the lab (kubelab) and root are needed")
     environment = {**os.environ, "PATH": f"{assets}:{os.environ['PATH']}"}
-    _run([command, "down", "--name", name], 120, None, environment)
+    down = [command, "down", "--name", name]
+    if not keep:
+        _run(down, 120, None, environment)
     try:
         told = _run([command, "up", "--name", name, "--nodes", str(nodes)], 300, None, environment)
         yield Lab(name, command, {**environment, "KUBECONFIG": told.splitlines()[-1]})
     finally:
-        _run([command, "down", "--name", name], 120, None, environment)
+        if not keep:
+            _run(down, 120, None, environment)
 
 
 @contextmanager
