@@ -73,6 +73,11 @@ class ControllerConfig(_Config):
         return self.control_dir / "domains.json"
 
     @property
+    def kept_file(self) -> Path:
+        """JSON of what else a controller leaves to the next one (``outlast.messages.kept``)."""
+        return self.control_dir / "kept.json"
+
+    @property
     def final_file(self) -> Path:
         """JSON of how the job ended; absent until then."""
         return self.control_dir / "final.json"

@@ -50,6 +50,10 @@ class ScriptedMachine:
 
     answers: dict[type, list[m.Instruction]] = field(default_factory=dict)
     seen: list[m.Event] = field(default_factory=list)
+    objecting: str = ""
+
+    def objection(self, request: m.Event) -> str:
+        return self.objecting
 
     def handle(self, event: m.Event, now: float) -> list[m.Instruction]:
         self.seen.append(event)

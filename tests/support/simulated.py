@@ -31,6 +31,7 @@ from support.simulated_store import SimStore
 LENGTH = 1 << 20
 HEARTBEAT_S = 0.25
 TICK_S = 0.1
+EPOCH = 1_700_000_000.0
 
 
 @dataclass
@@ -102,6 +103,9 @@ class Cluster:
         self.store = SimStore()
         self.script = "script-1"
         self.released: list[str] = []
+        self.left = m.Kept()
+        self.injuries: list[m.Injure] = []
+        self._last_size: int | None = None
         self.uploading: dict[Generation, set[str]] = defaultdict(set)
         self._sizes: dict[Attempt, int] = {}
         self._at_seat: dict[tuple[Attempt | None, int], SimNode] = {}
@@ -164,7 +168,7 @@ class Cluster:
     # --- the controller ---------------------------------------------------------------------------------------------
 
     def _new_machine(self) -> Machine:
-        return Machine(self.config, self.now, lambda: f"{next(self._incarnations):016x}")
+        return Machine(self.config, self.now, lambda: f"{next(self._incarnations):016x}", EPOCH, self.left)
 
     def tell(self, event: m.Event) -> None:
         if isinstance(event, m.CommitAcked):
@@ -195,6 +199,10 @@ class Cluster:
                 assert self.finished is None
                 self.finished = instruction
                 self.at(0.1, lambda: self.tell(m.Finalized()))
+            case m.Remember():
+                self.left = instruction.kept
+            case m.Crash():
+                self.at(0.0, self.restart_controller)
             case m.GiveUp():
                 self.given_up.add(instruction.node)
             case m.Claim():
@@ -238,7 +246,10 @@ class Cluster:
         assert not self.machine.job.members.nodes[start.node].leaving, f"{start.node} was told to leave"
         seats = self.machine.job.members.seats
         assert sorted(seats) == list(range(start.world_nodes)), seats
-        assert len(seats) >= self.config.least
+        least = self.machine.config.least
+        assert len(seats) >= (least if self._last_size is None else min(least, self._last_size))
+        assert len(seats) <= self.machine.config.replicas
+        self._last_size = len(seats)
         for name in self.machine.job.members.alive:
             node = self.nodes[name]
             if node.alive and node.running is not None:
@@ -301,6 +312,7 @@ class Cluster:
                 held=node.inventory().images,
                 registration=node.registration,
                 memory=node.memory,
+                world_nodes=node.world_nodes if running else 0,
             )
         )
         if node.leaving:
@@ -628,6 +640,28 @@ class Cluster:
         if running:
             self._collateral()
         self.at(0.05, lambda: self.tell(m.NodeGone(node.name, "its agent ended")))
+
+    def _on_injure(self, node: SimNode, injure: m.Injure) -> None:
+        self.injuries.append(injure)
+        match injure.kind:
+            case "rank-crash":
+                assert injure.rank is not None
+                self.crash_rank(injure.rank)
+            case "hang":
+                assert injure.rank is not None
+                self.hung.add(injure.rank)
+                self.at(15.0, self.hung.clear)
+            case "node-loss":
+                self.lose_node(node, replace_after=2.0)
+            case "node-leave":
+                self.leave(node)
+                self.at(8.0, lambda: (self.add_node(), None)[1])
+            case "corrupt":
+                self.corrupt(node)
+            case "keeper-crash":
+                self.crash_keeper(node)
+            case "agent-crash":
+                self.crash_agent(node)
 
     def _on_dumpstacks(self, node: SimNode, dump: m.DumpStacks) -> None:
         self.say(m.Stacks(node.name, "stacks"))

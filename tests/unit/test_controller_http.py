@@ -101,6 +101,70 @@ def test_domains_are_told(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
+ASKED = [
+    ("/resize", {"replicas": 3, "minReplicas": None, "spares": 1}, m.ResizeRequested(3, None, 1)),
+    ("/resize", {"replicas": 3, "minReplicas": 2, "spares": 0}, m.ResizeRequested(3, 2, 0)),
+    ("/suspend", {"patience_s": 60, "reason": "quota"}, m.SuspendRequested(60.0, "quota")),
+    ("/suspend", {"patience_s": 0.5}, m.SuspendRequested(0.5)),
+    ("/hold", {"patience_s": 20}, m.HoldRequested(20.0)),
+    ("/fault", {"fault": "rank-crash:1"}, m.FaultRequested("rank-crash", 1)),
+    ("/fault", {"fault": "corrupt:2/header"}, m.FaultRequested("corrupt", 2, "header")),
+    ("/fault", {"fault": "controller-crash"}, m.FaultRequested("controller-crash")),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "event"), ASKED)
+def test_requests_reach_the_machine_or_meet_its_objection(
+    tmp_path: Path, path: str, body: dict[str, Any], event: m.Event
+) -> None:
+    async def scenario(w: World, client: aiohttp.ClientSession, left: list[str]) -> None:
+        async with client.post(path, json=body) as answer:
+            assert (answer.status, await answer.json()) == (200, {"asked": path[1:]})
+        await until(lambda: w.machine.of(type(event)))
+        assert w.machine.of(type(event)) == [event]
+        w.machine.objecting = "3 nodes are too small"
+        async with client.post(path, json=body) as answer:
+            assert (answer.status, await answer.json()) == (400, {"error": "3 nodes are too small"})
+        assert w.machine.of(type(event)) == [event]
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "text"),
+    [
+        ("/resize", {"replicas": 3, "spares": 1}, "minReplicas: Field required"),
+        ("/resize", {"replicas": 0, "minReplicas": None, "spares": 1}, "replicas: "),
+        ("/resize", {"replicas": 2, "minReplicas": 3, "spares": 1}, "minReplicas 3 must be at most replicas"),
+        ("/resize", {"replicas": "2", "minReplicas": None, "spares": 1}, "replicas: "),
+        ("/resize", {"replicas": 2, "minReplicas": None, "spares": -1}, "spares: "),
+        ("/suspend", {"patience_s": -1}, "patience_s: "),
+        ("/suspend", {"patience": 1}, "patience: "),
+        ("/hold", {"patience_s": "NaN"}, "patience_s: "),
+        ("/hold", {}, "patience_s: Field required"),
+        ("/fault", {"fault": "explode:1"}, "unknown kind explode"),
+        ("/fault", {"fault": 3}, "fault: "),
+    ],
+)
+def test_requests_that_are_none_are_refused(tmp_path: Path, path: str, body: dict[str, Any], text: str) -> None:
+    async def scenario(w: World, client: aiohttp.ClientSession, left: list[str]) -> None:
+        async with client.post(path, json=body) as answer:
+            assert answer.status == 400
+            assert text in (await answer.json())["error"]
+
+    run(tmp_path, scenario)
+
+
+def test_a_job_that_is_over_takes_no_request(tmp_path: Path) -> None:
+    async def scenario(w: World, client: aiohttp.ClientSession, left: list[str]) -> None:
+        w.driver.request_stop("enough")
+        await until(lambda: w.driver.finished)
+        async with client.post("/hold", json={"patience_s": 1}) as answer:
+            assert (answer.status, await answer.json()) == (400, {"error": "the job is over"})
+
+    run(tmp_path, scenario, answers={m.StopRequested: [m.Finish("stopped", "enough")]})
+
+
 def test_events_are_waited_for(tmp_path: Path) -> None:
     async def scenario(w: World, client: aiohttp.ClientSession, left: list[str]) -> None:
         seq = w.driver.status()["seq"]

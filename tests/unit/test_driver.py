@@ -17,6 +17,7 @@ from outlast.clock import SystemClock
 from outlast.controller import link
 from outlast.controller.archivist import Archivist, Charge
 from outlast.controller.driver import Driver, Logs
+from outlast.controller.keptfile import read_kept
 from outlast.controller.link import AgentDied
 from outlast.errors import RequestError
 from outlast.snapshot.identity import Attempt, Generation
@@ -287,6 +288,23 @@ def test_the_end_is_final_also_for_the_next_controller(tmp_path: Path) -> None:
             await asyncio.sleep(0.05)
             assert w.machine.seen == []
             assert w.agents.made == {}
+
+    asyncio.run(scenario())
+
+
+def test_what_is_to_be_remembered_is_there_for_the_next_controller(tmp_path: Path) -> None:
+    kept = m.Kept(1.0, 2.0, (3.0,), ((5, "ValueError: x", 2),), m.Size(3, 2, 1), True)
+
+    async def scenario() -> None:
+        async with world(tmp_path, answers={m.Note: [m.Remember(kept)]}) as w:
+            assert read_kept(w.config.kept_file) == m.Kept()
+            w.send(m.Note("node-0", None, "go", ""))
+            await until(lambda: w.config.kept_file.exists())
+            assert read_kept(w.config.kept_file) == kept
+            assert w.config.kept_file.stat().st_mode & 0o777 == 0o600
+            w.config.kept_file.write_text("[")
+            with pytest.raises(RequestError, match=r"kept\.json"):
+                read_kept(w.config.kept_file)
 
     asyncio.run(scenario())
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outlast.errors import RequestError
+from outlast.faults import AtOnce, parse_at_once
 from outlast.local.faultgate import FaultGate, FaultPlan, Scene
 from outlast.local.faults import (
     ANSWERED_KINDS,
@@ -86,6 +87,50 @@ def test_parse_says_what_is_wrong(text: str, reason: str) -> None:
         parse_fault(text)
     assert reason in str(caught.value)
     assert f"--fault {text}" in str(caught.value)
+
+
+AT_ONCE = {
+    "rank-crash:1": AtOnce(Kind.RANK_CRASH, 1),
+    "hang:0": AtOnce(Kind.HANG, 0),
+    "node-loss:2": AtOnce(Kind.NODE_LOSS, 2),
+    "node-leave:2": AtOnce(Kind.NODE_LEAVE, 2),
+    "keeper-crash:3": AtOnce(Kind.KEEPER_CRASH, 3),
+    "agent-crash:3": AtOnce(Kind.AGENT_CRASH, 3),
+    "corrupt:2/parity": AtOnce(Kind.CORRUPT, 2, Part.PARITY),
+    "controller-crash": AtOnce(Kind.CONTROLLER_CRASH),
+}
+
+
+@pytest.mark.parametrize(("text", "fault"), AT_ONCE.items())
+def test_a_fault_at_once_reads_what_str_writes(text: str, fault: AtOnce) -> None:
+    assert parse_at_once(f" {text} ") == fault
+    assert str(fault) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    {
+        "": "is not KIND:TARGET",
+        "rank-crash@3:1": "is not KIND:TARGET",
+        "rank-crash:1*2": "is not KIND:TARGET",
+        "rank-crash": "needs a rank: rank-crash:0",
+        "node-loss": "needs a seat: node-loss:0",
+        "controller-crash:1": "takes no target",
+        "explode:1": "unknown kind explode: one of rank-crash, ",
+        "straggler:1": "can be asked for agent-crash, controller-crash, ",
+        "head-loss": "not for this",
+        "corrupt:1/soul": "unknown part soul: one of header, data, parity, trailer",
+        "hang:1/data": "takes no part",
+    }.items(),
+)
+def test_what_is_no_fault_at_once_is_explained(text: str, reason: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_at_once(text)
+    assert reason in str(caught.value)
+
+
+def test_a_part_is_data_unless_named() -> None:
+    assert parse_at_once("corrupt:1").part is Part.DATA
 
 
 def test_absent_parts_have_defaults() -> None:

@@ -516,6 +516,7 @@ def test_every_phase_leads_to_an_end() -> None:
 def test_what_nobody_asked_for_changes_nothing() -> None:
     now, stranger = 1.0, Attempt(9, "f" * 16)
     machine = Machine(CONFIG, now, lambda: "0" * 16)
+    assert machine.handle(m.Tick(), now) == [m.Remember(m.Kept(began=now))]
     generation = Generation.of(stranger, 5)
     for event in (
         m.Heartbeat("x", stranger, {0: 1}),
@@ -714,3 +715,83 @@ def test_any_changes_end_well(
         assert world.store.line[-1].generation.step == world.total
     else:
         assert "by itself" in finish.reason or "the store is denied" in finish.reason, finish.reason
+
+
+# --- the same with what people and the cluster ask for --------------------------------------------------------------
+
+REQUESTS = (*CHANGES, "resize", "resize", "hold", "break")
+BROKEN = ("rank-crash", "hang", "node-loss", "node-leave", "corrupt", "keeper-crash", "agent-crash", "controller-crash")
+
+
+def top_up(world: Cluster) -> None:
+    """What an operator does: as many nodes as are wanted."""
+    config, here = world.machine.config, [node for node in world.nodes.values() if node.alive and not node.leaving]
+    for _ in range(config.replicas + config.spares - len(here)):
+        world.add_node()
+
+
+def ask(world: Cluster, kind: str, seat: int, seed: int) -> None:
+    match kind:
+        case "resize":
+            replicas = 1 + (seat + seed) % 5
+            least = None if seed % 3 == 0 else 1 + seed % replicas
+            request: Any = m.ResizeRequested(replicas, least, seed % 2)
+        case "hold":
+            request = m.HoldRequested(float(seed))
+        case "break":
+            broken = BROKEN[seed % len(BROKEN)]
+            request = m.FaultRequested(broken, None if broken == "controller-crash" else seat)
+        case _:
+            change(world, kind, seat, seed)
+            return
+    if not world.machine.objection(request):
+        world.tell(request)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(0.0, 6.0), st.sampled_from(REQUESTS), st.integers(0, 3), st.integers(0, 9)), max_size=12
+    ),
+    st.sampled_from([None, 3, 5]),
+    st.sampled_from([None, 2, 3]),
+    st.sampled_from([None, 0.5, 9.0]),
+)
+def test_any_requests_end_well(
+    asked: list[tuple[float, str, int, int]], every: int | None, least: int | None, suspended: float | None
+) -> None:
+    config = MachineConfig(
+        4,
+        spares=1,
+        every_steps=every,
+        max_restarts=1000,
+        start_timeout_s=120.0,
+        min_replicas=least,
+        shrink_after_s=3.0,
+        grow_after_s=2.0,
+        checkpoint=CheckpointConfig(URL, interval_steps=10),
+        faults=True,
+    )
+    world = cluster(6, config, total=120)
+    for wait, kind, seat, seed in asked:
+        world.run(wait)
+        if world.finished is None:
+            ask(world, kind, seat, seed)
+    world.at(10.0, lambda: [world.resume(node) for node in world.nodes.values() if node.paused] and None)
+    for later in range(10, 200, 5):
+        world.at(float(later), lambda: top_up(world))
+    if suspended is not None:
+        world.run(suspended)
+        world.tell(m.SuspendRequested(10.0))
+    finish = world.run_to_end(1500.0)
+    line = world.store.line
+    if finish.outcome == "succeeded":
+        assert line[-1].generation.step == world.total
+    elif finish.outcome == "suspended":
+        assert suspended is not None
+        saved = status(world)["suspended"]["checkpoint_step"]
+        assert saved is None or saved == line[-1].generation.step
+    else:
+        assert "by itself" in finish.reason or "the store is denied" in finish.reason, finish.reason
+    size = world.machine.config
+    assert size.min_replicas is None or size.min_replicas <= size.replicas

@@ -31,6 +31,7 @@ from outlast.agent.attempt_record import AttemptRecord
 from outlast.agent.clearing import Clearing
 from outlast.agent.departure import Departure
 from outlast.agent.forkclient import Exit, ForkClient
+from outlast.agent.injuries import injure
 from outlast.agent.keeper_calls import KeeperTasks
 from outlast.agent.keeper_host import KEEPER, KeeperHost, KeeperWatch, Serving
 from outlast.agent.pidfiles import remove_pid, write_pid
@@ -111,6 +112,7 @@ class NodeAgent:
             m.Register: lambda _: self._do_register(),
             m.Release: lambda _: self._clear(lambda _: self._release()),
             m.DumpStacks: self._do_dump,
+            m.Injure: lambda it: injure(it, config, self._job.spec.faults.allow, self._note),
         }
 
     # --- from outside -----------------------------------------------------------------------------------------------
@@ -212,13 +214,14 @@ class NodeAgent:
         config, record, ranks = self.config, self._record, self._ranks
         seen = [Attempt.parse(status["attempt"])] if status["attempt"] else []
         seen += [record.in_force] if record.in_force else []
+        running = ranks is not None and ranks.attempt == record.started and ranks.well()
         return m.Joined(
             node=config.node,
             domain=config.domain,
             host=config.host,
             attempt=record.started,
             seat=record.seat,
-            running=ranks is not None and ranks.attempt == record.started and ranks.well(),
+            running=running,
             keeper=serving.address,
             free_port=self._port.port,
             procs=self._job.spec.workers.procs_per_worker,
@@ -228,6 +231,7 @@ class NodeAgent:
             restart_count=record.restart_count,
             memory=int(status["available"]),
             dirty=self._dirty(self._unconfirmed),
+            world_nodes=ranks.instruction.world_nodes if ranks is not None and running else 0,
         )
 
     def _dirty(self, local_ranks: frozenset[int]) -> tuple[tuple[int, int], ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Collection
 from pathlib import Path
 
 _SUFFIX = ".pid"
@@ -40,12 +41,21 @@ def node_pids(folder: Path) -> dict[str, int]:
     return found
 
 
-def signal_node(folder: Path, number: signal.Signals) -> dict[str, int]:
-    """Signal every process of the node, with its process group where it leads one. Returns role -> pid.
+def signal_role(folder: Path, role: str, number: signal.Signals) -> int | None:
+    """Signal one process of the node, with its process group where it leads one. Returns its pid, if there is one."""
+    pid = node_pids(folder).get(role)
+    if pid is not None:
+        _signal_group(pid, number)
+    return pid
+
+
+def signal_node(folder: Path, number: signal.Signals, spare: Collection[str] = ()) -> dict[str, int]:
+    """Signal every process of the node but the roles to ``spare``, with its process group where it leads one. Returns
+    role -> pid.
 
     The agent and the forkserver come first, so that neither sees the others go and reports it.
     """
-    pids = node_pids(folder)
+    pids = {role: pid for role, pid in node_pids(folder).items() if role not in spare}
     for role in sorted(pids, key=lambda role: (role != "agent", role != "forkserver", role)):
         _signal_group(pids[role], number)
     return pids

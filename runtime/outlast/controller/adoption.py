@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from outlast.controller import durable, ending
+from outlast.controller import durable, ending, keeping
 from outlast.controller.job import Job
 from outlast.controller.phases import Phase
 from outlast.controller.progress import Progress
@@ -58,11 +58,17 @@ class Gathering:
             return None
         newest = max(by_attempt)
         seats = by_attempt[newest]
-        size = len(seats)
-        whole = set(seats) == set(range(size)) and config.least <= size <= config.replicas
-        if not whole or (size < config.replicas and self.held_size(config, newest) != size):
-            return None
-        return newest, dict(sorted(seats.items()))
+        whole = set(seats) == set(range(len(seats))) and self._all_of(newest, len(seats), config)
+        return (newest, dict(sorted(seats.items()))) if whole else None
+
+    def _all_of(self, attempt: Attempt, size: int, config: MachineConfig) -> bool:
+        """Whether so many nodes are all that the attempt has, which may be another number than is wanted by now."""
+        world = max(event.world_nodes for event in self.joined.values() if event.attempt == attempt)
+        if world:
+            return size == world
+        if not config.least <= size <= config.replicas:
+            return False
+        return size == config.replicas or self.held_size(config, attempt) == size
 
     def held_size(self, config: MachineConfig, attempt: Attempt | None = None) -> int | None:
         """How many nodes wrote the newest images that are held (those of ``attempt`` if there are any); None when they
@@ -73,9 +79,8 @@ class Gathering:
         return None if newest is None else newest.world // config.procs
 
     def expected(self, config: MachineConfig) -> int:
-        """The nodes to wait for: as many as wrote the newest images, if so few may train, else all that are wanted."""
-        held = self.held_size(config)
-        return held if held is not None and config.least <= held <= config.replicas else config.replicas
+        """The nodes to wait for: as many as wrote the newest images, if there are any, else all that are wanted."""
+        return self.held_size(config) or config.replicas
 
     def history(self) -> bool:
         """Whether anything was ever started: then nodes that are still to come may hold what is needed."""
@@ -85,7 +90,7 @@ class Gathering:
         """Whether nobody else is expected to bring a part of the state."""
         if any(event.running for event in self.joined.values()):
             return False
-        if len(self.joined) >= config.replicas + config.spares:
+        if len(self.joined) >= max(config.replicas, self.expected(config)) + config.spares:
             return True
         held = {image.seat for event in self.joined.values() for image in event.held if image.kind == "shard"}
         return held == set(range(self.expected(config)))
@@ -123,23 +128,26 @@ def gathered(job: Job, gathering: Gathering, now: float) -> None:
     if running is not None:
         _adopt(job, gathering, *running, now)
         return
-    config, here = job.config, job.members.usable
-    enough = here >= gathering.expected(config)
+    config, here, expected = job.config, job.members.usable, gathering.expected(job.config)
+    enough = here >= expected
     waited = now - max(job.began, gathering.last_join)
-    if not enough and config.min_replicas is not None and waited >= config.shrink_after_s:
-        enough = here >= config.min_replicas
+    if not enough and waited >= config.shrink_after_s:
+        enough = here >= config.least
     settled = now - gathering.last_join >= config.patience.settle_s
     if enough and (settled or not gathering.history() or gathering.complete(config)):
         job.restart_count = gathering.restart_count()
         job.begin_attempt(now)
         if job.preparation is not None:
-            job.preparation.size = max(config.least, min(here, config.replicas))
+            job.preparation.size = max(min(config.least, expected), min(here, config.replicas))
 
 
 def _adopt(job: Job, gathering: Gathering, attempt: Attempt, seats: dict[int, str], now: float) -> None:
     """The ranks of ``attempt`` run: let them."""
     job.attempt, job.restart_count = attempt, gathering.restart_count()
     job.story.last_attempt = attempt.number
+    if job.started is None:
+        job.started = now + job.epoch
+    keeping.keep(job)
     job.members.seat_all(seats)
     job.progress = Progress(now)
     placed = seat_groups(job.config, job.members, seats)

@@ -22,6 +22,7 @@ from outlast.controller.archivist import Archivist, Charge
 from outlast.controller.driver import Driver, Logs
 from outlast.controller.http import Api, make_app, serving
 from outlast.controller.job_settings import settings_of
+from outlast.controller.keptfile import read_kept
 from outlast.controller.machine import Machine
 from outlast.controller.ray_agents import RayAgents
 from outlast.controller.registry import parse_node
@@ -43,7 +44,9 @@ class ControllerActor:
         self._logs = Logs.open(self._config, clock)
         self._identity = secrets.token_hex(8)
         settings = settings_of(self._config.job, patient=self._config.patient)
-        machine = Machine(settings, clock.monotonic(), lambda: secrets.token_hex(8))
+        now = clock.monotonic()
+        kept = read_kept(self._config.kept_file)
+        machine = Machine(settings, now, lambda: secrets.token_hex(8), clock.wall() - now, kept)
         agents = RayAgents(self._config.namespace)
         charge = Charge.of(self._config, self._identity)
         archivist = None if charge is None else Archivist(charge, clock)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from outlast.controller import durable, ending, preparing, resizing
+from outlast.controller import durable, ending, holding, preparing, resizing, suspending
 from outlast.controller.faults import Symptom
 from outlast.controller.job import Job
 from outlast.controller.phases import Phase
@@ -17,10 +17,11 @@ STRAGGLERS_EVERY_S = 5.0
 def due(job: Job, now: float) -> None:
     """See to what has become due at ``now``."""
     limit = job.config.active_deadline_s
-    if limit is not None and now - job.began > limit and job.outcome is None:
+    if limit is not None and now - job.first_began > limit and job.outcome is None:
         job.finish("failed", f"the job has not ended within its activeDeadlineSeconds ({limit:.0f})", now)
     if job.members.leaving:
         resizing.release_done(job, now)
+    suspending.drive(job, now)
     _DUE.get(job.phase, _nothing)(job, now)
 
 
@@ -108,7 +109,7 @@ def _running(job: Job, now: float) -> None:
         job.load_again_at = math.inf
         if not job.all_ready and job.attempt is not None:  # the controller before may not have come to say so
             job.out.append(Load(job.members.seated_names(), job.attempt))
-    for step in (resizing.drive, _snapshot, durable.drive, ending.look, _judge_progress):
+    for step in (resizing.drive, holding.drive, _snapshot, durable.drive, ending.look, _judge_progress):
         if job.phase is Phase.RUNNING:
             step(job, now)
     if now >= job.look_for_stragglers_at:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, get_args
@@ -24,9 +26,11 @@ from outlast.config import ControllerConfig, NodeConfig
 from outlast.controller.archivist import Librarian
 from outlast.controller.domains import PATIENCE_S, Domains, labelled
 from outlast.controller.finale import Ending, read_final
+from outlast.controller.keptfile import write_kept
 from outlast.controller.lines import Lines
 from outlast.controller.link import Agents
 from outlast.controller.registry import NodeRegistry, write_private_json
+from outlast.controller.requests import Request
 from outlast.errors import RequestError, TransferError
 from outlast.snapshot.identity import Attempt
 from outlast.telemetry.events import EventLog, LogEvent
@@ -48,6 +52,8 @@ class Decider(Protocol):
     """What the driver needs of the machine."""
 
     def handle(self, event: m.Event, now: float) -> list[m.Instruction]: ...
+
+    def objection(self, request: Request) -> str: ...
 
     def status(self, now: float) -> Mapping[str, Any]: ...
 
@@ -239,6 +245,13 @@ class Driver:
             self._inbox.put_nowait(m.StopRequested(reason))
         return not self.finished
 
+    def ask(self, request: Request) -> None:
+        """Hand the machine a request. Raises RequestError with its objection, or when the job is over."""
+        objection = "the job is over" if self.finished else self._machine.objection(request)
+        if objection:
+            raise RequestError(objection)
+        self._inbox.put_nowait(request)
+
     async def remove_agents(self) -> None:
         """End all agents for good, as far as they answer in time."""
         for config in self._registry.all():
@@ -301,6 +314,10 @@ class Driver:
                 self.log(instruction.kind, instruction.text, instruction.fields)
             case m.Finish():
                 self._finish(instruction)
+            case m.Remember():
+                write_kept(self.config.kept_file, instruction.kept)
+            case m.Crash():
+                os.kill(os.getpid(), signal.SIGKILL)
             case m.GiveUp():
                 self._lines.drop_pending(instruction.node)
             case m.Claim() | m.CommitCheckpoint() | m.Quarantine():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from outlast.controller import ending, preparing
+from outlast.controller import ending, preparing, suspending
 from outlast.controller.faults import Symptom
 from outlast.controller.phases import PREPARING
 from outlast.messages import events as e
@@ -19,9 +19,9 @@ def drive(job: Job, now: float) -> None:
     cycle, snapshots, claims = job.checkpoints, job.cycle, job.claims
     if cycle is None or snapshots is None or not (job.all_ready or job.final is not None):
         return
-    urgent = job.final is not None
-    if urgent and not job.final_pending:
+    if job.final is not None and not job.final_pending:
         return
+    urgent = job.final is not None or (job.suspension is not None and snapshots.held is not None)
     nodes = job.members.seated_names() if claims.claimed == job.attempt else ()
     cycle.about = {**job.about, "spec": job.config.fingerprint}
     job.out += cycle.tick(snapshots.newest, claims.newest, nodes, now, urgent=urgent)
@@ -42,6 +42,7 @@ def claimed(job: Job, event: e.Claimed, now: float) -> None:
     if not claims.current(event) or attempt is None:
         return
     claims.take(event)
+    suspending.heard(job, now)
     steps = [known.generation.step for known in event.stored]
     job.emit("claimed", f"the store is claimed; checkpoints of steps {steps} are there", attempt=attempt.number)
     own = [known.generation.attempt for known in event.stored if not known.foreign]
@@ -63,6 +64,7 @@ def claim_failed(job: Job, event: e.ClaimFailed, now: float) -> None:
     elif event.trouble == "unavailable":
         text = f"the store does not answer: {event.reason}; there are no checkpoints until it does"
         job.emit("claim-failed", text, reason=event.reason, trouble=event.trouble)
+        suspending.heard(job, now, text)
         job.claims.fail()
         preparing.advance(job, now)
     else:
@@ -84,6 +86,7 @@ def upload_failed(job: Job, event: e.UploadFailed, now: float) -> None:
         return
     elif job.checkpoints is not None:
         job.out += job.checkpoints.upload_failed(event, now)
+        suspending.heard(job, now, event.reason)
         ending.look(job, now)
 
 
@@ -93,6 +96,7 @@ def committed(job: Job, event: e.CheckpointCommitted, now: float) -> None:
         return
     began = job.checkpoints.work.began if job.checkpoints.work is not None else now
     job.claims.add(event.checkpoint)
+    suspending.heard(job, now)
     job.out += job.checkpoints.committed(event.checkpoint, now)
     job.checkpoint_rhythm.safe(0.0, now - began, job.progress.step_s)
     ending.look(job, now)
@@ -104,6 +108,7 @@ def commit_failed(job: Job, event: e.CheckpointFailed, now: float) -> None:
         _taken_over(job, event.reason, now)
     elif job.checkpoints is not None:
         job.out += job.checkpoints.commit_failed(event, now)
+        suspending.heard(job, now, event.reason)
 
 
 # --- restoring ------------------------------------------------------------------------------------------------------

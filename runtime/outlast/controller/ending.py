@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from outlast.controller import resizing
+from outlast.controller import holding, resizing
 from outlast.controller.faults import Symptom
 from outlast.messages.instructions import Proceed
 from outlast.snapshot.identity import Generation
@@ -25,12 +25,13 @@ def committed(job: Job, now: float) -> None:
     newest, attempt = job.cycle.newest if job.cycle is not None else None, job.attempt
     if newest is None or attempt is None:
         return
+    job.lengths = newest.lengths
     total = job.progress.total
     last = total is not None and newest.generation.step >= total and newest.generation.taken_by(attempt)
     if last and job.config.checkpoint is not None and job.final is None:
         _last_committed(job, newest.generation, now)
     else:
-        resizing.hold_committed(job, now)
+        holding.settle(job, now)
     resizing.release_done(job, now)
 
 

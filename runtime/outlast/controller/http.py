@@ -11,6 +11,11 @@ bearer token.
     POST   /nodes  NodeConfig                 register a node, make its agent
     DELETE /nodes/{node}                      forget a node, end its agent for good
     PUT    /domains {machine: domain}         the failure domains of machines
+    POST   /resize  {replicas, minReplicas, spares}
+                                              the job shall have that size; refused when fewer nodes cannot hold it
+    POST   /suspend {patience_s, reason?}     end the job once its state is in the store, or cannot come there in time
+    POST   /hold    {patience_s}              have all ranks wait at a committed snapshot for another controller
+    POST   /fault   {fault}                   break something on purpose (outlast.faults), if the job allows it
     POST   /stop   {reason?}                  end the job; once it is over, end the controller and its agents
 
 Answers are JSON objects; a refused request is {"error": text} with 400 (wrong), 401 (no or another token), 404 or 503
@@ -29,6 +34,7 @@ from typing import Any
 
 from aiohttp import web
 
+from outlast.controller.bodies import READERS
 from outlast.controller.driver import Driver
 from outlast.controller.registry import parse_node, write_private_json
 from outlast.errors import RequestError, TransferError
@@ -61,6 +67,7 @@ class Api:
             web.post("/nodes", self.add_node),
             web.delete("/nodes/{node}", self.remove_node),
             web.put("/domains", self.place),
+            *(web.post(path, self.ask) for path in READERS),
             web.post("/stop", self.stop),
         ]
 
@@ -103,6 +110,11 @@ class Api:
         if not all(isinstance(domain, str) and domain for domain in domains.values()):
             raise RequestError("each machine needs its failure domain: text that is not empty")
         return web.json_response({"placed": self._driver.place(domains)})
+
+    async def ask(self, request: web.Request) -> web.Response:
+        asked = READERS[request.path](await _object(request))
+        self._driver.ask(asked)
+        return web.json_response({"asked": request.path.removeprefix("/")})
 
     async def stop(self, request: web.Request) -> web.Response:
         body = await _object(request) if request.can_read_body else {}

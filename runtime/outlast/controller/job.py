@@ -12,9 +12,9 @@ Every move appends what is to be done to ``out``, and enters a phase that ``phas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from outlast.controller import preparing
 from outlast.controller.checkpoints import CheckpointCycle
@@ -33,12 +33,18 @@ from outlast.controller.settings import MachineConfig
 from outlast.controller.snapshot_work import SnapshotTotals
 from outlast.controller.snapshots import SnapshotCycle, Surroundings
 from outlast.controller.story import Story
-from outlast.messages.instructions import Emit, Finish, GiveUp, Instruction, Load, Stop
+from outlast.controller.suspending import Suspension
+from outlast.messages.instructions import Emit, Finish, GiveUp, Instruction, Load, Outcome, Stop
+from outlast.messages.kept import Kept
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.stored import StoredCheckpoint
 
-Outcome = Literal["succeeded", "failed", "stopped"]
-_END: dict[Outcome, Phase] = {"succeeded": Phase.SUCCEEDED, "failed": Phase.FAILED, "stopped": Phase.STOPPED}
+_END: dict[Outcome, Phase] = {
+    "succeeded": Phase.SUCCEEDED,
+    "failed": Phase.FAILED,
+    "stopped": Phase.STOPPED,
+    "suspended": Phase.SUSPENDED,
+}
 
 
 class Job:
@@ -46,13 +52,19 @@ class Job:
     ``symptoms``: faults since it was last well; ``decide_at``: the end of a diagnosis or of finishing; ``awaiting``:
     nodes that have not rebuilt what they lack; ``resumes``: the attempt has a state to load, ``origin``: from that
     checkpoint; ``final``: the committed snapshot of the last step; ``ended_at``: when all ranks were done;
-    ``wanting_told_at``: when it was said last that nodes are missing.
+    ``wanting_told_at``: when it was said last that nodes are missing; ``hold_until``: until when ranks shall wait for
+    another controller; ``lengths``: of the newest images that are known, by rank; ``epoch``: what makes wall seconds of
+    the machine's; ``first_began``: when the job's first controller did; ``started``: when its first rank did (wall
+    seconds); ``kept``: what the next controller would know.
     """
 
-    def __init__(self, config: MachineConfig, now: float, new_incarnation: Callable[[], str]) -> None:
+    def __init__(self, config: MachineConfig, now: float, new_incarnation: Callable[[], str], epoch: float) -> None:
         self.config = config
+        self.epoch = epoch
         self.phase = Phase.GATHERING
-        self.entered = self.began = now
+        self.entered = self.began = self.first_began = now
+        self.started: float | None = None
+        self.kept = Kept()
         self.awake = AwakeClock(config.detector, now)
         self.members = Membership(config)
         self.attempt: Attempt | None = None
@@ -70,7 +82,7 @@ class Job:
             self.checkpoints = CheckpointCycle(config.checkpoint, config.procs, self.checkpoint_rhythm.interval)
         self.around = Surroundings(config, self.members, self.totals, self.snapshot_rhythm, self._pinned)
         self.resizing = Resizing(config.grow_after_s)
-        self.story = Story(now)
+        self.story = Story(now, epoch)
         self.budget = RestartBudget(config.max_restarts, config.window_s)
         self.symptoms: list[Symptom] = []
         self.awaiting: set[str] = set()
@@ -85,6 +97,10 @@ class Job:
         self.look_for_stragglers_at = now
         self.load_again_at = math.inf
         self.wanting_told_at = -math.inf
+        self.hold_until: float | None = None
+        self.suspension: Suspension | None = None
+        self.suspended: dict[str, Any] | None = None
+        self.lengths: Mapping[int, int] = {}
         self.outcome: Outcome | None = None
         self.reason = ""
         self.weights_digest: str | None = None
@@ -105,6 +121,11 @@ class Job:
     def world(self) -> int:
         """Ranks of that attempt."""
         return self.size * self.config.procs
+
+    @property
+    def floor(self) -> int:
+        """The fewest nodes to go on with: what the job says, or those that it has as long as these are fewer."""
+        return min(self.config.least, self.size) if self.size else self.config.least
 
     def _pinned(self) -> int | None:
         return self.checkpoints.pinned if self.checkpoints is not None else None
@@ -153,8 +174,8 @@ class Job:
     def _sufficient(self, planned: Planned | None) -> int | None:
         """Nodes to begin with without waiting for more: those that there were, less such as leave."""
         if planned is not None and planned.kind == "node-left":
-            return max(self.config.least, min(self.members.usable, self.config.replicas))
-        return max(self.config.least, self.size) if self.size else None
+            return max(self.floor, min(self.members.usable, self.config.replicas))
+        return min(max(self.floor, self.size), self.config.replicas) if self.size else None
 
     def ask_to_stop(self, node: Node, now: float) -> None:
         """A node has joined while the next attempt is prepared, or beside a living one."""

@@ -45,6 +45,7 @@ def settings_of(job: Mapping[str, Any], *, patient: bool = False) -> MachineConf
         checkpoint=_checkpoint(parsed.metadata, spec),
         fingerprint=_fingerprint(spec),
         patient=patient,
+        faults=spec.faults.allow,
     )
 
 

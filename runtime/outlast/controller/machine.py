@@ -14,29 +14,49 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from outlast.controller import durable, ending, preparing, resizing
+from outlast.controller import durable, ending, keeping, preparing, requests, resizing, suspending
 from outlast.controller.adoption import Gathering, gathered
 from outlast.controller.deadlines import due
 from outlast.controller.faults import Symptom, rank_symptom
 from outlast.controller.job import Job
 from outlast.controller.membership import Node
 from outlast.controller.phases import LIVE, PREPARING, Phase
+from outlast.controller.requests import Request
 from outlast.controller.settings import MachineConfig
 from outlast.controller.status import status_of
 from outlast.messages import events as e
 from outlast.messages.instructions import Instruction, Register
+from outlast.messages.kept import Kept
 from outlast.snapshot.identity import Attempt
 
 REGISTER_EVERY_S = 1.0
+STORE_TROUBLE = "store-unavailable"
+"""The kind of a note of an upload that waits for the store."""
 
 
 class Machine:
-    """One job's controller. ``new_incarnation`` gives 16 random hexadecimal digits for each attempt."""
+    """One job's controller. ``new_incarnation`` gives 16 random hexadecimal digits for each attempt; ``epoch`` added to
+    ``now`` gives wall seconds; ``kept`` is what the controller before left.
+    """
 
-    def __init__(self, config: MachineConfig, now: float, new_incarnation: Callable[[], str]) -> None:
-        self.config = config
-        self.job = Job(config, now, new_incarnation)
+    def __init__(
+        self,
+        config: MachineConfig,
+        now: float,
+        new_incarnation: Callable[[], str],
+        epoch: float = 0.0,
+        kept: Kept | None = None,
+    ) -> None:
+        self.job = Job(config, now, new_incarnation, epoch)
         self._gathering = Gathering()
+        if kept is not None:
+            keeping.take_over(self.job, kept)
+        keeping.keep(self.job)
+
+    @property
+    def config(self) -> MachineConfig:
+        """The job's settings, with the size that is wanted now."""
+        return self.job.config
 
     def handle(self, event: e.Event, now: float) -> list[Instruction]:
         """Take one event in at ``now`` (monotonic seconds, never going back); returns what is to be done, in order."""
@@ -45,6 +65,10 @@ class Machine:
         self.job.awake.observe(now)
         self._HANDLERS[type(event)](self, event, now)
         return self.job.drain()
+
+    def objection(self, request: Request) -> str:
+        """Why a request would be refused now; empty when it would not. What is asked for comes as an event."""
+        return requests.objection(self.job, request)
 
     def status(self, now: float) -> dict[str, Any]:
         """Everything that /status tells, as plain JSON."""
@@ -227,6 +251,8 @@ class Machine:
     def _note(self, event: e.Note, now: float) -> None:
         if self._alive(event.node, now) is not None:
             self.job.emit(event.kind, event.text, node=event.node, rank=event.rank)
+            if event.kind == STORE_TROUBLE:
+                suspending.heard(self.job, now, event.text)
 
     def _stacks(self, event: e.Stacks, now: float) -> None:
         job = self.job
@@ -272,6 +298,9 @@ class Machine:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
+    def _asked(self, event: Request, now: float) -> None:
+        requests.ASK[type(event)](self.job, event, now)
+
     def _claimed(self, event: e.Claimed, now: float) -> None:
         durable.claimed(self.job, event, now)
 
@@ -281,6 +310,7 @@ class Machine:
     def _uploaded(self, event: e.Uploaded, now: float) -> None:
         if self.job.checkpoints is not None and self._with_seat(event.node, now) is not None:
             self.job.out += self.job.checkpoints.uploaded(event)
+            suspending.heard(self.job, now)
 
     def _upload_failed(self, event: e.UploadFailed, now: float) -> None:
         if self._with_seat(event.node, now) is not None:
@@ -340,5 +370,9 @@ class Machine:
         e.CheckpointFailed: _checkpoint_failed,
         e.Tick: _tick,
         e.StopRequested: _stop_requested,
+        e.ResizeRequested: _asked,
+        e.SuspendRequested: _asked,
+        e.HoldRequested: _asked,
+        e.FaultRequested: _asked,
         e.Finalized: _finalized,
     }

@@ -29,6 +29,7 @@ class Phase(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     STOPPED = "stopped"
+    SUSPENDED = "suspended"
 
 
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
@@ -38,10 +39,11 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.STARTING: frozenset({Phase.RUNNING, Phase.DIAGNOSING, Phase.STOPPING, Phase.FINISHING}),
     Phase.RUNNING: frozenset({Phase.DIAGNOSING, Phase.STOPPING, Phase.FINISHING}),
     Phase.DIAGNOSING: frozenset({Phase.STOPPING, Phase.FINISHING}),
-    Phase.FINISHING: frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.STOPPED}),
+    Phase.FINISHING: frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.STOPPED, Phase.SUSPENDED}),
     Phase.SUCCEEDED: frozenset(),
     Phase.FAILED: frozenset(),
     Phase.STOPPED: frozenset(),
+    Phase.SUSPENDED: frozenset(),
 }
 
 LIVE = frozenset({Phase.STARTING, Phase.RUNNING, Phase.DIAGNOSING})
@@ -50,7 +52,7 @@ LIVE = frozenset({Phase.STARTING, Phase.RUNNING, Phase.DIAGNOSING})
 PREPARING = frozenset({Phase.STOPPING, Phase.WAITING})
 """The next attempt is being prepared."""
 
-OVER = frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.STOPPED})
+OVER = frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.STOPPED, Phase.SUSPENDED})
 
 SHOWN: dict[Phase, str] = {
     Phase.GATHERING: "Pending",
@@ -63,5 +65,6 @@ SHOWN: dict[Phase, str] = {
     Phase.SUCCEEDED: "Succeeded",
     Phase.FAILED: "Failed",
     Phase.STOPPED: "Stopped",
+    Phase.SUSPENDED: "Suspended",
 }
 """What people are told; Recovering instead, when it is not the first start."""

@@ -32,31 +32,36 @@ class Verdict:
 @dataclass
 class RestartBudget:
     """How many restarts are allowed: ``max_restarts`` within ``window_s``, with exponential backoff between those that
-    bring nothing. An attempt that did a step nobody had done before ends the backoff.
+    bring nothing. An attempt that did a step nobody had done before ends the backoff. ``times``: the restarts that
+    count; ``errors``: how often each (steps done, signature) was seen.
     """
 
     max_restarts: int
     window_s: float
     first_delay_s: float = 1.0
     longest_delay_s: float = 60.0
-    _times: deque[float] = field(default_factory=deque)
-    _errors: Counter[tuple[int, str]] = field(default_factory=Counter)
+    times: deque[float] = field(default_factory=deque)
+    errors: Counter[tuple[int, str]] = field(default_factory=Counter)
     _fruitless: int = 0
+
+    def recall(self, times: Iterable[float], errors: Mapping[tuple[int, str], int]) -> None:
+        """What counts from before: when there were restarts, and how often each error."""
+        self.times, self.errors = deque(sorted(times)), Counter(errors)
 
     def restart(self, now: float, progressed: bool, error: tuple[int, str] | None) -> Verdict:
         """May the ranks be started again? ``error``: (steps done, signature) of a crash of the script's."""
-        while self._times and self._times[0] <= now - self.window_s:
-            self._times.popleft()
+        while self.times and self.times[0] <= now - self.window_s:
+            self.times.popleft()
         if error is not None:
-            self._errors[error] += 1
-            if self._errors[error] >= SAME_ERROR_LIMIT:
+            self.errors[error] += 1
+            if self.errors[error] >= SAME_ERROR_LIMIT:
                 step, text = error
                 times = f"{SAME_ERROR_LIMIT} times at the same place, after {step} steps"
                 return Verdict(0.0, f"the script fails by itself: {text} ({times})")
-        if len(self._times) >= self.max_restarts:
+        if len(self.times) >= self.max_restarts:
             within = f"{self.max_restarts} restarts within {self.window_s:.0f} s were allowed and used"
             return Verdict(0.0, within)
-        self._times.append(now)
+        self.times.append(now)
         self._fruitless = 0 if progressed else self._fruitless + 1
         if self._fruitless <= 1:
             return Verdict(0.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from outlast.controller import keeping
 from outlast.controller.faults import first_cause
 from outlast.controller.phases import PREPARING, Phase
 from outlast.controller.progress import Progress
@@ -59,6 +60,7 @@ def _conclude(job: Job, preparation: Preparation, now: float) -> bool:
         job.finish("failed", f"{cause.text}; {verdict.reason}", now)
         return False
     job.restart_count += 1
+    keeping.keep(job)
     preparation.not_before = now + verdict.delay_s
     if verdict.delay_s > 0:
         job.emit("backoff", f"restarting after {verdict.delay_s:.0f} s", seconds=verdict.delay_s)
@@ -73,7 +75,7 @@ def _size(job: Job, preparation: Preparation, now: float) -> int | None:
     config, usable = job.config, job.members.usable
     if usable >= config.replicas:
         return config.replicas
-    if usable >= config.least and preparation.size is not None and usable >= preparation.size:
+    if preparation.size is not None and usable >= preparation.size:
         return usable
     waited = 0.0 if preparation.short_since is None else now - preparation.short_since
     patient = config.min_replicas is None or usable < config.min_replicas or waited < config.shrink_after_s
@@ -156,6 +158,11 @@ def _launch(job: Job, launch: Launch, now: float) -> None:
     job.cycle = SnapshotCycle(job.around, launch.attempt, launch.groups, launch.restored)
     job.awaiting = set(launch.seats.values())
     job.resumes = launch.plan is not None
+    if launch.plan is not None:
+        job.lengths = {restore.rank: restore.length for restore in launch.plan.ranks}
+    if job.started is None:
+        job.started = now + job.epoch
+    keeping.keep(job)
     job.origin = launch.origin(job.claims.stored or ())
     job.enter(Phase.STARTING, now)
     if job.story.open is not None and (job.origin is not None or not job.resumes):

@@ -7,18 +7,22 @@
                                 -> half of its time is over -> the same from the newest snapshot
 
 Nothing is recomputed: ranks wait at the boundary of the snapshot that the next attempt begins with. A job is made
-smaller for want of nodes in ``preparing``.
+smaller for want of nodes in ``preparing``, and because that was asked for in ``scaling``. What holds the ranks, and
+what comes of it, is in ``holding``.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
+from outlast.controller import scaling
 from outlast.controller.membership import Departure, Node
 from outlast.controller.phases import LIVE, PREPARING, Phase
 from outlast.controller.recovery import Planned, room
 from outlast.messages.events import Leaving
 from outlast.messages.instructions import Emit, Release
+from outlast.messages.kept import Size
 
 if TYPE_CHECKING:
     from outlast.controller.job import Job
@@ -58,6 +62,10 @@ class Pause:
         self.seconds = min(LONGEST_PAUSE_S, max(1.0, 2 * self.seconds)) if soon else self._first_s
         self._grown_at = None
 
+    def lift(self) -> None:
+        """The job may grow at once: somebody has asked for it."""
+        self._resized_at = None
+
     def over(self, now: float) -> bool:
         """Whether the job may grow."""
         return self._resized_at is None or now - self._resized_at >= self.seconds
@@ -65,13 +73,16 @@ class Pause:
 
 class Resizing:
     """``records``: each change of size as {"from", "to", "attempt", "step", "cause"}; ``target``: the size that the
-    job is about to grow to."""
+    job is about to grow to; ``asked``: the one that was asked for last, if any; ``shedding``: nodes that are too many
+    for it have yet to leave."""
 
     def __init__(self, grow_after_s: float) -> None:
         self.pause = Pause(grow_after_s)
         self.records: list[dict[str, Any]] = []
         self.target: int | None = None
         self.no_room = ""
+        self.asked: Size | None = None
+        self.shedding = False
 
     def launched(self, before: int, size: int, wanted: int, attempt: int, step: int, now: float) -> list[Emit]:
         """An attempt of ``size`` nodes is started after one of ``before`` (0: none)."""
@@ -88,37 +99,17 @@ class Resizing:
 
 
 def drive(job: Job, now: float) -> None:
-    """While ranks live: see to who leaves, and ask for a snapshot at which ranks wait, when one is wanted."""
+    """While ranks live: see to who leaves."""
     if job.members.leaving:
         _see_off(job, now)
-    if job.phase is not Phase.RUNNING or job.cycle is None or not job.all_ready or job.final is not None:
-        return
-    grows = _grows(job, now)
-    job.cycle.pace.hold = grows or bool(_seated_leavers(job))
-
-
-def hold_committed(job: Job, now: float) -> None:
-    """All ranks wait at a committed snapshot: begin what they wait for, or let them go on."""
-    cycle = job.cycle
-    if cycle is None or cycle.held is None:
-        return
-    job.story.held(now - cycle.held_since, now)
-    leavers = _seated_leavers(job)
-    if leavers:
-        job.begin_attempt(now, _departure(leavers))
-    elif _grows(job, now):
-        size, target = job.size, job.resizing.target
-        job.begin_attempt(now, Planned("resize", f"grows from {size} to {target} nodes"))
-    else:
-        cycle.pace.hold = False
-        job.progress.moved_at = now
-        job.out += cycle.proceed()
+    if job.phase is Phase.RUNNING and job.all_ready and job.final is None:
+        scaling.shed(job, now)
 
 
 # --- grow -----------------------------------------------------------------------------------------------------------
 
 
-def _grows(job: Job, now: float) -> bool:
+def grows(job: Job, now: float) -> bool:
     """Whether the job is to grow now; says so when it has just become so."""
     resizing, before = job.resizing, job.resizing.target
     resizing.target = _target(job, now)
@@ -163,8 +154,7 @@ def _has_room(job: Job, chosen: list[Node]) -> bool:
 def leave(job: Job, node: Node, event: Leaving, now: float) -> None:
     """A node was told to go."""
     if node.leaving is not None:
-        if node.leaving.released:
-            job.out.append(Release(node.name))
+        _leave_again(job, node, node.leaving, event, now)
         return
     source = node.seat is not None or job.phase is Phase.GATHERING
     job.members.depart(node, Departure(now, event.grace_s, event.reason, source=source))
@@ -172,8 +162,17 @@ def leave(job: Job, node: Node, event: Leaving, now: float) -> None:
     text = f"{node.name} leaves within {event.grace_s:.0f} s{why}"
     job.emit("leaving", text, node=node.name, seat=node.seat, grace_s=event.grace_s)
     if job.preparation is not None and job.phase in PREPARING:
-        job.preparation.size = max(job.config.least, min(job.members.usable, job.config.replicas))
+        job.preparation.size = max(job.floor, min(job.members.usable, job.config.replicas))
     _see_off(job, now)
+
+
+def _leave_again(job: Job, node: Node, departure: Departure, event: Leaving, now: float) -> None:
+    """A node that leaves already, because it is too many or was told before, is told to go."""
+    if departure.released:
+        job.out.append(Release(node.name))
+    elif math.isinf(departure.grace_s):
+        departure.told_at, departure.grace_s, departure.reason = now, event.grace_s, event.reason
+        _see_off(job, now)
 
 
 def release_done(job: Job, now: float) -> None:
@@ -192,9 +191,9 @@ def _see_off(job: Job, now: float) -> None:
     release_done(job, now)
     if job.phase not in (Phase.STARTING, Phase.RUNNING):
         return
-    late = [node for node in _seated_leavers(job) if node.leaving and node.leaving.spent(now) >= HURRY_SHARE]
+    late = [node for node in seated_leavers(job) if node.leaving and node.leaving.spent(now) >= HURRY_SHARE]
     if late and job.final is None:
-        job.begin_attempt(now, _departure(late))
+        job.begin_attempt(now, departure(late))
 
 
 def _needed(job: Job, node: Node) -> bool:
@@ -209,13 +208,13 @@ def _needed(job: Job, node: Node) -> bool:
     return job.phase not in LIVE or job.cycle is None or job.cycle.newest is None
 
 
-def _seated_leavers(job: Job) -> list[Node]:
+def seated_leavers(job: Job) -> list[Node]:
     """Those that leave, have a seat and have not done all there is to do."""
     leavers = (node for node in job.members.leaving.values() if node.seat is not None)
     return [node for node in leavers if job.needs(node)]
 
 
-def _departure(leavers: list[Node]) -> Planned:
+def departure(leavers: list[Node]) -> Planned:
     names = ", ".join(node.name for node in leavers)
     reason = next((node.leaving.reason for node in leavers if node.leaving and node.leaving.reason), "")
     verb = "leaves" if len(leavers) == 1 else "leave"

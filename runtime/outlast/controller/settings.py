@@ -54,7 +54,7 @@ class MachineConfig:
     ``replicas`` is the size that is wanted; ``min_replicas`` (None: the same) the least that may train, which is done
     when nodes are missing for ``shrink_after_s``. A resize is followed by another that makes the job larger only after
     ``grow_after_s``. ``checkpoint`` None: no object tier. ``fingerprint``: of the job's specification. ``patient``:
-    somebody else ends a job for want of nodes.
+    somebody else ends a job for want of nodes. ``faults``: it may be broken on purpose.
     """
 
     replicas: int
@@ -76,6 +76,7 @@ class MachineConfig:
     checkpoint: CheckpointConfig | None = None
     fingerprint: str = ""
     patient: bool = False
+    faults: bool = False
 
     @property
     def slots(self) -> int:

@@ -348,6 +348,7 @@ class SnapshotCycle:
             return [Emit("protected", f"step {step} is protected again after {seconds:.2f} s", fields)]
         if work.hold:
             self.held, self.held_since = work.generation, now if work.copied_at is None else work.copied_at
+            fields["held"] = True
         self._around.rhythm.safe(work.stall_s, seconds, self._step_s)
         totals.count += 1
         totals.bytes += work.bytes

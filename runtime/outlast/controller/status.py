@@ -1,4 +1,4 @@
-"""What /status says: the job's state as plain JSON. Seconds are the controller's own, so ages are given, not times."""
+"""What /status says: the job's state as plain JSON. Ages are seconds, times wall seconds since 1970."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ MOST_LEAVERS = 64
 def status_of(job: Job, now: float) -> dict[str, Any]:
     """The whole of it; ``phase`` is for people and Kubernetes, ``stage`` the machine's own."""
     story, progress = job.story, job.progress
-    first = story.first_error()
     return {
         "phase": _shown(job),
         "stage": job.phase.value,
@@ -34,7 +33,9 @@ def status_of(job: Job, now: float) -> dict[str, Any]:
         "attempt": job.attempt.number if job.attempt else 0,
         "incarnation": job.attempt.incarnation if job.attempt else None,
         "restarts": dict(story.restarts),
+        "start_time": None if job.started is None else round(job.started, 3),
         "nodes": {node.name: _node(job, node) for node in job.members.nodes.values()},
+        "seats": [{"seat": seat, "node": name} for seat, name in sorted(job.members.seats.items())],
         "workers": _workers(job),
         "ranks": {"ready": len(progress.ready), "done": len(progress.done), "world": _world(job)},
         "stragglers": sorted(progress.named),
@@ -45,8 +46,10 @@ def status_of(job: Job, now: float) -> dict[str, Any]:
         "resizes": list(job.resizing.records),
         "goodput": story.ledger.to_json(now),
         "recoveries": [record.to_json() for record in story.records[-LAST_RECOVERIES:]],
-        "failures": [symptom_json(symptom, now) for symptom in story.failures],
-        "first_error": first,
+        "failures": [symptom_json(symptom, job.epoch, now) for symptom in story.failures],
+        "first_error": story.first_error(),
+        "suspended": job.suspended,
+        "suspending": job.suspension is not None,
         "weights_digest": job.weights_digest,
     }
 
@@ -76,7 +79,8 @@ def _world(job: Job) -> int:
 
 
 def _workers(job: Job) -> dict[str, Any]:
-    """``ready``: living nodes; ``size``: those with seats; ``would_leave``: who goes first when fewer are wanted."""
+    """``ready``: living nodes; ``wanted`` and ``wanted_spares``: the size asked for; ``least``: the fewest that may
+    train; ``size``: those with seats; ``would_leave``: who goes first when fewer are wanted."""
     members, config = job.members, job.config
     seats = {seat: name for seat, name in members.seats.items() if name in members.alive}
     free = [node.name for node in members.free()]
@@ -87,6 +91,7 @@ def _workers(job: Job) -> dict[str, Any]:
         "size": job.size,
         "growing_to": job.resizing.target,
         "spares": len(free),
+        "wanted_spares": config.spares,
         "leaving": len(members.leaving),
         "would_leave": leavers(seats, free, min(MOST_LEAVERS, max(0, len(free) + len(seats) - config.least))),
     }
@@ -152,5 +157,6 @@ def _snapshot(job: Job, now: float) -> dict[str, Any]:
         **_totals(job),
         "stage": cycle.stage.value if cycle is not None else None,
         "under_way": str(work.generation) if work else None,
+        "held": cycle is not None and cycle.held is not None,
         "interval": job.snapshot_rhythm.to_json(now) if job.config.every_steps is None else None,
     }

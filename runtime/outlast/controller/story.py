@@ -18,9 +18,11 @@ MOST_TOLD = 16
 
 
 class Story:
-    """Recoveries so far, the one under way (``open``), restarts by cause, and the ledger."""
+    """Recoveries so far, the one under way (``open``), restarts by cause, and the ledger. ``epoch`` added to the
+    machine's seconds gives wall seconds."""
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, epoch: float = 0.0) -> None:
+        self.epoch = epoch
         self.ledger = Ledger(now)
         self.records: list[RecoveryRecord] = []
         self.open: RecoveryRecord | None = None
@@ -83,7 +85,7 @@ class Story:
             record.further = [symptom.text for symptom in others if not symptom.collateral]
         elif record is not None:
             record.further += [symptom.text for symptom in symptoms if not symptom.collateral]
-        return Emit("cause", cause.text, _cause_fields(cause, others))
+        return Emit("cause", cause.text, _cause_fields(cause, others, self.epoch))
 
     def launched(self, launch: Launch, world: int, now: float) -> None:
         """Ranks start."""
@@ -134,12 +136,13 @@ class Story:
         return Emit(kind, text, record.to_json())
 
     def first_error(self) -> dict[str, Any] | None:
-        """The last named cause, for people: {cause, text, node, rank, step, attempt, type, message, traceback}."""
-        return symptom_json(self.failures[-1]) if self.failures else None
+        """The last named cause, for people: {cause, text, node, rank, step, attempt, time, type, message, ...}."""
+        return symptom_json(self.failures[-1], self.epoch) if self.failures else None
 
 
-def symptom_json(symptom: Symptom, now: float | None = None) -> dict[str, Any]:
-    """A symptom as plain values; with ``now``, its age in seconds."""
+def symptom_json(symptom: Symptom, epoch: float, now: float | None = None) -> dict[str, Any]:
+    """A symptom as plain values; ``time`` in wall seconds, the node's own where it was told, else the controller's, of
+    which ``epoch`` makes wall seconds; with ``now``, its age in seconds."""
     error = symptom.error
     plain: dict[str, Any] = {
         "cause": symptom.kind,
@@ -148,7 +151,7 @@ def symptom_json(symptom: Symptom, now: float | None = None) -> dict[str, Any]:
         "rank": symptom.rank,
         "step": symptom.step,
         "attempt": symptom.attempt,
-        "time": symptom.wall,
+        "time": round(symptom.happened_at + epoch if symptom.wall is None else symptom.wall, 3),
         "type": error.type if error else symptom.kind,
         "message": error.message if error else symptom.text,
         "traceback": error.traceback if error else None,
@@ -161,8 +164,8 @@ def _fault_line(symptom: Symptom) -> Emit:
     return Emit("fault", symptom.text, {**fields, "detect_s": round(symptom.detect_s, 3)})
 
 
-def _cause_fields(cause: Symptom, others: Sequence[Symptom]) -> dict[str, Any]:
-    fields = symptom_json(cause)
+def _cause_fields(cause: Symptom, others: Sequence[Symptom], epoch: float) -> dict[str, Any]:
+    fields = symptom_json(cause, epoch)
     if others:
         fields["also"] = [symptom.text for symptom in others[:20]]
     return fields

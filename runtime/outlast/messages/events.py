@@ -36,7 +36,8 @@ class Joined:
     controller (``running``: all its ranks are alive or done; ``RankReady`` and ``RankDone`` are then said again, after
     this). ``held``: the images its keeper holds, as it says without verifying them. ``free_port``: a port on ``host``
     for a rendezvous. ``best_seen_attempt``: the highest attempt number that agent or keeper was ever told. ``memory``:
-    bytes that the node's images may take in all (None: not known). ``dirty``: as in ``Stopped``.
+    bytes that the node's images may take in all (None: not known). ``dirty``: as in ``Stopped``. ``world_nodes``: how
+    many nodes the attempt has that is ``running`` (0: not known).
     """
 
     node: str
@@ -54,6 +55,7 @@ class Joined:
     restart_count: int = 0
     memory: int | None = None
     dirty: tuple[tuple[int, int], ...] = ()
+    world_nodes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,6 +385,40 @@ class StopRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class ResizeRequested:
+    """The job shall have so many nodes from now on. ``min_replicas`` None: it may not train with fewer."""
+
+    replicas: int
+    min_replicas: int | None
+    spares: int
+
+
+@dataclass(frozen=True, slots=True)
+class SuspendRequested:
+    """The job shall end, to be taken up again later from the object store, which may take ``patience_s`` to answer."""
+
+    patience_s: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldRequested:
+    """The ranks shall wait at a committed snapshot for another controller, ``patience_s`` at most."""
+
+    patience_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FaultRequested:
+    """Somebody wants something broken on purpose: a fault as ``outlast.faults`` reads it, whose target is a rank, a
+    seat, or nothing (None)."""
+
+    kind: str
+    target: int | None = None
+    part: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Finalized:
     """The driver has carried out ``Finish``."""
 
@@ -419,5 +455,9 @@ Event = (
     | CheckpointFailed
     | Tick
     | StopRequested
+    | ResizeRequested
+    | SuspendRequested
+    | HoldRequested
+    | FaultRequested
     | Finalized
 )

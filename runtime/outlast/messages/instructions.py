@@ -6,9 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from outlast.messages.events import Address
+from outlast.messages.kept import Kept
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.inventory import RestorePlan
 from outlast.snapshot.stored import StoredImage
+
+Outcome = Literal["succeeded", "failed", "stopped", "suspended"]
+"""How a job ends. Suspended: it goes on from its store when somebody starts it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +187,34 @@ class DumpStacks:
 
 
 @dataclass(frozen=True, slots=True)
+class Injure:
+    """To an agent: break something of this node on purpose, in a job that allows it (``outlast.faults``). ``rank``: the
+    one that is meant; ``part``: of the images. What was done is told in a ``Note``, where anything is left to tell it.
+    """
+
+    node: str
+    kind: str
+    rank: int | None = None
+    part: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """To the driver: end this controller's process as a crash would."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remember:
+    """To the driver: keep this for the controller after this one."""
+
+    kept: Kept
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """To the driver: end everything, then say ``Finalized``."""
 
-    outcome: Literal["succeeded", "failed", "stopped"]
+    outcome: Outcome
     reason: str
 
 
@@ -216,6 +244,9 @@ Instruction = (
     | GiveUp
     | Register
     | DumpStacks
+    | Injure
+    | Crash
+    | Remember
     | Finish
     | Emit
 )
