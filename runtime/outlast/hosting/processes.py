@@ -81,6 +81,25 @@ def send(pids: Iterable[int], number: signal.Signals) -> None:
             continue
 
 
+async def ended(pids: Iterable[int]) -> None:
+    """Return when one of ``pids`` has ended, or was gone already; it need not be a child."""
+    loop, gone = asyncio.get_running_loop(), asyncio.Event()
+    watches: list[int] = []
+    try:
+        for pid in pids:
+            try:
+                watch = os.pidfd_open(pid)
+            except ProcessLookupError:
+                return
+            watches.append(watch)
+            loop.add_reader(watch, gone.set)
+        await gone.wait()
+    finally:
+        for watch in watches:
+            loop.remove_reader(watch)
+            os.close(watch)
+
+
 def reap(spare: Collection[int] = ()) -> None:
     """Collect this process's dead children, except those of ``spare`` that somebody else waits for."""
     for pid in children(os.getpid()):

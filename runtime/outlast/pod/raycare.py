@@ -1,0 +1,153 @@
+"""Keeps a node in the Ray of the head that is in force: found by name, joined, and joined anew.
+
+A raylet belongs to one head: when the name leads to another address, or the raylet has ended, what is left of it is
+killed and another one started. Each offers a resource of its own name, to which the node's agent is pinned, so that
+nobody can make that agent in a raylet that is about to be found dead. Forkserver and keeper know nothing of all this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from outlast.errors import OutlastError
+from outlast.hosting import processes
+from outlast.hosting.raynode import RayMember
+from outlast.pod.console import Console
+
+LOOK_S = 10.0
+"""How often the head's name is looked up while all is well."""
+DOUBT_S = 0.5
+"""How often while the head does not answer."""
+CONNECT_S = 1.0
+_RETRY_S = (0.5, 5.0)
+
+Find = Callable[[str], Awaitable[Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A raylet that runs: the head's address, and the resource that it offers."""
+
+    head: str
+    resource: str
+
+
+async def addresses(host: str) -> Sequence[str]:
+    """What a host name leads to now; nothing while there is no head."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return ()
+    return sorted({str(entry[4][0]) for entry in found})
+
+
+def pick_head(current: str | None, found: Sequence[str]) -> str | None:
+    """Which of ``found`` to belong to: the current one as long as it is among them. With none found, the current one
+    stays: a name server that is away is no head that is gone."""
+    if not found or current in found:
+        return current
+    return found[0]
+
+
+async def listens(host: str, port: int, limit_s: float = CONNECT_S) -> bool:
+    """Whether somebody does, there."""
+    try:
+        async with asyncio.timeout(limit_s):
+            _, writer = await asyncio.open_connection(host, port)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return True
+
+
+class RayCare:
+    """``run`` until it is cancelled. ``joined``: what runs now; ``changed`` is set whenever that is another."""
+
+    def __init__(self, member: RayMember, host: str, port: int, node: str, console: Console, find: Find = addresses):
+        self._member, self._host, self._port, self._node = member, host, port, node
+        self._console, self._find = console, find
+        self._doubt = asyncio.Event()
+        self._head: str | None = None
+        self.joined: Joined | None = None
+        self.changed = asyncio.Event()
+
+    @property
+    def head(self) -> str | None:
+        """The address of the head in force, as far as it is known."""
+        return self._head
+
+    def doubt(self) -> None:
+        """The head does not answer: look for it now, and often until ``trust``."""
+        self._doubt.set()
+
+    def trust(self) -> None:
+        """It answers."""
+        self._doubt.clear()
+
+    async def run(self) -> None:
+        """Stay joined."""
+        while True:
+            await self._find_head()
+            joined = self.joined
+            if joined is not None and (joined.head != self._head or not self._member.alive()):
+                await self._part(joined)
+            if self.joined is None and self._head is not None:
+                await self._join(self._head)
+            await self._wait()
+
+    async def _find_head(self) -> None:
+        head = pick_head(self._head, await self._find(self._host))
+        if head != self._head:
+            self._console.say("head-found", address=head, before=self._head)
+            self._head = head
+
+    async def _part(self, joined: Joined) -> None:
+        reason = "raylet ended" if joined.head == self._head else "another head is in force"
+        self._console.say("ray-left", head=joined.head, reason=reason)
+        self._set(None)
+        await self._member.kill()
+
+    async def _join(self, head: str) -> None:
+        if not await listens(head, self._port):
+            return
+        resource = f"{self._node}-{secrets.token_hex(3)}"
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            await self._member.join(f"{head}:{self._port}", resource)
+        except OutlastError as error:
+            self._console.say("ray-failed", head=head, reason=str(error))
+            await self._member.kill()
+            return
+        self._set(Joined(head, resource))
+        self._console.say("ray-joined", head=head, seconds=loop.time() - began)
+
+    def _set(self, joined: Joined | None) -> None:
+        self.joined = joined
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    async def _wait(self) -> None:
+        """Until there may be something to do: the raylet ended, the head is in doubt, or some time is over."""
+        doubtful = self._doubt.is_set() or self.joined is None
+        tasks = [asyncio.create_task(asyncio.sleep(DOUBT_S if doubtful else LOOK_S))]
+        if self.joined is not None:
+            tasks.append(asyncio.create_task(processes.ended(self._member.pids)))
+        if not doubtful:
+            tasks.append(asyncio.create_task(self._doubting()))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _doubting(self) -> None:
+        await self._doubt.wait()
