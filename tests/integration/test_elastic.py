@@ -1,10 +1,21 @@
-"""Whole runs whose number of nodes changes: nothing is lost, every sample is used once, in the same order."""
+"""Whole runs whose number of nodes changes: nothing is lost, every sample is used once, in the same order, and losses
+agree with the undisturbed run's to floating-point reordering.
+
+What agreement to expect is derived and measured. A resized run adds the same float32 numbers in another order: the loss
+of a step is the mean of n = 64 samples x 64 outputs = 4096 squares, and another order changes such a sum by about
+eps sqrt(n) = 7.6e-6 of itself at most (eps = 1.2e-7; N. J. Higham, "Accuracy and Stability of Numerical Algorithms",
+section 4: errors of either sign add up like a random walk; sums by pairs, as torch takes them, stay below). The same
+happens to gradients, and through the weights a difference could grow from step to step. Whether it does is measured by
+the yardstick: the undisturbed run with 3 and with 2 nodes from the first step on, which has the other order in every
+one of its 40 steps, a resized run only in those after the resize. Seen: 2e-7, two units in the last place, as much in the
+last steps as in the first, for fsdp, hsdp, ddp and plain alike. Resized runs may differ by ``MARGIN`` times as much.
+"""
 
 from __future__ import annotations
 
 import pathlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,9 +25,10 @@ from support.runs import Outcome, job, trainctl_run
 pytestmark = pytest.mark.timeout(400)
 
 SIZE, BATCH, STEPS, SEED = 1000, 64, 40, 7
-TOLERANCE = 2e-3
-"""Losses after a resize agree to this share: float32 gradients are added in another order, and forty steps of AdamW
-amplify a relative error of 1e-7 a few thousand times where a gradient is near zero."""
+EPS = 2.0**-23
+SUMMANDS = BATCH * 64
+MARGIN = 8
+"""A resized run is another draw of what the yardstick is the largest of: 40 roundings, seen twice."""
 
 
 def elastic(folder: pathlib.Path, *arguments: str, **spec: Any) -> dict[str, Any]:
@@ -61,11 +73,45 @@ def check_samples(outcome: Outcome, folder: pathlib.Path, steps: int = STEPS) ->
         assert sorted(taken[step]) == sorted(wanted), f"samples of step {step}"
 
 
-def agree(outcome: Outcome, reference: Outcome) -> None:
+def differences(outcome: Outcome, reference: Outcome) -> list[float]:
+    """How much each step's loss differs from the undisturbed run's, as a share of it."""
+    expected, found = global_losses(reference), global_losses(outcome)
+    assert sorted(found) == sorted(expected)
+    return [abs(found[step] - expected[step]) / abs(expected[step]) for step in sorted(found)]
+
+
+Agree = Callable[[Outcome], None]
+
+
+@pytest.fixture(scope="module")
+def yardstick(tmp_path_factory: pytest.TempPathFactory, reference: Outcome) -> dict[int, list[float]]:
+    """The differences of undisturbed runs with fewer nodes from the start, by their number."""
+    found = {}
+    for nodes in (3, 2):
+        folder = tmp_path_factory.mktemp("yardstick")
+        outcome = trainctl_run(elastic(folder, workers={"replicas": nodes}), folder)
+        assert outcome.status == 0, outcome.output
+        found[nodes] = differences(outcome, reference)
+    return found
+
+
+@pytest.fixture
+def agree(yardstick: dict[int, list[float]], reference: Outcome) -> Agree:
     """Losses are those of the undisturbed run, to floating-point reordering."""
-    expected = global_losses(reference)
-    for step, value in global_losses(outcome).items():
-        assert value == pytest.approx(expected[step], rel=TOLERANCE), f"loss of step {step}"
+    allowed = MARGIN * max(EPS, *(max(shares) for shares in yardstick.values()))
+
+    def check(outcome: Outcome) -> None:
+        shares = differences(outcome, reference)
+        assert max(shares) <= allowed, f"step {shares.index(max(shares))} differs by {max(shares):.1e}"
+
+    return check
+
+
+def test_another_order_of_sums_changes_losses_by_no_more_than_rounding(yardstick: dict[int, list[float]]) -> None:
+    for shares in yardstick.values():
+        assert 0 < max(shares) <= EPS * SUMMANDS**0.5
+        early, late = max(shares[: STEPS // 2]), max(shares[STEPS // 2 :])
+        assert late <= MARGIN * max(EPS, early), "it would grow with the steps"
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +135,19 @@ def run(folder: pathlib.Path, faults: Sequence[str], *options: str, **spec: Any)
     return outcome
 
 
-def test_a_lost_node_that_nobody_replaces_makes_the_job_smaller(tmp_path: pathlib.Path, reference: Outcome) -> None:
+def test_a_lost_node_that_nobody_replaces_makes_the_job_smaller(tmp_path: pathlib.Path, agree: Agree) -> None:
     outcome = run(tmp_path, ["node-loss@17:1"], "--replace-after", "never")
     assert resizes(outcome) == [(4, 3)]
     assert outcome.recoveries[0]["restore_sources"].get("memory-decode") == 1, outcome.recoveries
     assert outcome.recoveries[0]["lost_steps"] <= 12
-    agree(outcome, reference)
+    agree(outcome)
 
 
-def test_it_grows_back_when_a_node_joins_and_recomputes_nothing(tmp_path: pathlib.Path, reference: Outcome) -> None:
+def test_it_grows_back_when_a_node_joins_and_recomputes_nothing(tmp_path: pathlib.Path, agree: Agree) -> None:
     outcome = run(tmp_path, ["node-loss@8:1", "node-join@20"], "--replace-after", "never")
     assert resizes(outcome) == [(4, 3), (3, 4)]
     assert outcome.recoveries[-1]["lost_steps"] == 0, outcome.recoveries
-    agree(outcome, reference)
+    agree(outcome)
 
 
 def test_a_node_that_leaves_hands_over_to_the_spare(tmp_path: pathlib.Path, reference: Outcome) -> None:
@@ -111,15 +157,15 @@ def test_a_node_that_leaves_hands_over_to_the_spare(tmp_path: pathlib.Path, refe
     assert global_losses(outcome) == global_losses(reference)
 
 
-def test_a_node_that_leaves_without_a_spare_makes_the_job_smaller(tmp_path: pathlib.Path, reference: Outcome) -> None:
+def test_a_node_that_leaves_without_a_spare_makes_the_job_smaller(tmp_path: pathlib.Path, agree: Agree) -> None:
     outcome = run(tmp_path, ["node-leave@17:0"], "--replace-after", "never")
     assert resizes(outcome) == [(4, 3)]
     assert [recovery["lost_steps"] for recovery in outcome.recoveries] == [0], outcome.recoveries
-    agree(outcome, reference)
+    agree(outcome)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "plain", "hsdp"])
-def test_every_kind_of_parallelism_can_be_resized(tmp_path: pathlib.Path, reference: Outcome, parallel: str) -> None:
+def test_every_kind_of_parallelism_can_be_resized(tmp_path: pathlib.Path, agree: Agree, parallel: str) -> None:
     """hsdp loses two nodes at once: its mesh needs an even number."""
     lost = ["node-loss@17:1", "node-loss@17:3"] if parallel == "hsdp" else ["node-loss@17:1"]
     spec = elastic(tmp_path, "--parallel", parallel)
@@ -127,7 +173,7 @@ def test_every_kind_of_parallelism_can_be_resized(tmp_path: pathlib.Path, refere
     assert outcome.status == 0, outcome.output
     check_samples(outcome, tmp_path)
     assert resizes(outcome)[-1][1] == 4 - len(lost)
-    agree(outcome, reference)
+    agree(outcome)
 
 
 def test_random_resizes_use_every_sample_once(tmp_path: pathlib.Path) -> None:
