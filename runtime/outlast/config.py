@@ -50,6 +50,9 @@ class ControllerConfig(_Config):
     """Whether to go on from what the store holds under the job's name, whosever mark it bears; else refused."""
     patient: bool = False
     """Whether somebody else decides how long to wait for nodes: then the want of them never fails the job here."""
+    ray_session: str = ""
+    """The session of the Ray that it is launched in: told in /status, so that a node knows when its raylet is of
+    another."""
     tick_s: float = Field(default=0.1, gt=0)
     """Seconds between two ticks of the machine."""
 

@@ -267,6 +267,7 @@ class Driver:
         status = dict(self._final if self._final is not None else self._machine.status(self._clock.monotonic()))
         last = self._logs.metrics.last
         status["controller"] = self.identity
+        status["ray"] = self.config.ray_session
         status["version"] = __version__
         status["unplaced"] = self._domains.unplaced
         status["seq"] = self._logs.events.seq

@@ -71,9 +71,9 @@ class ControllerClient:
         """The status, as soon as the event log is beyond ``after``, or after ``wait_s`` seconds."""
         return await self._call("GET", f"/status?after={after}&wait={wait_s:g}", limit_s=wait_s + _CALL_S)
 
-    async def hold(self) -> None:
-        """Have the ranks wait at a committed snapshot."""
-        await self._call("POST", "/hold", {})
+    async def hold(self, patience_s: float) -> None:
+        """Have the ranks wait at a committed snapshot, so long at most, for another controller."""
+        await self._call("POST", "/hold", {"patience_s": patience_s})
 
     async def events(self, after: int, wait_s: float) -> list[dict[str, Any]]:
         """Events newer than ``after``; waits up to ``wait_s`` seconds for one."""

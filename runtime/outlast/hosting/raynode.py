@@ -40,7 +40,8 @@ class RaySite:
 
 
 class RayNode:
-    """What a head and a further node have in common. ``vital``: what must run."""
+    """What a head and a further node have in common. ``vital``: what must run; ``session``: the name of the Ray that
+    was started last, which all its nodes share; ``starter``: the pid of the start that is under way."""
 
     def __init__(self, site: RaySite, vital: Sequence[str]) -> None:
         self._site = site
@@ -48,6 +49,7 @@ class RayNode:
         self._names = tuple(vital)
         self._vital: list[int] = []
         self._starts = 0
+        self.session = ""
         self.starter: int | None = None
 
     @property
@@ -84,6 +86,7 @@ class RayNode:
             self.starter = None
         if status != 0:
             raise OutlastError(f"Ray did not start (exit status {status}); see {self._site.log}")
+        self.session = (temp / "session_latest").resolve().name
         self._vital = [pid for pid in self._members() if self._is_vital(processes.command_of(pid))]
         if len(self._vital) < len(self._names):
             raise OutlastError(f"Ray ended at once; see {self._site.log}")

@@ -98,6 +98,7 @@ class HeadPod:
                 self._forget_nodes()
                 self._address = await self._ray.start()
                 self._console.say("ray-started", address=self._address, seconds=loop.time() - began)
+                self._write_config()
                 await self._launcher.launch(self._address)
                 self._console.say("controller-up", seconds=loop.time() - began)
                 return
@@ -174,7 +175,7 @@ class HeadPod:
         """Whether the ranks wait at a committed snapshot; False: there is nothing to wait for."""
         if not worth_holding(await self._client.status()):
             return False
-        await self._client.hold()
+        await self._client.hold(self._settings.grace_s)
         while True:
             status = await self._client.status()
             if is_held(status):
@@ -192,8 +193,11 @@ class HeadPod:
         for folder in (folders.ray, folders.logs, self._config.control_dir):
             folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
         self._config.http_file.unlink(missing_ok=True)
-        self._config_file.write_text(self._config.model_dump_json())
         self._console.say("head-starts", ip=self._settings.ip, folder=str(folders.controller))
+
+    def _write_config(self) -> None:
+        config = self._config.model_copy(update={"ray_session": self._ray.session})
+        self._config_file.write_text(config.model_dump_json())
 
     def _forget_nodes(self) -> None:
         """A new Ray knows no agents: every node that is here registers itself."""

@@ -31,9 +31,10 @@ Find = Callable[[str], Awaitable[Sequence[str]]]
 
 @dataclass(frozen=True)
 class Joined:
-    """A raylet that runs: the head's address, and the resource that it offers."""
+    """A raylet that runs: the head's address, the session of its Ray, and the resource that it offers."""
 
     head: str
+    session: str
     resource: str
 
 
@@ -52,6 +53,15 @@ def pick_head(current: str | None, found: Sequence[str]) -> str | None:
     if not found or current in found:
         return current
     return found[0]
+
+
+def why_part(joined: Joined, head: str | None, session: str, alive: bool) -> str:
+    """Why a raylet is of no use any more; "" while it is. ``session``: of the Ray at ``head``, "" where not known."""
+    if not alive:
+        return "the raylet has ended"
+    if joined.head != head:
+        return "another head is in force"
+    return "the head's Ray was started anew" if session not in ("", joined.session) else ""
 
 
 async def listens(host: str, port: int, limit_s: float = CONNECT_S) -> bool:
@@ -75,6 +85,7 @@ class RayCare:
         self._console, self._find = console, find
         self._doubt = asyncio.Event()
         self._head: str | None = None
+        self._session = ""
         self.joined: Joined | None = None
         self.changed = asyncio.Event()
 
@@ -87,17 +98,21 @@ class RayCare:
         """The head does not answer: look for it now, and often until ``trust``."""
         self._doubt.set()
 
-    def trust(self) -> None:
-        """It answers."""
+    def trust(self, session: str) -> None:
+        """It answers, and that is the session of its Ray ("": it does not say)."""
+        self._session = session
         self._doubt.clear()
+        if self.joined is not None and session not in ("", self.joined.session):
+            self._doubt.set()
 
     async def run(self) -> None:
         """Stay joined."""
         while True:
             await self._find_head()
             joined = self.joined
-            if joined is not None and (joined.head != self._head or not self._member.alive()):
-                await self._part(joined)
+            reason = "" if joined is None else why_part(joined, self._head, self._session, self._member.alive())
+            if reason:
+                await self._part(reason)
             if self.joined is None and self._head is not None:
                 await self._join(self._head)
             await self._wait()
@@ -108,9 +123,8 @@ class RayCare:
             self._console.say("head-found", address=head, before=self._head)
             self._head = head
 
-    async def _part(self, joined: Joined) -> None:
-        reason = "raylet ended" if joined.head == self._head else "another head is in force"
-        self._console.say("ray-left", head=joined.head, reason=reason)
+    async def _part(self, reason: str) -> None:
+        self._console.say("ray-left", reason=reason)
         self._set(None)
         await self._member.kill()
 
@@ -126,7 +140,7 @@ class RayCare:
             self._console.say("ray-failed", head=head, reason=str(error))
             await self._member.kill()
             return
-        self._set(Joined(head, resource))
+        self._set(Joined(head, self._member.session, resource))
         self._console.say("ray-joined", head=head, seconds=loop.time() - began)
 
     def _set(self, joined: Joined | None) -> None:

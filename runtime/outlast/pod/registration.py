@@ -19,7 +19,7 @@ from outlast.hosting.client import ControllerClient, ControllerRefused
 from outlast.pod.console import Console
 from outlast.pod.raycare import Joined, RayCare
 
-AGAIN_S = 3.0
+AGAIN_S = 5.0
 """Seconds before a node that is still not known is registered once more with the same controller."""
 SOON_S = 0.5
 """Between two looks until it has joined, and after a call that failed."""
@@ -37,9 +37,10 @@ _WRONG = 400
 
 @dataclass(frozen=True)
 class Standing:
-    """What a status says of one node. ``state`` None: the controller does not know it."""
+    """What a status says of one node. ``session``: of the controller's Ray; ``state`` None: it does not know the node."""
 
     controller: str
+    session: str
     seq: int
     state: str | None
     outcome: str | None
@@ -68,7 +69,8 @@ def standing_of(status: Mapping[str, Any], node: str) -> Standing:
 
 def must_register(standing: Standing, joined: Joined, before: Registered | None, now: float) -> bool:
     """Whether to register: for the first time, with another controller, for another raylet, or again."""
-    if standing.outcome is not None or standing.state == "left":
+    elsewhere = standing.session not in ("", joined.session)
+    if standing.outcome is not None or standing.state == "left" or elsewhere:
         return False
     if before is None or (before.controller, before.joined) != (standing.controller, joined):
         return True
@@ -108,7 +110,7 @@ class Registration:
         while True:
             try:
                 standing = await self._look()
-                self._heard()
+                self._heard(standing)
                 if standing.outcome is not None:
                     return standing.outcome
                 await self._await_reason(standing)
@@ -164,8 +166,8 @@ class Registration:
             if concern(events, self._node):
                 return
 
-    def _heard(self) -> None:
-        self._care.trust()
+    def _heard(self, standing: Standing) -> None:
+        self._care.trust(standing.session)
         self._silent = False
 
     def _unheard(self, error: TransferError) -> None:

@@ -68,8 +68,8 @@ class Folders:
 
 @dataclass(frozen=True)
 class PodSettings:
-    """``pod``: its name; ``ip``: its address; ``grace_s``: from SIGTERM until it is killed; ports: of the GCS and of the
-    controller, in the head Pod."""
+    """``pod``: its name; ``ip``: its address; ``grace_s``: from SIGTERM until it is killed; ports: of Ray's GCS and
+    of the controller, in the head Pod."""
 
     folders: Folders
     pod: str
