@@ -62,9 +62,8 @@ class Registered:
 def standing_of(status: Mapping[str, Any], node: str) -> Standing:
     """What ``status`` says of ``node``."""
     found = (status.get("nodes") or {}).get(node) or {}
-    return Standing(
-        str(status.get("controller")), int(status.get("seq") or 0), found.get("state"), status.get("outcome")
-    )
+    session, seq = str(status.get("ray") or ""), int(status.get("seq") or 0)
+    return Standing(str(status.get("controller")), session, seq, found.get("state"), status.get("outcome"))
 
 
 def must_register(standing: Standing, joined: Joined, before: Registered | None, now: float) -> bool:
