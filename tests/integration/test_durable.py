@@ -79,12 +79,23 @@ def test_losses_beyond_the_parity_go_on_from_the_store(
 
 
 def test_a_job_that_lost_everything_is_resumed_elsewhere(tmp_path: pathlib.Path, reference: Outcome) -> None:
+    """Its store has even lost the head: that is refused with the remedy, and the repaired store is gone on from."""
     spec = durable(tmp_path)
     first = trainctl_run(spec, tmp_path / "a", interrupt=("checkpoint-committed", 1))
     assert first.status == 130, first.output
     refused = trainctl_run(spec, tmp_path / "b")
     assert refused.status == 2, refused.output
     assert "--resume" in refused.output
+    url = f"file://{tmp_path}/store/default/test"
+    head = tmp_path / "store" / "default" / "test" / "head.json"
+    head.unlink()
+    for options in ((), ("--resume",)):
+        refused = trainctl_run(spec, tmp_path / "b", options=options)
+        assert refused.status == 2, refused.output
+        assert f"trainctl checkpoints repair {url}" in refused.output.replace("\n", " ")
+    assert checkpoints("repair", url).returncode == 0
+    assert not head.exists(), "a dry run"
+    assert checkpoints("repair", url, "--write").returncode == 0
     resumed = trainctl_run(spec, tmp_path / "c", options=("--resume",))
     assert resumed.status == 0, resumed.output
     assert resumed.events("restored")[0]["fields"]["step"] >= 10
