@@ -15,10 +15,10 @@ from outlast.clock import Clock
 from outlast_operator.caches import Caches
 from outlast_operator.cluster import Cluster
 from outlast_operator.expectations import Expectations
-from outlast_operator.kinds import BY_NAME, POD, kind_of
+from outlast_operator.kinds import BY_NAME, JOB, POD, Kind, kind_of
 from outlast_operator.model import Action, Apply, Call, Create, Delete, Key, Object
 from outlast_operator.poller import CallFailed, Poller
-from outlast_operator.refusals import ApiError, Verdict, verdict
+from outlast_operator.refusals import NAME_TAKEN, ApiError, Verdict, verdict
 
 log = logging.getLogger(__name__)
 
@@ -77,14 +77,24 @@ class Applier:
 
     def _create(self, key: Key, obj: Object) -> None:
         kind, name = kind_of(obj), obj["metadata"]["name"]
-        if kind is not POD:
-            self._cluster.create(kind, key.namespace, obj)
-            return
-        self._expectations.created(key, name, self._clock.monotonic())
+        if kind is POD:
+            self._expectations.created(key, name, self._clock.monotonic())
         try:
             self._cluster.create(kind, key.namespace, obj)
         except ApiError as error:
             if 400 <= error.status < 500:
                 self._expectations.seen(key, name)  # it was not made; without a clear answer it may have been
+            if error.reason == "AlreadyExists":
+                self._check_owner(key, kind, obj)
             raise
         log.info("created job=%s kind=%s name=%s", key, kind.name, name)
+
+    def _check_owner(self, key: Key, kind: Kind, obj: Object) -> None:
+        """Raises ApiError when the object of that name is not, and will not be, this job's. One of a job of the same
+        name that was deleted is on its way out."""
+        found = self._cluster.get(kind, key.namespace, obj["metadata"]["name"])
+        owners = found["metadata"].get("ownerReferences") or ()
+        if not any(owner.get("kind") == JOB.name and owner.get("name") == key.name for owner in owners):
+            what = f"{kind.name} {obj['metadata']['name']}"
+            text = "it exists and is not this job's: delete it, or give the job another name"
+            raise ApiError("create", what, 409, NAME_TAKEN, text)

@@ -92,6 +92,8 @@ class Lock:
             self._lease = dict(self._cluster.get(LEASE, namespace, name, self._terms.answer_s))
         except ApiError as error:
             missing = error.status == 404
+            if not missing:
+                log.warning("lease-not-read lease=%s/%s cause=%s", namespace, name, error)
             answer = ApiException(status=error.status, reason=str(error))
             answer.body = '{"code": 404}' if missing else ""
             return False, answer

@@ -1,7 +1,8 @@
 """What the caches keep of an object: what a pass may read, and nothing else. 8,000 Pods then take 35 MB instead of 200.
 
 =========  =========================================================================================================
-all        ``metadata`` without ``managedFields``, and without kubectl's copy of the object
+all        ``metadata`` without ``managedFields`` and kubectl's copy of the object; ``generation`` of jobs alone (that
+           of a NetworkPolicy grows when one that is equal is applied, and a pass for its sake would apply it again)
 Pod        of ``spec``: ``nodeName``, ``terminationGracePeriodSeconds``, and of its containers name, image, resources;
            of ``status``: all but image ids and addresses beside ``podIP``
 Node       of ``metadata``: name, uid, labels, ``deletionTimestamp``; of ``spec``: ``taints``, ``unschedulable``; of
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from outlast_operator.kinds import MACHINE, POD, Kind
+from outlast_operator.kinds import JOB, MACHINE, POD, Kind
 from outlast_operator.model import Object
 
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
@@ -25,7 +26,6 @@ _METADATA = (
     "namespace",
     "uid",
     "resourceVersion",
-    "generation",
     "creationTimestamp",
     "deletionTimestamp",
     "deletionGracePeriodSeconds",
@@ -102,4 +102,10 @@ def _machine(obj: Object) -> dict[str, Any]:
     }
 
 
-_PRUNERS: Mapping[Kind, Callable[[Object], dict[str, Any]]] = {POD: _pod, MACHINE: _machine}
+def _job(obj: Object) -> dict[str, Any]:
+    found = _anything(obj)
+    generation = obj["metadata"].get("generation", 0)
+    return {**found, "metadata": {**found["metadata"], "generation": generation}}
+
+
+_PRUNERS: Mapping[Kind, Callable[[Object], dict[str, Any]]] = {JOB: _job, POD: _pod, MACHINE: _machine}

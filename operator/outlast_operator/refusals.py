@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from outlast.errors import OutlastError
 
+NAME_TAKEN = "NameTaken"
 Verb = Literal["get", "list", "watch", "create", "apply", "patch", "update", "delete"]
 
 
@@ -51,7 +52,7 @@ def verdict(error: ApiError) -> Verdict:
         return Verdict.DONE
     if error.status == 409:
         foreign = error.verb == "apply" and "conflict" in error.message and "using" in error.message
-        return Verdict.REFUSED if foreign else Verdict.BEHIND
+        return Verdict.REFUSED if foreign or error.reason == NAME_TAKEN else Verdict.BEHIND
     if error.status == 404 and error.verb in ("patch", "update"):
         return Verdict.BEHIND
     if error.status == 403 and "is being terminated" in error.message:
@@ -66,7 +67,7 @@ def reason_of(error: ApiError) -> str:
     if error.status == 403:
         return "QuotaExceeded" if "exceeded quota" in error.message else "Forbidden"
     if error.status == 409:
-        return "NameTaken"
+        return NAME_TAKEN
     if error.status == 422:
         return f"Invalid{error.what.partition(' ')[0]}"
     return "Refused"

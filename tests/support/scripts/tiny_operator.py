@@ -1,7 +1,8 @@
 """An operator with the plan of ``support.tinyplan``, as a process: ``tiny_operator.py KUBECONFIG IDENTITY [KEY=VALUE …]``.
 
-Keys: ``lease_s``, ``controller_port``, ``metrics``, ``health``, ``progress_s``, and ``die_after``: SIGKILL itself just
-after the n-th write that the API server took (1 is the first).
+Keys: ``namespace`` (whose jobs, and where the Lease is), ``lease_s``, ``controller_port``, ``metrics``, ``health``,
+``progress_s``, ``plan=real`` for the operator's own, and ``die_after``: SIGKILL itself just after the n-th write that
+the API server took (1 is the first).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from outlast_operator import cluster
 from outlast_operator.model import Settings
+from outlast_operator.plan import plan as real_plan
 from outlast_operator.poller import PollSettings
 from outlast_operator.replica import Options
 from outlast_operator.serving import Ports, serve, set_up_logging, terms_of
@@ -48,10 +50,12 @@ def main() -> None:
         die_after(int(given["die_after"]))
     progress_s = float(given.get("progress_s", 30))
     settings = Settings("test", "training", progress_every_s=progress_s)
-    terms = terms_of("outlast-operator", "default", identity, int(given.get("lease_s", 15)))
+    namespace = given["namespace"]
+    terms = terms_of("outlast-operator", namespace, identity, int(given.get("lease_s", 15)))
     poll = PollSettings(int(given.get("controller_port", 8470)), 100, wait_s=5.0, progress_every_s=progress_s)
-    options = Options(settings, terms, workers=4, poll=poll)
-    serve(options, plan, kubeconfig, Ports(int(given.get("metrics", 0)), int(given.get("health", 0))))
+    options = Options(settings, terms, (namespace,), workers=4, poll=poll)
+    decide = plan if given.get("plan") != "real" else lambda observed, now: real_plan(observed, settings, now)
+    serve(options, decide, kubeconfig, Ports(int(given.get("metrics", 0)), int(given.get("health", 0))))
 
 
 main()

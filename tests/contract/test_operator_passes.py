@@ -1,0 +1,273 @@
+"""Passes against a real API server: Pods made, seen, replaced; controllers asked; statuses written; refusals told."""
+
+from __future__ import annotations
+
+import base64
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import pytest
+
+from outlast.clock import ManualClock
+from outlast_operator.applying import Applier
+from outlast_operator.caches import Caches
+from outlast_operator.events import Events
+from outlast_operator.expectations import Expectations
+from outlast_operator.kinds import EVENT, JOB, POD, SECRET, SERVICE
+from outlast_operator.model import Key, Object
+from outlast_operator.poller import Poller, PollSettings
+from outlast_operator.pruning import pruned
+from outlast_operator.reconciler import Reconciler
+from support.apiserver import eventually, free_port
+from support.controllers import Controllers, address
+from support.operators import World
+from support.tinyplan import plan
+
+pytestmark = pytest.mark.timeout(120)
+
+FULL = ("head-0", "node-1", "node-2", "node-3")
+
+
+@pytest.fixture
+def controllers() -> Iterator[Controllers]:
+    served = Controllers(free_port())
+    served.start()
+    yield served
+    served.stop()
+
+
+def run_head(place: World, controllers: Controllers, number: int, name: str = "job-head-0", **status: Any) -> str:
+    """Give the head Pod an address where a controller answers, as a kubelet and an image would."""
+    ip = address(number)
+    secret = place.cluster.get(SECRET, place.namespace, f"{name.rpartition('-head')[0]}-outlast")
+    controllers.add(ip, base64.b64decode(secret["data"]["token"]).decode(), **status)
+    place.set_pod(name, phase="Running", podIP=ip, podIPs=[{"ip": ip}])
+    return ip
+
+
+def test_pods_are_made_once_and_replaced_under_new_names(place: World) -> None:
+    operator = place.start()
+    place.submit()
+    place.wait_for_pods(*FULL)
+    eventually("the status is written", lambda: place.status().get("nextPod") == 4)
+    place.delete_pod("job-node-2")
+    place.wait_for_pods("head-0", "node-1", "node-3", "node-4")
+    place.set_pod("job-node-1", phase="Failed")
+    place.wait_for_pods("head-0", "node-3", "node-4", "node-5")
+    place.delete_pod("job-head-0")
+    place.wait_for_pods("head-6", "node-3", "node-4", "node-5")
+    eventually("the new head is in force", lambda: place.status().get("head") == "job-head-6")
+    service = place.cluster.get(SERVICE, place.namespace, "job-head")
+    assert service["spec"]["selector"] == {"outlast.dev/pod": "job-head-6"}
+    owners = [pod["metadata"]["ownerReferences"][0]["uid"] for pod in place.pods().values()]
+    assert set(owners) == {place.job()["metadata"]["uid"]}
+    assert operator.calls()["create", "pods", "201"] == 7
+
+
+def test_the_controller_is_asked_with_the_jobs_token_and_its_phase_is_written_at_once(
+    place: World, controllers: Controllers
+) -> None:
+    operator = place.start(controller_port=controllers.port)
+    place.submit()
+    place.wait_for_pods(*FULL)
+    ip = run_head(place, controllers, 1, phase="Starting", step=0)
+    eventually("the phase is written", lambda: place.status().get("phase") == "Starting", 5)
+    began = time.monotonic()
+    controllers.tell(ip, phase="Running", step=10)
+    eventually("the phase is written", lambda: place.status().get("phase") == "Running", 5)
+    assert time.monotonic() - began < 5
+    assert place.status()["step"] == 10
+    controllers.tell(ip, outcome="succeeded", phase="Succeeded")
+    eventually(
+        "the controller may end", lambda: ("POST", "/stop", {"reason": "it is over"}) in controllers[ip].calls, 10
+    )
+    found = place.cluster.pages(EVENT, place.namespace, "")
+    events = [(event["reason"], event["type"]) for page in found for event in page["items"]]
+    assert {("Running", "Normal"), ("Succeeded", "Normal")} <= set(events)
+    assert operator.metrics()['outlast_operator_controller_polls_total{result="ok"}'] >= 3
+
+
+def test_only_the_head_in_force_is_obeyed(place: World, controllers: Controllers) -> None:
+    place.start(controller_port=controllers.port)
+    place.submit()
+    place.wait_for_pods(*FULL)
+    old = run_head(place, controllers, 1, phase="Running", step=5)
+    eventually("the old head is heard", lambda: place.status().get("phase") == "Running", 5)
+    place.delete_pod("job-head-0")
+    place.wait_for_pods("head-4", "node-1", "node-2", "node-3")
+    eventually("the new head is in force", lambda: place.status().get("head") == "job-head-4")
+    new = run_head(place, controllers, 2, "job-head-4", phase="Recovering", step=5)
+    eventually("the new head is heard", lambda: place.status().get("phase") == "Recovering", 5)
+    controllers.tell(old, phase="Failed", outcome="failed")
+    controllers.tell(new, phase="Running", step=6)
+    eventually("the new head is heard", lambda: place.status().get("phase") == "Running", 5)
+    assert controllers[old].calls == []
+
+
+def test_steps_alone_are_one_write_in_each_period_and_nothing_else(place: World, controllers: Controllers) -> None:
+    operator = place.start(controller_port=controllers.port, progress_s=2)
+    place.submit()
+    place.wait_for_pods(*FULL)
+    ip = run_head(place, controllers, 1, phase="Running", step=1)
+    eventually("the phase is written", lambda: place.status().get("phase") == "Running", 5)
+    time.sleep(2.5)  # what was under way is done
+    before, began, step = operator.calls(), time.monotonic(), 1
+    while time.monotonic() - began < 10:
+        step += 1
+        controllers.tell(ip, step=step)
+        time.sleep(0.05)
+    seconds = time.monotonic() - began
+    new = {key: count - before.get(key, 0) for key, count in operator.calls().items() if count > before.get(key, 0)}
+    leases = [new.pop(key) for key in list(new) if key[1] == "leases"]
+    assert set(new) == {("patch", "trainingjobs", "200")}, new
+    assert 3 <= new["patch", "trainingjobs", "200"] <= seconds / 2 + 1
+    assert sum(leases) <= seconds / 2 * 2 + 4
+
+
+def test_others_writes_and_ours_do_not_overwrite_each_other(place: World, controllers: Controllers) -> None:
+    operator = place.start(controller_port=controllers.port, progress_s=0.1)
+    place.submit()
+    place.wait_for_pods(*FULL)
+    ip = run_head(place, controllers, 1, phase="Running")
+    for number in range(60):
+        place.cluster.patch(JOB, place.namespace, "job", {"metadata": {"labels": {f"l{number}": "x"}}})
+        controllers.tell(ip, step=number, phase=("Running", "Recovering")[number % 2])
+    controllers.tell(ip, phase="Running", step=777)
+    eventually("the last step is written", lambda: place.status().get("step") == 777)
+    assert len(place.job()["metadata"]["labels"]) == 60
+    assert operator.process.poll() is None
+
+
+QUOTA = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "small"}, "spec": {"hard": {"pods": "2"}}}
+
+
+def condition(place: World, name: str = "job") -> dict[str, Any]:
+    found = place.status(name).get("conditions") or [{}]
+    return dict(found[0])
+
+
+def test_an_exhausted_quota_is_told_and_mended(place: World) -> None:
+    place.api.kubectl("-n", place.namespace, "apply", "-f", "-", stdin=json.dumps(QUOTA))
+    status = {"status": {"hard": {"pods": "2"}, "used": {"pods": "0"}}}
+    place.api.kubectl(
+        "-n",
+        place.namespace,
+        "patch",
+        "resourcequota",
+        "small",
+        "--subresource=status",
+        "--type=merge",
+        "-p",
+        json.dumps(status),
+    )
+    place.start()
+    place.submit()
+    eventually("the quota is told", lambda: condition(place).get("reason") == "QuotaExceeded")
+    assert "exceeded quota: small" in condition(place)["message"]
+    assert len(place.names()) == 2
+    assert place.status()["nextPod"] <= 2, "indices are not used up by Pods that were not made"
+    place.api.kubectl("-n", place.namespace, "delete", "resourcequota", "small")
+    place.cluster.patch(JOB, place.namespace, "job", {"spec": {"activeDeadlineSeconds": 1000}})
+    place.wait_for_pods(*FULL)
+    eventually("the condition is gone", lambda: place.status().get("conditions") == [] or None)
+
+
+def test_a_template_that_the_api_server_refuses_is_told_in_its_words(place: World) -> None:
+    operator = place.start()
+    bad = {"spec": {"containers": [{"name": "outlast", "image": "i", "resources": {"limits": {"cpu": "-1"}}}]}}
+    place.submit(workers={"template": bad})
+    eventually("the refusal is told", lambda: condition(place).get("reason") == "InvalidPod")
+    assert "must be greater than or equal to 0" in condition(place)["message"]
+    place.submit("fine")
+    place.wait_for_pods(*FULL, job="fine")
+    time.sleep(3)
+    tries = operator.calls()["create", "pods", "422"]
+    assert tries <= 5, "retries back off"
+    place.cluster.patch(JOB, place.namespace, "job", {"spec": {"suspend": True}})
+    place.cluster.patch(JOB, place.namespace, "job", {"spec": {"workers": {"template": None}}})
+    place.wait_for_pods("head-0", "node-1", "node-2", "node-3")
+
+
+def test_what_belongs_to_somebody_else_is_left_alone(place: World) -> None:
+    spec = {"selector": {"app": "web"}, "ports": [{"port": 80}]}
+    theirs = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "job-head"}, "spec": spec}
+    place.cluster.create(SERVICE, place.namespace, theirs)
+    place.start()
+    place.submit()
+    eventually("it is told", lambda: condition(place).get("reason") == "NameTaken")
+    assert "Service job-head" in condition(place)["message"]
+    assert place.cluster.get(SERVICE, place.namespace, "job-head")["spec"]["selector"] == {"app": "web"}
+
+
+def test_a_pass_on_a_cache_that_is_behind_makes_nothing_twice(place: World) -> None:
+    """No informer runs: the cache stays as it was before the first pass."""
+    place.submit()
+    clock, asked = ManualClock(), list[Key]()
+    caches, expectations = Caches(asked.append, asked.append), Expectations(patience_s=10)
+    caches.stores[JOB].put(pruned(JOB, place.job()))
+    poller = Poller(PollSettings(), asked.append, asked.append, clock, Random(1), lambda _: None)
+    poller.start()
+    applier = Applier(place.cluster, caches, expectations, poller, clock, lambda: None)
+    events = Events(place.cluster, clock, "x", lambda: None)
+    reconciler = Reconciler(caches, place.cluster, expectations, poller, applier, events, plan, clock, Random(1), 30.0)
+    key = Key(place.namespace, "job")
+    try:
+        reconciler.reconcile(key)
+        place.wait_for_pods(*FULL)
+        for _ in range(3):
+            assert reconciler.reconcile(key).again_in_s is not None
+            caches.stores[JOB].put(pruned(JOB, place.job()))  # the status has arrived, the Pods have not
+            clock.advance(11)
+        assert sorted(place.pods()) == [f"job-{name}" for name in FULL]
+        place.delete_pod("job-node-3")  # made and gone without the cache ever seeing it
+        for pod in place.pods().values():
+            caches.stores[POD].put(pruned(POD, pod))
+        clock.advance(11)
+        reconciler.reconcile(key)
+        reconciler.reconcile(key)
+        place.wait_for_pods("head-0", "node-1", "node-2", "node-4")
+    finally:
+        poller.stop()
+
+
+def test_readiness_waits_for_all_caches_and_health_says_what_is_wrong(place: World) -> None:
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "nobody"}}
+    place.cluster.create(_ACCOUNT, place.namespace, account)
+    token = place.api.kubectl("-n", place.namespace, "create", "token", "nobody").stdout.strip()
+    operator = place.start(kubeconfig=place.api.write_kubeconfig("nobody", token))
+    eventually("the operator answers", lambda: operator.check("/healthz")[0] == 200)
+    status, text = operator.check("/readyz")
+    assert status == 503
+    assert "trainingjobs are not listed yet" in text
+    assert "pods is forbidden" in eventually(
+        "the reason is logged", lambda: "pods is forbidden" in operator.log() and operator.log()
+    )
+
+
+def test_sigterm_ends_in_order(place: World) -> None:
+    operator = place.start()
+    operator.acting()
+    assert place.holder() == "one"
+    operator.signal(signal.SIGTERM)
+    assert operator.ended() == 0
+    assert place.holder() == ""
+
+
+_ACCOUNT = type(POD)("ServiceAccount", "v1", "serviceaccounts")
+
+
+def test_the_job_can_be_deleted_while_its_controller_is_asked(place: World, controllers: Controllers) -> None:
+    operator = place.start(controller_port=controllers.port)
+    job: Object = place.submit()
+    place.wait_for_pods(*FULL)
+    run_head(place, controllers, 1, phase="Running")
+    eventually("the controller is heard", lambda: place.status().get("phase") == "Running", 5)
+    place.cluster.delete(JOB, place.namespace, "job", job["metadata"]["uid"], None)
+    eventually("nobody is asked", lambda: operator.metrics()["outlast_operator_controllers"] == 0)
+    threading.Event().wait(0.5)
+    assert operator.metrics()["outlast_operator_queue_depth"] == 0
