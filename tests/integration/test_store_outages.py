@@ -2,8 +2,8 @@
 that die while they write to it. Training goes on in each, the events say what is wrong, the last step gets there, the
 weights are those of the undisturbed run, and what is in the bucket afterwards restores.
 
-Everything happens by coordinate: an event of the run, or the n-th request of a kind, which a door holds until told.
-``--pace`` keeps the job training for as long as an outage lasts, however fast the machine is.
+Everything happens by coordinate: an event of the run, or the n-th request of a kind, which a door holds until told. The
+job is paced for as long as that lasts, so that it trains meanwhile however fast the machine is.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from outlast.checkpoint.archive import Archive
 from outlast.checkpoint.store import StoreOptions, open_store
 from support.lines import Line, line_to
 from support.runs import Outcome, job, trainctl_run
-from support.s3door import Door
+from support.s3door import Asked, Door, Hold
 from support.stores import environment, new_bucket, s3
 from support.story import Story, meanwhile
 
 pytestmark = pytest.mark.timeout(400)
 
+STEPS = 200
+FSDP = ("--parallel", "fsdp", "--global-batch", "256", "--steps", str(STEPS))
 OUTAGE_S = 30.0
 ALL = frozenset({"all"})
 CLIENT = Config(s3={"addressing_style": "path"})
@@ -106,11 +108,21 @@ def site(folder: pathlib.Path, buckets: pathlib.Path | None = None) -> Iterator[
             door.close()
 
 
-def durable(site: Site, steps: int, pace: float, *arguments: str, **spec: Any) -> dict[str, Any]:
-    """The FSDP job of ``test_durable`` with a snapshot every 2 steps and, unless said otherwise, a checkpoint every 10."""
-    given = ("--parallel", "fsdp", "--global-batch", "256", "--steps", str(steps), "--pace", str(pace), *arguments)
-    checkpoint = {"url": f"s3://{site.bucket}/store", "interval": 10, **spec.pop("checkpoint", {})}
-    return job("train.py", *given, checkpoint=checkpoint, snapshot={"everySteps": 2}, **spec)
+LARGE = ("--width", "1024")
+"""Images of 19 MB: two parts each."""
+
+
+def durable(site: Site, folder: pathlib.Path, pace: float, *arguments: str, **spec: Any) -> dict[str, Any]:
+    """An FSDP job with a snapshot every 2 steps and a checkpoint every 4, unless said otherwise. A step takes ``pace``
+    seconds at least until `hurry`."""
+    paced = ("--pace", str(pace), "--pace-until", str(folder / "hurry"))
+    checkpoint = {"url": f"s3://{site.bucket}/store", "interval": 4, **spec.pop("checkpoint", {})}
+    return job("train.py", *FSDP, *paced, *arguments, checkpoint=checkpoint, snapshot={"everySteps": 2}, **spec)
+
+
+def hurry(folder: pathlib.Path) -> None:
+    """What was to happen while the job trains has happened."""
+    (folder / "hurry").touch()
 
 
 @pytest.fixture(scope="module")
@@ -118,29 +130,20 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outco
     """Runs without faults and without a store, once for each kind of job: what the others must end with."""
     known: dict[tuple[str, ...], Outcome] = {}
 
-    def run(steps: int, *arguments: str) -> Outcome:
-        key = (str(steps), *arguments)
-        if key not in known:
-            given = ("--parallel", "fsdp", "--global-batch", "256", "--steps", str(steps), *arguments)
-            known[key] = trainctl_run(job("train.py", *given), tmp_path_factory.mktemp("undisturbed"))
-            assert known[key].status == 0, known[key].output
-        return known[key]
+    def run(*arguments: str) -> Outcome:
+        if arguments not in known:
+            spec = job("train.py", *FSDP, *arguments)
+            known[arguments] = trainctl_run(spec, tmp_path_factory.mktemp("undisturbed"))
+            assert known[arguments].status == 0, known[arguments].output
+        return known[arguments]
 
     return run
 
 
-def check_run(outcome: Outcome, reference: Outcome, steps: int) -> None:
+def check_run(outcome: Outcome, reference: Outcome) -> None:
     assert outcome.status == 0, outcome.output
     assert outcome.digest == reference.digest
-    assert outcome.report["checkpoints"]["last_step"] == steps
-
-
-def restored_elsewhere(site: Site, spec: dict[str, Any], folder: pathlib.Path, reference: Outcome, step: int) -> None:
-    """Another machine goes on from what the bucket holds, from that step, to the same end."""
-    resumed = trainctl_run(spec, folder, options=("--resume",))
-    assert resumed.status == 0, resumed.output
-    assert resumed.events("restored")[0]["fields"]["step"] == step
-    assert resumed.digest == reference.digest
+    assert outcome.report["checkpoints"]["last_step"] == STEPS
 
 
 # --- outages --------------------------------------------------------------------------------------------------------
@@ -155,67 +158,75 @@ def training_goes_on(story: Story, least: int) -> Iterator[None]:
     assert {event["attempt"] for event in story.events()} == attempts
 
 
-def test_a_store_that_answers_503_for_half_a_minute_then_cuts_connections(
+def test_a_store_that_is_away_breaks_off_stalls_and_is_slow(
     tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]
 ) -> None:
-    steps, pace = 320, 0.2
+    """One after the other in one run; after each the next checkpoint is complete."""
     with site(tmp_path) as place:
         story = Story(tmp_path / "run")
 
         def break_it() -> None:
-            story.committed()
-            place.door.refusing = ALL
-            with training_goes_on(story, 30):
-                began = time.monotonic()
-                event = story.next("store-unavailable", limit_s=OUTAGE_S)
-                assert "SlowDown (503)" in event["text"], event
-                time.sleep(max(0.0, began + OUTAGE_S - time.monotonic()))
-                step = place.check_readers()[-1]
-            place.door.refusing = frozenset()
-            assert place.door.refused > 0
-            step = story.committed(beyond=step)
+            step = answers_503(place, story, story.committed())
             for break_off in (place.line.reset, lambda: place.line.cut(100_000)):
-                break_off()
-                with training_goes_on(story, 10):
-                    event = story.next("store-unavailable")
-                    assert "onnection" in event["text"], event
-                place.line.clear()
-                step = story.committed(beyond=step)
-                place.check_readers()
+                step = breaks_off(place, story, step, break_off)
+            step = stalls(place, story, step)
+            is_slow(place, story, step)
+            hurry(tmp_path)
 
         with meanwhile(break_it):
-            outcome = trainctl_run(durable(place, steps, pace), tmp_path)
-        check_run(outcome, undisturbed(steps), steps)
-        place.check_end(steps)
+            outcome = trainctl_run(durable(place, tmp_path, 0.7), tmp_path)
+        check_run(outcome, undisturbed())
+        place.check_end(STEPS)
 
 
-def test_a_store_that_stalls_then_is_slow(tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]) -> None:
-    """A request that gets no answer is given up after 20 s by a keeper, 5 s by the controller. What is slow is late:
-    checkpoints are skipped and counted, none fails."""
-    steps, pace = 300, 0.25
-    with site(tmp_path) as place:
-        story = Story(tmp_path / "run")
+def answers_503(place: Site, story: Story, step: int) -> int:
+    """For half a minute, which keepers sit out; each returns the step of the first checkpoint after it."""
+    place.door.refusing = ALL
+    with training_goes_on(story, 20):
+        began = time.monotonic()
+        event = story.next("store-unavailable", limit_s=OUTAGE_S)
+        assert "SlowDown (503)" in event["text"], event
+        time.sleep(max(0.0, began + OUTAGE_S - time.monotonic()))
+        assert place.check_readers()[-1] >= step
+    place.door.refusing = frozenset()
+    assert place.door.refused > 0
+    return story.committed(beyond=step)
 
-        def break_it() -> None:
-            step = story.committed()
-            place.line.stall()
-            with training_goes_on(story, 40):
-                event = story.next("store-unavailable")
-                assert "Read timeout" in event["text"], event
-            place.line.clear()
-            step = story.committed(beyond=step)
-            place.line.slow(40_000)
-            story.next("checkpoint-started")
-            with training_goes_on(story, 10):
-                step = story.committed(beyond=step)
-            place.line.clear()
-            story.committed(beyond=step)
 
-        with meanwhile(break_it):
-            outcome = trainctl_run(durable(place, steps, pace), tmp_path)
-        check_run(outcome, undisturbed(steps), steps)
-        assert outcome.report["checkpoints"]["skipped"] >= 2, outcome.report["checkpoints"]
-        place.check_end(steps)
+def breaks_off(place: Site, story: Story, step: int, break_off: Callable[[], None]) -> int:
+    """Connections are reset, or end within a request, until that is told."""
+    break_off()
+    with training_goes_on(story, 4):
+        event = story.next("store-unavailable")
+        assert "onnection" in event["text"], event
+        assert place.check_readers()[-1] >= step
+    place.line.clear()
+    return story.committed(beyond=step)
+
+
+def stalls(place: Site, story: Story, step: int) -> int:
+    """Requests get no answer: a keeper gives them up after 20 s, the controller after 5 s."""
+    place.line.stall()
+    with training_goes_on(story, 8):
+        event = story.next("store-unavailable")
+        assert "Read timeout" in event["text"], event
+        assert place.check_readers()[-1] >= step
+    place.line.clear()
+    return story.committed(beyond=step)
+
+
+def is_slow(place: Site, story: Story, step: int) -> None:
+    """An upload lasts longer than the interval: checkpoints are skipped and counted, none fails."""
+    before = len([event for event in story.events() if event["kind"] == "checkpoint-failed"])
+    place.line.slow(40_000)
+    story.next("checkpoint-started")
+    with training_goes_on(story, 8):
+        slow = story.next("checkpoint-committed", lambda event: event["fields"]["seconds"] > 5)
+    place.line.clear()
+    after = story.next("checkpoint-started")
+    assert after["fields"]["step"] - slow["fields"]["step"] >= 2 * 4, "at least one was skipped"
+    assert len([event for event in story.events() if event["kind"] == "checkpoint-failed"]) == before
+    story.committed(beyond=step)
 
 
 def test_a_bucket_that_is_full(
@@ -227,19 +238,21 @@ def test_a_bucket_that_is_full(
         filler = small_disk / "filler"
 
         def fill_and_free() -> None:
-            story.committed()
+            step = story.committed()
             stat = os.statvfs(small_disk)
             filler.write_bytes(bytes(stat.f_bavail * stat.f_frsize))
-            with training_goes_on(story, 20):
+            with training_goes_on(story, 10):
                 event = story.next("store-unavailable")
                 assert "(5" in event["text"], event
-                place.check_readers()
+                assert place.check_readers()[-1] >= step
             filler.unlink()
+            story.committed(beyond=step)
+            hurry(tmp_path)
 
         with meanwhile(fill_and_free):
-            outcome = trainctl_run(durable(place, 120, 0.2), tmp_path)
-        check_run(outcome, undisturbed(120), 120)
-        place.check_end(120)
+            outcome = trainctl_run(durable(place, tmp_path, 0.25), tmp_path)
+        check_run(outcome, undisturbed())
+        place.check_end(STEPS)
 
 
 # --- what is in the store is not what was put there -------------------------------------------------------------------
@@ -250,20 +263,15 @@ def test_a_lost_object_and_flipped_bytes_are_passed_over(
 ) -> None:
     """All nodes are lost twice: after the newest checkpoint lost an object, and while bytes of the newest are flipped
     on their way. Each time the one before it is used; the other is in quarantine, and its objects are kept."""
-    steps, pace = 80, 0.25
     everything = [f"node-loss@{step}:{seat}" for step in (28, 58) for seat in range(4)]
     with site(tmp_path) as place:
         story = Story(tmp_path / "run")
 
         def spoil() -> None:
             story.next("checkpoint-committed", lambda event: event["fields"]["step"] == 20)
-            entry = place.archive().find(20)
-            image = place.archive().manifest(entry).images[1]
-            with environment(place.direct):
-                client = boto3.session.Session().client("s3", config=CLIENT)
-                client.delete_object(Bucket=place.bucket, Key=f"{urlsplit(place.url).path[1:]}/{image.key}")
+            lost = lose_object(place, 20)
             event = story.next("checkpoint-quarantined")
-            assert f"{image.key} is missing" in event["text"], event
+            assert f"{lost} is missing" in event["text"], event
             assert story.next("restored")["fields"]["step"] == 10
             story.next("checkpoint-committed", lambda event: event["fields"]["step"] == 50)
             generation = str(place.archive().find(50).generation)
@@ -272,125 +280,140 @@ def test_a_lost_object_and_flipped_bytes_are_passed_over(
             assert "do not verify" in event["text"], event
             assert story.next("restored")["fields"]["step"] == 40
             place.door.flips = lambda _: False
+            hurry(tmp_path)
 
+        spec = durable(place, tmp_path, 0.25, checkpoint={"interval": 10})
         with meanwhile(spoil):
-            outcome = trainctl_run(durable(place, steps, pace), tmp_path, everything, ("--replace-after", "1"))
+            outcome = trainctl_run(spec, tmp_path, everything, ("--replace-after", "1"))
         assert place.door.flipped > 0
-        check_run(outcome, undisturbed(steps), steps)
-        place.check_end(steps)
+        check_run(outcome, undisturbed())
+        place.check_end(STEPS)
+
+
+def lose_object(place: Site, step: int) -> str:
+    """Remove an image of a checkpoint behind its back; its key."""
+    archive = place.archive()
+    image = archive.manifest(archive.find(step)).images[1]
+    with environment(place.direct):
+        client = boto3.session.Session().client("s3", config=CLIENT)
+        client.delete_object(Bucket=place.bucket, Key=f"{urlsplit(place.url).path[1:]}/{image.key}")
+    return image.key
 
 
 # --- who writes dies --------------------------------------------------------------------------------------------------
 
-LARGE = ("--width", "1024")
-"""Images of 19 MB: two parts each."""
+
+@dataclass(frozen=True)
+class Point:
+    """Where seat 1's keeper is killed: at the ``number``-th request of a kind, before the server sees it or after it
+    was ``answered``. Requests are those for its image, and the controller's that make a checkpoint of all."""
+
+    what: str
+    number: int = 1
+    answered: bool = False
+
+    @contextmanager
+    def held(self, door: Door) -> Iterator[Hold]:
+        before, of_seat = door.seen["manifest"], "" if self.what in ("manifest", "head") else "rank-00001"
+
+        def where(asked: Asked) -> bool:
+            return of_seat in asked.key and (asked.what != "head" or door.seen["manifest"] > before)
+
+        with door.holding(self.what, self.number, answered=self.answered, where=where) as hold:
+            yield hold
 
 
-def test_a_keeper_is_killed_at_each_point_of_an_upload(
+POINTS = (
+    Point("part", 1),
+    Point("part", 2),
+    Point("complete"),
+    Point("complete", answered=True),
+    Point("manifest"),
+    Point("manifest", answered=True),
+    Point("head", answered=True),
+)
+
+
+def test_keepers_and_controllers_are_killed_at_each_point_of_a_checkpoint(
     tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]
 ) -> None:
-    """Seat 1's, of whose images a request is held meanwhile, or the controller's that makes a checkpoint of them."""
-    steps = 70
+    """Seat 1's keeper at each point; then the controller between manifest and head, where its request for the head goes
+    nowhere the first time, and has been sent already, arriving after its sender's death, the second time."""
     with site(tmp_path) as place:
-        story, door = Story(tmp_path / "run"), place.door
+        story = Story(tmp_path / "run")
 
         def kill_at_each() -> None:
             step = story.committed()
-            for what, number, answered in (
-                ("part", 1, False),
-                ("part", 2, False),
-                ("complete", 1, False),
-                ("complete", 1, True),
-                ("manifest", 1, False),
-                ("manifest", 1, True),
-                ("head", 1, True),
-            ):
-                of_seat = "" if what in ("manifest", "head") else "rank-00001"
-                before = door.seen["manifest"]
-                after_manifest = what != "head" or None
-                with door.holding(
-                    what,
-                    number,
-                    answered=answered,
-                    where=lambda asked, of=of_seat, any_=after_manifest, before=before: (
-                        of in asked.key and (any_ or door.seen["manifest"] > before)
-                    ),
-                ) as hold:
-                    hold.wait()
-                    story.kill_keeper(1)
-                    place.check_readers()
-                    story.next("keeper-lost")
-                step = story.committed(beyond=step)
-                place.check_readers()
+            for point in POINTS:
+                step = killed_keeper(place, story, point, step)
+            assert {event["attempt"] for event in story.events()} <= {0, 1}, "a keeper is no loss"
+            for deliver in (False, True):
+                step = killed_controller(place, story, deliver, step)
+            hurry(tmp_path)
 
         with meanwhile(kill_at_each):
-            outcome = trainctl_run(durable(place, steps, 0.25, *LARGE, checkpoint={"interval": 4}), tmp_path)
-        check_run(outcome, undisturbed(steps, *LARGE), steps)
-        assert outcome.recoveries == [], "a keeper is no loss"
-        place.check_end(steps)
+            outcome = trainctl_run(durable(place, tmp_path, 0.25, *LARGE), tmp_path)
+        check_run(outcome, undisturbed(*LARGE))
+        place.check_end(STEPS)
 
 
-def test_a_controller_is_killed_between_manifest_and_head(
-    tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]
-) -> None:
-    """The first time its request for the head goes nowhere; the second time it was sent already, and arrives after its
-    sender's death."""
-    steps = 120
-    with site(tmp_path) as place:
-        story, door = Story(tmp_path / "run"), place.door
+def killed_keeper(place: Site, story: Story, point: Point, step: int) -> int:
+    """The step of the first checkpoint after it."""
+    with point.held(place.door) as hold:
+        hold.wait()
+        story.kill_keeper(1)
+        place.check_readers()
+        story.next("keeper-lost")
+    after = story.committed(beyond=step)
+    place.check_readers()
+    return after
 
-        def kill_twice() -> None:
-            step = story.committed()
-            for deliver in (False, True):
-                before = door.seen["manifest"]
-                with door.holding(
-                    "head", deliver=deliver, where=lambda _, before=before: door.seen["manifest"] > before
-                ) as hold:
-                    hold.wait()
-                    os.kill(story.controller(), signal.SIGKILL)
-                    assert place.check_readers()[-1] == step
-                story.next("controller-started")
-                step = story.committed(beyond=step)
-                place.check_readers()
 
-        with meanwhile(kill_twice):
-            outcome = trainctl_run(durable(place, steps, 0.25), tmp_path)
-        check_run(outcome, undisturbed(steps), steps)
-        place.check_end(steps)
+def killed_controller(place: Site, story: Story, deliver: bool, step: int) -> int:
+    """The step of the first checkpoint after it."""
+    before = place.door.seen["manifest"]
+    where = lambda _: place.door.seen["manifest"] > before  # noqa: E731
+    with place.door.holding("head", deliver=deliver, where=where) as hold:
+        hold.wait()
+        readable = place.check_readers()
+        os.kill(story.controller(), signal.SIGKILL)
+    story.next("controller-started")
+    after = story.committed(beyond=max(step, readable[-1]))
+    place.check_readers()
+    return after
 
 
 def test_a_controller_that_was_paused_at_the_commit_moves_nothing(
     tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]
 ) -> None:
     """Stopped when its manifest is written, it wakes after another machine has gone on from the checkpoint before."""
-    steps = 80
     with site(tmp_path) as place:
-        first, second, door = Story(tmp_path / "first" / "run"), Story(tmp_path / "second" / "run"), place.door
-        spec = durable(place, steps, 0.25)
-        taken: list[int] = []
+        first, second = Story(tmp_path / "first" / "run"), Story(tmp_path / "second" / "run")
+        spec = durable(place, tmp_path, 0.25)
 
-        def pause_take_over_and_wake() -> None:
+        def pause_and_take_over() -> None:
             step = first.committed()
-            with door.holding("manifest", answered=True) as hold:
+            with place.door.holding("manifest", answered=True) as hold:
                 hold.wait()
-                controller = first.controller()
-                os.kill(controller, signal.SIGSTOP)
+                paused = first.controller()
+                os.kill(paused, signal.SIGSTOP)
             assert place.check_readers()[-1] == step
-            with meanwhile(lambda: wake(controller)):
+            with meanwhile(lambda: wake(paused)):
                 resumed = trainctl_run(spec, tmp_path / "second", options=("--resume",), alone=False)
             assert resumed.events("restored")[0]["fields"]["step"] == step
-            taken.append(step)
-            check_run(resumed, undisturbed(steps), steps)
+            check_run(resumed, undisturbed())
 
-        def wake(controller: int) -> None:
+        def wake(paused: int) -> None:
             second.next("restored")
-            os.kill(controller, signal.SIGCONT)
+            os.kill(paused, signal.SIGCONT)
+            first.next("claim-lost")
+            hurry(tmp_path)
 
-        with meanwhile(pause_take_over_and_wake):
+        with meanwhile(pause_and_take_over):
             outcome = trainctl_run(spec, tmp_path / "first", alone=False)
         assert outcome.status == 1, outcome.output
         assert "taken over" in outcome.output
-        place.check_end(steps)
+        place.check_end(STEPS)
 
 
 @pytest.fixture

@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--work", type=int, default=1, help="repeat the forward: makes a step longer")
     parser.add_argument("--pace", type=float, default=0.0, help="seconds that a step takes at least")
+    parser.add_argument("--pace-until", default="", help="a file that, once it is there, ends that")
     parser.add_argument("--global-batch", type=int, default=64)
     parser.add_argument("--micro-batch", type=int, default=None)
     parser.add_argument("--workers", type=int, default=0)
@@ -186,7 +187,8 @@ def main() -> None:
         notes["losses"] = notes["losses"][-5:]
         if record is not None:
             record.step()
-        time.sleep(args.pace)
+        if args.pace and not pathlib.Path(args.pace_until).exists():
+            time.sleep(args.pace)
         run.report(loss=loss.detach(), noise=random.random())
 
 
