@@ -268,6 +268,7 @@ def test_a_commit_is_tried_until_the_store_answers(tmp_path: Path) -> None:
         event = at.answer()
         assert isinstance(event, m.CheckpointCommitted)
         assert event.checkpoint.generation == generation(1, 5)
+        assert at.kinds() == ["store-unavailable"], "once, however often it is tried"
 
 
 @pytest.mark.parametrize(

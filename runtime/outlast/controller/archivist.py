@@ -226,6 +226,9 @@ class Archivist:
 
     def _commit_failed(self, order: m.CommitCheckpoint, reason: str, trouble: StoreTrouble) -> None:
         if trouble == "unavailable":
+            if self._unfinished is None or self._unfinished.order is not order:
+                text = f"the commit of step {order.generation.step} waits for the store and is tried again: {reason}"
+                self._log("store-unavailable", text, {"generation": str(order.generation)})
             self._postpone(order)
             waiting = self._unfinished
             if waiting is not None and waiting.due - waiting.since <= self._commit_s:
