@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from outlast import kube
+from support.clusterfaults import Faults
 from support.labs import Lab
 from support.trainingjobs import Job, job, template
 
@@ -50,69 +51,6 @@ def test_a_job_goes_on(
     assert status["checkpoint"]["step"] == STEPS, "the last step is always checkpointed"
     assert status["restartCount"] >= len(costs) - 2, "every fault but those that hand over is a restart"
     timings["steps"], timings["goodput"] = STEPS, status["goodput"]
-
-
-class Faults:
-    """What happens to the job, and how it is made good."""
-
-    def __init__(self, victim: Job) -> None:
-        self._job, self._lab = victim, victim.lab
-        self._off: list[str] = []
-        self._drained: list[str] = []
-
-    def in_turn(self) -> list[tuple[str, Callable[[], None]]]:
-        return [
-            ("container killed", self.kill_a_container),
-            ("Pod deleted", self.delete_a_pod),
-            ("node powered off", self.power_off_a_machine),
-            ("node drained", self.drain_a_machine),
-            ("head deleted", self.delete_the_head),
-            ("operator deleted while recovering", self.delete_a_pod_and_the_operator),
-        ]
-
-    def await_spare(self) -> None:
-        """Three nodes train and one waits: the operator has replaced what was lost."""
-        self._job.watch_steps("whole again", 120, lambda s: s["stage"] == "running" and s["workers"]["spares"] >= 1)
-
-    def repair(self) -> None:
-        for machine in self._off:
-            self._lab.power_on(machine)
-        for machine in self._drained:
-            self._lab.kubectl("uncordon", machine)
-        self._off, self._drained = [], []
-
-    def kill_a_container(self) -> None:
-        self._lab.kill_container(self._job.seated()[1], kube.CONTAINER)
-
-    def delete_a_pod(self) -> None:
-        self._delete(self._job.seated()[0], "--grace-period=1")
-
-    def power_off_a_machine(self) -> None:
-        machine = self._machine_without_head()
-        self._lab.power_off(machine)
-        self._off.append(machine)
-
-    def drain_a_machine(self) -> None:
-        machine = self._machine_without_head()
-        self._drained.append(machine)
-        self._lab.kubectl("drain", machine, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s")
-
-    def delete_the_head(self) -> None:
-        self._delete(self._job.head())
-
-    def delete_a_pod_and_the_operator(self) -> None:
-        self._delete(self._job.seated()[2], "--grace-period=1")
-        self._job.watch_steps("stopping", 30, lambda status: status["stage"] != "running")
-        where = ["-n", "outlast-system", "-l", "app.kubernetes.io/name=outlast"]
-        self._lab.kubectl("delete", "pod", *where, "--grace-period=0", "--force", "--wait=false")
-
-    def _machine_without_head(self) -> str:
-        head = self._job.head()["spec"]["nodeName"]
-        return next(p["spec"]["nodeName"] for p in self._job.seated() if p["spec"]["nodeName"] != head)
-
-    def _delete(self, pod: dict[str, Any], *options: str) -> None:
-        name = pod["metadata"]["name"]
-        self._lab.kubectl("-n", self._job.namespace, "delete", "pod", name, "--wait=false", *options)
 
 
 def test_pods_have_what_they_need_and_no_more(release: Lab, submit: Submit) -> None:
