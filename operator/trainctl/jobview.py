@@ -65,7 +65,8 @@ def why(resource: Object) -> str:
 
 
 def job_facts(resource: Object, live: Mapping[str, Any] | None, now: float) -> list[tuple[str, str]]:
-    """(name, value) of one job, in the order to show them."""
+    """(name, value) of one job, in the order to show them. Of a job that has ended the resource has the last word."""
+    live = None if phase_of(resource) in ENDED else live
     status = resource.get("status") or {}
     rows = [("job", f"{resource['metadata'].get('namespace', 'default')}/{resource['metadata']['name']}")]
     reason = why(resource)

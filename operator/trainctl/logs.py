@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from outlast.errors import ObjectMissing, OutlastError, RequestError
+from outlast.errors import ObjectMissing, OutlastError, RequestError, StoreError
 from outlast.kube import HEAD_ROLE, NODE_ROLE, pod_index
 from outlast.quantities import parse_duration
 from trainctl.cluster.connection import Cluster, Json
@@ -124,10 +124,17 @@ class _RankLogs:
             self._note_older(attempt)
             self._print(found[attempt])
             return attempt
-        stored = self._stored(attempt) if not self._asked.follow or attempt < self._current else None
-        if stored is None and not self._asked.follow:
-            raise OutlastError(self._nothing(len(containers)))
+        if not self._asked.follow:
+            self._show_stored(attempt, len(containers))
         return attempt
+
+    def _show_stored(self, attempt: int, pods: int) -> None:
+        try:
+            stored = self._stored(attempt)
+        except StoreError as error:
+            raise OutlastError(f"{self._nothing(pods)}. The store cannot be asked from here: {error}") from error
+        if stored is None:
+            raise OutlastError(self._nothing(pods))
 
     def _places(self, containers: Sequence[Container]) -> list[Sequence[Container]]:
         """Where to look, one after the other: the Pod that has the rank now, then all of them."""
