@@ -61,7 +61,7 @@ def local_digest(lab: Lab, namespace: str, steps: int, ranks: int) -> str:
     name = f"undisturbed-{steps}-{ranks}"
     file = yaml.safe_dump(job("undisturbed", steps, replicas=ranks))
     about = {"name": name, "namespace": namespace}
-    container = {
+    run = {
         "name": "run",
         "image": "outlast-training:dev",
         "command": ["sh", "-ec", _LOCALLY],
@@ -72,7 +72,7 @@ def local_digest(lab: Lab, namespace: str, steps: int, ranks: int) -> str:
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
-        "containers": [container],
+        "containers": [run],
         "volumes": [
             {"name": "job", "configMap": {"name": name}},
             {"name": "memory", "emptyDir": {"medium": "Memory"}},
@@ -86,7 +86,8 @@ def local_digest(lab: Lab, namespace: str, steps: int, ranks: int) -> str:
         ended = ["wait", "-n", namespace, f"pod/{name}", "--timeout=240s"]
         lab.kubectl(*ended, "--for=jsonpath={.status.containerStatuses[0].state.terminated}", timeout=260)
         told = lab.kubectl("-n", namespace, "logs", name)
-        assert lab.get("-n", namespace, "pod", name)["status"]["phase"] == "Succeeded", told
+        (container,) = lab.get("-n", namespace, "pod", name)["status"]["containerStatuses"]
+        assert container["state"]["terminated"]["exitCode"] == 0, told
         return told.split()[-1]
     finally:
         lab.kubectl("-n", namespace, "delete", f"pod/{name}", f"configmap/{name}", "--grace-period=1")
