@@ -60,7 +60,7 @@ class KeeperHost:
 
     def __init__(self, config: NodeConfig, job: TrainingJob, forks: ForkClient, clock: Clock) -> None:
         self._config, self._forks, self._clock = config, forks, clock
-        limits = (job.spec.snapshot.max_memory, config.share and config.share.bytes)
+        limits = (job.spec.snapshot.max_memory, None if config.share is None else config.share.bytes)
         self._max_memory = min((limit for limit in limits if limit is not None), default=None)
         self._program = _PLAIN if job.spec.checkpoint is None else _DURABLE
         self._info = Path(config.socket_dir) / "keeper.json"
