@@ -49,7 +49,7 @@ def test_a_job_goes_on(
     assert status["step"] == STEPS
     assert status["weightsDigest"] == expected
     assert status["checkpoint"]["step"] == STEPS, "the last step is always checkpointed"
-    assert status["restartCount"] >= len(costs) - 2, "every fault but those that hand over is a restart"
+    assert status["restartCount"] >= 2, "a killed container and a lost machine cannot hand over"
     timings["steps"], timings["goodput"] = STEPS, status["goodput"]
 
 

@@ -109,9 +109,10 @@ def test_too_little_memory_is_refused_with_the_sum(submit: Submit) -> None:
     container = {"resources": {"requests": {"memory": "512Mi"}, "limits": {"memory": "1Gi"}}}
     resource = job("narrow", 10, replicas=2, workers={"template": template(container)})
     narrow = submit(resource)
-    status = narrow.until_phase("Failed", 30)
-    message = next(c["message"] for c in status["conditions"] if c["type"] == "Failed")
-    assert "512" in message, "snapshot.maxMemory"
-    assert "256" in message, "Ray's"
-    assert "1Gi" in message or "1 GiB" in message or "1024" in message
+    seen = narrow.until("refused", 30, lambda r: narrow.condition(r, "Ready").get("reason") == "InvalidSpec")
+    message = narrow.condition(seen, "Ready")["message"]
+    assert "limits.memory" in message, "where"
+    assert "512Mi" in message
+    assert "256Mi for Ray + 1Gi" in message
+    assert "= 1792Mi" in message, "the sum"
     assert not narrow.pods(kube.NODE_ROLE)

@@ -168,7 +168,10 @@ class Job:
         return dict(self.until(phase, seconds, there)["status"])
 
     def until_gone(self, seconds: float) -> None:
-        self.until("gone", seconds, lambda resource: not resource)
+        """Returns when the resource is no more."""
+        self.lab.kubectl(
+            "-n", self.namespace, "wait", "--for=delete", f"trainingjob/{self.name}", f"--timeout={seconds:g}s"
+        )
 
     def condition(self, resource: Resource, kind: str) -> dict[str, Any]:
         conditions = resource.get("status", {}).get("conditions", [])
@@ -190,7 +193,7 @@ class Job:
     def seated(self) -> list[dict[str, Any]]:
         """Node Pods that train at the moment, by seat."""
         nodes = self.ask()["nodes"].values()
-        seats = {node["node"]: node["seat"] for node in nodes if node["seat"] is not None and node["state"] == "alive"}
+        seats = {node["node"]: node["seat"] for node in nodes if node["state"] == "active"}
         pods = {pod["metadata"]["name"]: pod for pod in self.pods(kube.NODE_ROLE)}
         return [pods[name] for name in sorted(seats, key=lambda name: seats[name]) if name in pods]
 
