@@ -41,6 +41,7 @@ from outlast.agent.rank_news import RankNews, Send
 from outlast.agent.ranklink import Message
 from outlast.agent.ranks import Rank, Ranks
 from outlast.agent.reactor import Reactor
+from outlast.agent.shipping import Shipping
 from outlast.agent.uploading import Uploading
 from outlast.api import TrainingJob
 from outlast.clock import Clock, SystemClock
@@ -91,6 +92,7 @@ class NodeAgent:
         self._keeper = KeeperTasks(config.node, self._job, self._host, self._reactor, self._emit, self._clock)
         self._uploading = Uploading(config.node, self._keeper, lambda: self._record, self._emit)
         self._departure = Departure(config.node, self._memory, self._forks, self._emit, self._clock)
+        self._shipping = Shipping(config, self._job, self._forks, self._reactor, self._emit, self._clock)
         self._news = RankNews(config.node, self._reactor, send, self._clock)
         self._ranks: Ranks | None = None
         self._clearing: Clearing | None = None
@@ -123,6 +125,7 @@ class NodeAgent:
         write_pid(Path(self.config.socket_dir), "agent", os.getpid())
         self._forks.attend(self.config.grace_s)
         self._reactor.post(self._beat)
+        self._reactor.post(lambda: self._shipping.ship_last(self._record))
         self._reactor.start()
         self._watch = KeeperWatch(
             self._host,
@@ -148,7 +151,8 @@ class NodeAgent:
         """Kill the ranks, wait for their ends, disconnect. The keeper stays for the next agent."""
         if self._watch is not None:
             self._watch.close()
-        self._reactor.post(self._kill)
+        if self._ranks is not None:
+            self._reactor.post(self._ranks.kill)
         deadline = time.monotonic() + CONFIRM_S
         while (ranks := self._ranks) is not None and ranks.alive() and time.monotonic() < deadline:
             time.sleep(_POLL_S)
@@ -159,10 +163,6 @@ class NodeAgent:
         self._forks.close()
         self._port.close()
         remove_pid(Path(self.config.socket_dir), "agent", os.getpid())
-
-    def _kill(self) -> None:
-        if self._ranks is not None:
-            self._ranks.kill()
 
     # --- telling ----------------------------------------------------------------------------------------------------
 
@@ -306,8 +306,7 @@ class NodeAgent:
             ranks.load(restore_message(self.config.node, self._memory, start, limits))
 
     def _do_permit(self, instruction: m.Permit) -> None:
-        node = self.config.node
-        self._tell_ranks(instruction.generation, lambda rank: permit(instruction, node, rank.local_rank))
+        self._tell_ranks(instruction.generation, lambda it: permit(instruction, self.config.node, it.local_rank))
 
     def _tell_ranks(self, generation: Generation, message: Callable[[Rank], Message]) -> None:
         """A snapshot concerns the ranks of the attempt that takes it."""
@@ -329,7 +328,7 @@ class NodeAgent:
         """No rank lives here any more, nor is one to: end all that is left of the node."""
         if self._watch is not None:
             self._watch.close()
-        self._departure.release()
+        self._shipping.when_done(self._departure.release)
 
     def _do_dump(self, instruction: m.DumpStacks) -> None:
         subjects = self._ranks.subjects() if self._ranks is not None else []
@@ -367,6 +366,7 @@ class NodeAgent:
         if self._ranks is not None:
             self._news.last_words(self._ranks)
             self._ranks.close()
+            self._shipping.ship(self._ranks.attempt, self._ranks.instruction.seat)
             self._ranks = None
         clearing.then(left)
         return True
@@ -374,11 +374,10 @@ class NodeAgent:
     # --- what happens -----------------------------------------------------------------------------------------------
 
     def _on_keeper(self, serving: Serving | None) -> None:
-        node = self.config.node
         if serving is None:
-            self._emit(m.KeeperLost(node))
+            self._emit(m.KeeperLost(self.config.node))
         elif self._keeper_lost:  # the first one's address is told by Joined
-            self._emit(m.KeeperBack(node, *serving.address))
+            self._emit(m.KeeperBack(self.config.node, *serving.address))
         self._keeper_lost = serving is None
         self._inform()
 
@@ -392,6 +391,7 @@ class NodeAgent:
     def _on_exit(self, exit_: Exit) -> None:
         if exit_.id == KEEPER and self._watch is not None:
             self._watch.ended(exit_)
+        self._shipping.ended(exit_)
         ranks = self._ranks
         rank = ranks.take_exit(exit_) if ranks is not None else None
         if ranks is not None and rank is not None:

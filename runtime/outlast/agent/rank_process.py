@@ -14,6 +14,7 @@ from outlast.agent.forkprotocol import Spawn, program
 from outlast.agent.isolation import Isolate
 from outlast.api import TrainingJob
 from outlast.config import NodeConfig
+from outlast.joblogs import log_file
 from outlast.messages.events import ErrorInfo
 from outlast.messages.instructions import Start
 
@@ -30,8 +31,8 @@ class RankFiles:
 
     @classmethod
     def of(cls, config: NodeConfig, start: Start, rank: int) -> RankFiles:
-        sockets, name = Path(config.socket_dir), f"rank-{rank}.attempt-{start.attempt.number}"
-        return cls(link_path(config, start), Path(config.log_dir) / f"{name}.log", sockets / f"{name}.error.json")
+        sockets, name = Path(config.socket_dir), log_file(start.attempt.number, rank)
+        return cls(link_path(config, start), Path(config.log_dir) / name, sockets / f"{name}.error.json")
 
 
 def link_path(config: NodeConfig, start: Start) -> Path:

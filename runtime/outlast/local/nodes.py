@@ -22,6 +22,7 @@ from typing import Any
 
 from outlast.agent.forkprotocol import ServerSetup
 from outlast.agent.pidfiles import node_pids
+from outlast.agent.shipping import SETTLE_S, under_way
 from outlast.config import Isolation, MemoryShare, NodeConfig
 from outlast.errors import OutlastError
 from outlast.hosting import processes
@@ -195,6 +196,15 @@ class LocalNodes:
                 seen[name] = ended
                 await self.lose(name)
         return seen
+
+    async def settle_logs(self) -> bool:
+        """Wait for ranks' logs on their way into the store, so long at most; whether all have got there."""
+        deadline = time.monotonic() + SETTLE_S
+        while any(under_way(Path(node.config.socket_dir)) for node in self.present()):
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.05)
+        return True
 
     def resume(self, node: str) -> None:
         """SIGCONT everything that ``pause`` stopped."""

@@ -41,17 +41,17 @@ class Console:
         self._descriptor, self._common, self._clock = descriptor, dict(common), clock or SystemClock()
         self._lines: queue.Queue[bytes | None] = queue.Queue(MOST_WAITING)
         self._dropped = 0
-        self._lock = threading.Lock()
+        self._lock, self._counting = threading.Lock(), threading.Lock()
         self._thread = threading.Thread(target=self._carry, name="outlast-console", daemon=True)
         self._thread.start()
 
     def say(self, event: str, **fields: Any) -> None:
         """Add a line; it is dropped when thousands wait already."""
-        line = line_of(self._clock.wall(), event, {**self._common, **fields})
         try:
-            self._lines.put_nowait(line.encode(errors="backslashreplace") + b"\n")
+            self._lines.put_nowait(self._line(event, fields))
         except queue.Full:
-            self._dropped += 1
+            with self._counting:
+                self._dropped += 1
 
     def write(self, lines: bytes) -> None:
         """Write whole lines as they are, however long that takes."""
@@ -70,9 +70,14 @@ class Console:
             return
         self._thread.join(_FLUSH_S)
 
+    def _line(self, event: str, fields: Mapping[str, Any]) -> bytes:
+        text = line_of(self._clock.wall(), event, {**self._common, **fields})
+        return text.encode(errors="backslashreplace") + b"\n"
+
     def _carry(self) -> None:
         while (line := self._lines.get()) is not None:
             self.write(line)
-            if self._dropped:
+            with self._counting:
                 dropped, self._dropped = self._dropped, 0
-                self.say("lines-dropped", lines=dropped, reason="the output was not read in time")
+            if dropped:
+                self.write(self._line("lines-dropped", {"lines": dropped, "reason": "the output was not read in time"}))

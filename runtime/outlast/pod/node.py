@@ -22,7 +22,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from outlast.agent import forkclient
-from outlast.agent.pidfiles import node_pids
+from outlast.agent.shipping import SETTLE_S, under_way
 from outlast.api import TrainingJob
 from outlast.config import NodeConfig
 from outlast.errors import RequestError
@@ -43,8 +43,6 @@ MARGIN_S = 5.0
 HEADLESS_S = 5.0
 """A node that leaves waits so long for a head that does not answer."""
 PROBE_S = 0.5
-LOGS_S = 30.0
-"""Seconds that ranks' logs have to get into the store when all is over."""
 _PRIVATE = 0o700
 
 
@@ -133,11 +131,10 @@ class NodePod:
 
     async def _logs_stored(self) -> None:
         """Wait until no process puts logs into the store any more."""
-        deadline = asyncio.get_running_loop().time() + LOGS_S
-        sockets = self._settings.own.folders.sockets
-        while any(role.startswith("logs") for role in node_pids(sockets)):
+        deadline = asyncio.get_running_loop().time() + SETTLE_S
+        while under_way(self._settings.own.folders.sockets):
             if asyncio.get_running_loop().time() > deadline:
-                self._console.say("logs-not-stored", reason=f"the store took more than {LOGS_S:g} s")
+                self._console.say("logs-not-stored", reason=f"the store took more than {SETTLE_S:g} s")
                 return
             await asyncio.sleep(PROBE_S)
 

@@ -7,10 +7,11 @@ than it can be passed on, the older part is left out, and that is said. Files of
 from __future__ import annotations
 
 import os
-import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+
+from outlast.joblogs import outdated, parse_log_file
 
 MOST_BEHIND = 1 << 20
 """Bytes that the follower may be behind a file before it leaves out what is older."""
@@ -21,11 +22,7 @@ PIECE = 256 << 10
 EVERY_S = 0.2
 LONGEST_LINE = 16 << 10
 """Bytes after which a line is cut."""
-KEPT_ATTEMPTS = 20
-"""Attempts whose files stay on the node."""
 _CLOSE_S = 5.0
-
-_NAME = re.compile(r"rank-(?P<rank>\d+)\.attempt-(?P<attempt>\d+)\.log")
 
 
 class Lines:
@@ -120,22 +117,17 @@ class RankLogs:
             self._tell(told)
 
     def _look(self, from_end: bool) -> None:
-        found = {path.name: path for path in self._folder.glob("rank-*.attempt-*.log")}
-        for name in sorted(found.keys() - self._seen):
-            match = _NAME.fullmatch(name)
-            self._seen.add(name)
-            if match is not None:
-                self._open[name] = FollowedFile(found[name], int(match["rank"]), int(match["attempt"]), from_end)
-        for name in outdated(found):
-            found[name].unlink(missing_ok=True)
+        named = ((path, parse_log_file(path.name)) for path in self._folder.glob("rank-*.log"))
+        found = {path: parsed for path, parsed in named if parsed is not None}
+        for path, (attempt, rank) in sorted(found.items()):
+            if path.name not in self._seen:
+                self._seen.add(path.name)
+                self._open[path.name] = FollowedFile(path, rank, attempt, from_end)
+        old = outdated(attempt for attempt, _ in found.values())
+        for path, (attempt, _) in found.items():
+            if attempt in old:
+                path.unlink(missing_ok=True)
 
     def _tell(self, lines: bytes) -> None:
         if lines:
             self._write(lines)
-
-
-def outdated(names: Iterable[str]) -> list[str]:
-    """Those of ranks' files that are of older attempts than are kept."""
-    attempts = {name: int(match["attempt"]) for name in names if (match := _NAME.fullmatch(name))}
-    oldest = max(attempts.values(), default=0) - KEPT_ATTEMPTS
-    return sorted(name for name, attempt in attempts.items() if attempt <= oldest)

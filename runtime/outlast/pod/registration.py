@@ -37,7 +37,7 @@ _WRONG = 400
 
 @dataclass(frozen=True)
 class Standing:
-    """What a status says of one node. ``session``: of the controller's Ray; ``state`` None: it does not know the node."""
+    """What a status says of one node. ``session``: of the controller's Ray; ``state`` None: the node is not known."""
 
     controller: str
     session: str
