@@ -567,3 +567,70 @@ def test_a_node_that_is_not_released_ends_with_its_grace(site: Site) -> None:
     assert eventually(lambda: node.ended, 5) == ["the forkserver is gone"]
     eventually(lambda: not alive(pids["forkserver"]) and not alive(pids["keeper"]))
     assert not node.agent.released
+
+
+# --- faults on request ----------------------------------------------------------------------------------------------
+
+
+def test_a_rank_is_killed_or_stopped_when_that_is_asked_for(site: Site) -> None:
+    node = site.node(procs=2, faults=True)
+    node.join()
+    node.run()
+    for _ in range(2):
+        node.next("RankReady")
+    stopped = node.pids()["rank-1"]
+    node.do(m.Injure("node-0", "hang", 1))
+    assert f"SIGSTOP to rank-1 (pid {stopped})" in node.next("Note").text
+    eventually(lambda: Path(f"/proc/{stopped}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+    node.do(m.Injure("node-0", "rank-crash", 0))
+    exited = node.next("RankExited")
+    assert (exited.rank, exited.signal) == (0, signal.SIGKILL)
+    node.do(m.Injure("node-0", "rank-crash", 5))
+    assert node.next("Note").kind == "injury-missed"
+    node.do(m.Stop("node-0", attempt(2)))
+    assert node.next("Stopped").dirty == ()
+    assert not alive(stopped)
+
+
+def test_a_keeper_is_killed_and_comes_back(site: Site) -> None:
+    node = site.node(faults=True)
+    node.join()
+    node.do(m.Injure("node-0", "keeper-crash"))
+    assert node.next("Note").kind == "injured"
+    assert node.next("KeeperLost") == m.KeeperLost("node-0")
+    assert node.next("KeeperBack").node == "node-0"
+
+
+@pytest.mark.parametrize("part", ["header", "data", "trailer"])
+def test_flipped_bytes_are_found(site: Site, part: str) -> None:
+    node = site.node(faults=True)
+    node.join()
+    node.run()
+    node.next("RankReady")
+    write_shard(Path(node.config.memory_dir) / "slot-0-0.img", 0, 0, Generation.of(attempt(1), 5), 600_000)
+    node.do(m.Injure("node-0", "corrupt", part=part))
+    assert "slot-0-0.img: 16 bytes at" in node.next("Note").text
+    node.do(m.Stop("node-0", attempt(2)))
+    images = node.next("Stopped").inventory.images
+    assert all(image.bad_blocks for image in images), images
+
+
+def test_a_node_leaves_when_that_is_asked_for(site: Site) -> None:
+    node = site.node(faults=True)
+    node.join()
+    node.do(m.Injure("node-0", "node-leave"))
+    assert node.next("Leaving").node == "node-0"
+    node.do(m.Release("node-0"))
+    eventually(lambda: node.ended)
+
+
+def test_a_job_that_allows_no_faults_is_not_broken(site: Site) -> None:
+    node = site.node()
+    node.join()
+    node.run()
+    node.next("RankReady")
+    pids = node.pids()
+    for kind in ("rank-crash", "keeper-crash", "node-loss", "agent-crash"):
+        node.do(m.Injure("node-0", kind, 0))
+        assert node.next("Note").kind == "injury-refused"
+    assert node.pids() == pids

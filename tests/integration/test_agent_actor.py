@@ -83,7 +83,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 @pytest.fixture
 def node() -> Iterator[Node]:
     with open_zygote() as zygote, open_site(zygote) as site:
-        yield site.node(boot=False)
+        yield site.node(boot=False, faults=True)
 
 
 @pytest.fixture
@@ -155,3 +155,27 @@ def test_the_agent_of_a_node_that_has_left_is_gone_for_good(world: World, node: 
     assert done.returncode == 0, done.stderr
     assert len(world.told("Joined")) == 1
     assert "agent" not in node.pids()
+
+
+def test_agent_crash_and_node_loss_on_request(world: World, node: Node) -> None:
+    world.perform(node.start(keeper=world.joined(1).keeper))
+    world.wait("RestoreReady", 1)
+    first = eventually(lambda: "rank-0" in node.pids() and node.pids())
+    world.perform(m.Injure(node.config.node, "agent-crash"))
+    again = world.joined(2)
+    assert again.running is False
+    assert node.pids()["agent"] != first["agent"]
+    assert node.pids()["keeper"] == first["keeper"]
+
+    world.perform(node.start(2, keeper=again.keeper))
+    world.wait("RestoreReady", 2)
+    pids = eventually(lambda: "rank-0" in node.pids() and node.pids())
+    memory = Path(node.config.memory_dir)
+    (memory / "slot-0-0.img").write_bytes(b"x" * 1000)
+    told = {kind: len(world.told(kind)) for kind in ("RankExited", "KeeperLost", "Note")}
+    world.perform(m.Injure(node.config.node, "node-loss"))
+    eventually(lambda: not any(alive(pid) for pid in pids.values()))
+    assert list(memory.iterdir()) == []
+    time.sleep(2)
+    assert {kind: len(world.told(kind)) for kind in told} == told, "it tells nothing of its own end"
+    assert len(world.told("Joined")) == 2

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,9 +81,11 @@ def trainctl_run(
     interrupt: tuple[str, int] | None = None,
     alone: bool = True,
     within: Sequence[str] = (),
+    during: Callable[[pathlib.Path], None] | None = None,
 ) -> Outcome:
     """``trainctl run`` in a process of its own; afterwards nothing of it may be left. ``alone`` False: another runs
-    beside it, whose shared memory is none of its. ``within``: a command that becomes it."""
+    beside it, whose shared memory is none of its. ``within``: a command that becomes it. ``during``: called with the
+    run's folder while it runs."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "given.yaml"
     file.write_text(yaml.safe_dump(dict(spec), sort_keys=False))
@@ -102,11 +104,17 @@ def trainctl_run(
         try:
             if interrupt is not None:
                 _interrupt(process, folder / "output.txt", *interrupt)
+            if during is not None:
+                during(run)
             status = process.wait(timeout)
         except subprocess.TimeoutExpired:
             process.terminate()
             process.wait(30)
             raise AssertionError(f"trainctl run did not end in {timeout} s:\n{tail(folder / 'output.txt')}") from None
+        except AssertionError:
+            process.terminate()
+            process.wait(30)
+            raise
     assert processes(mark) == [], "the run left processes behind (and their sockets)"
     assert list(temporary.glob("outlast*")) == [], "the run left temporary files behind"
     assert not alone or shared_memory() - memory == set(), "the run left shared memory behind"

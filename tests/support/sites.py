@@ -81,6 +81,7 @@ class Site:
         path.write_text(script)
         entrypoint = changes.pop("entrypoint", ["python", str(path)])
         spec = {"entrypoint": entrypoint, "workers": {"replicas": 2, "procsPerWorker": procs}}
+        spec["faults"] = {"allow": changes.pop("faults", False)}
         spec["env"] = [{"name": "FROM_JOB", "value": "yes"}]
         config = NodeConfig(
             node=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import pathlib
 import tempfile
@@ -164,6 +165,39 @@ def test_a_node_that_leaves_is_replaced_when_it_has_left() -> None:
         return cloud.asked
 
     assert asyncio.run(main()) == ["lose node-1", "remove node-1", "add new"]
+
+
+def _asked(wanted: int, **states: str) -> Board:
+    workers = {"wanted": wanted, "wanted_spares": 1, "asked": True}
+    return Board({"workers": workers, "nodes": {name: {"state": state} for name, state in states.items()}})
+
+
+@pytest.mark.parametrize(
+    ("board", "asked"),
+    [
+        (_asked(1, a="active", b="spare"), []),
+        (_asked(1, a="active", b="spare", c="left"), ["lose c", "remove c"]),
+        (_asked(1, a="active", b="lost", c="left"), ["lose b", "remove b", "add new-0", "lose c", "remove c"]),
+        (_asked(3, a="active", b="spare", c="left"), ["lose c", "remove c", "add new-0", "add new-1"]),
+        (_asked(2, a="active", b="leaving"), ["add new-0", "add new-1"]),
+        (Board({"nodes": {"a": {"state": "active"}, "b": {"state": "left"}}}), ["lose b", "remove b", "add new-0"]),
+    ],
+)
+def test_as_many_nodes_as_were_asked_for(board: Board, asked: list[str]) -> None:
+    async def main() -> list[str]:
+        cloud = _Cloud()
+        names = (f"new-{number}" for number in itertools.count())
+
+        async def create() -> NodeConfig:
+            return NodeConfig.model_construct(node=next(names))
+
+        cloud.create = create  # type: ignore[method-assign]
+        care = _care(cloud)
+        for _ in range(3):
+            await care.tend(board)
+        return cloud.asked
+
+    assert asyncio.run(main()) == asked
 
 
 def test_a_node_that_joins_is_registered_as_soon_as_there_is_a_controller() -> None:

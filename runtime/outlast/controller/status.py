@@ -79,8 +79,9 @@ def _world(job: Job) -> int:
 
 
 def _workers(job: Job) -> dict[str, Any]:
-    """``ready``: living nodes; ``wanted`` and ``wanted_spares``: the size asked for; ``least``: the fewest that may
-    train; ``size``: those with seats; ``would_leave``: who goes first when fewer are wanted."""
+    """``ready``: living nodes; ``wanted`` and ``wanted_spares``: the size that shall be, since it was ``asked`` for or
+    by the job; ``least``: the fewest that may train; ``size``: those with seats; ``would_leave``: who goes first when
+    fewer are wanted."""
     members, config = job.members, job.config
     seats = {seat: name for seat, name in members.seats.items() if name in members.alive}
     free = [node.name for node in members.free()]
@@ -92,6 +93,7 @@ def _workers(job: Job) -> dict[str, Any]:
         "growing_to": job.resizing.target,
         "spares": len(free),
         "wanted_spares": config.spares,
+        "asked": job.resizing.asked is not None,
         "leaving": len(members.leaving),
         "would_leave": leavers(seats, free, min(MOST_LEAVERS, max(0, len(free) + len(seats) - config.least))),
     }

@@ -48,6 +48,16 @@ class Board:
         nodes = self.status.get("nodes") or {}
         return nodes if isinstance(nodes, Mapping) else {str(node["node"]): node for node in nodes}
 
+    @property
+    def asked(self) -> int | None:
+        """How many nodes somebody has asked for since the start; None: nobody has."""
+        workers = self.status.get("workers") or {}
+        return int(workers["wanted"]) + int(workers["wanted_spares"]) if workers.get("asked") else None
+
+    def here(self) -> set[str]:
+        """The nodes that are there and stay."""
+        return {name for name, node in self.nodes.items() if node.get("state") not in LOST | {"leaving"}}
+
     def seats(self) -> dict[int, str]:
         """Seat -> the node that has it now."""
         return {
@@ -77,6 +87,10 @@ class Replacements:
             return []
         return [node for node in sorted(lost) if now - self._since[node] >= self._after_s]
 
+    def open(self, lost: Iterable[str]) -> int:
+        """How many of ``lost`` will be replaced yet."""
+        return 0 if self._after_s is None else len(set(lost) - self._replaced)
+
     def done(self, node: str) -> None:
-        """``node`` has a replacement, and needs no other even if it comes back and is lost again."""
+        """``node`` has a replacement, or needs none, even if it comes back and is lost again."""
         self._replaced.add(node)

@@ -33,17 +33,37 @@ class NodeCare:
         self._replacements = replacements
         self._unregistered: NodeConfig | None = None
         self._joining: list[NodeConfig] = []
+        self._added: set[str] = set()
 
     async def tend(self, board: Board) -> None:
         """Replace what has been gone for long enough, and let paused nodes go on."""
         await self._register_joining()
         lost = (board.lost() - self._nodes.leaving()) | self._nodes.lost()
         for node in self._replacements.due(lost, time.monotonic()):
-            await self._replace(node)
+            if board.asked is None or self._count(board, lost) < board.asked:
+                await self._replace(node)
+            else:
+                await self._remove(node)
+                self._replacements.done(node)
+        await self._add_asked(board, lost)
         for node, paused_at in self._nodes.paused().items():
             if node in lost and board.running and board.step > paused_at:
                 self._output.progress(f"{node}, paused and given up, goes on")
                 self._nodes.resume(node)
+
+    async def _add_asked(self, board: Board, lost: set[str]) -> None:
+        """As many nodes as somebody has asked for since the start, as whoever runs a cluster would give them."""
+        if board.asked is None:
+            return
+        for _ in range(board.asked - self._count(board, lost) - self._replacements.open(lost)):
+            config = await self._nodes.create()
+            self._added.add(config.node)
+            await self.introduce(config)
+
+    def _count(self, board: Board, lost: set[str]) -> int:
+        """The nodes that are there and stay, or are on their way."""
+        here = board.here()
+        return len(here) + len(self._added - here - lost)
 
     async def introduce(self, config: NodeConfig) -> None:
         """Register one more node: now, or with a later ``tend`` when no controller answers."""
@@ -70,13 +90,17 @@ class NodeCare:
                 raise
             self._output.progress(f"{config.node} joins")
 
-    async def _replace(self, node: str) -> None:
+    async def _remove(self, node: str) -> None:
         if node not in self._nodes.paused():
             await self._nodes.lose(node)
             await self._client.remove_node(node)
+
+    async def _replace(self, node: str) -> None:
+        await self._remove(node)
         if self._unregistered is None:
             self._unregistered = await self._nodes.create()
         await self._client.add_node(self._unregistered)
+        self._added.add(self._unregistered.node)
         self._output.progress(f"{self._unregistered.node} replaces {node}")
         self._unregistered = None
         self._replacements.done(node)

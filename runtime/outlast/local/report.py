@@ -10,7 +10,7 @@ CAUSES = ("detect", "stop", "start", "restore", "recompute", "snapshot_stall", "
 
 SOURCES = ("memory-local", "memory-peer", "memory-decode", "object", "none")
 
-PHASES = {"succeeded": "Succeeded", "failed": "Failed", "stopped": "Stopped"}
+PHASES = {"succeeded": "Succeeded", "failed": "Failed", "stopped": "Stopped", "suspended": "Suspended"}
 
 
 def build_report(

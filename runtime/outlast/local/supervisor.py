@@ -8,7 +8,7 @@ Started by ``trainctl run``, with DIR/job.yaml there. Its life::
 It never imports torch or ray: training happens in the nodes' processes, decisions in the controller, and this process
 stands for the data centre: it gives nodes, takes them away and replaces them. It writes JSON lines to its standard
 output; SIGINT (or the end of its standard input, for when its starter dies) stops the job, SIGTERM or a second SIGINT
-ends everything at once. Exit status: 0 succeeded, 1 failed or stopped.
+ends everything at once. Exit status: 0 succeeded, 1 failed or stopped, 3 suspended.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ STOP_LIMIT_S = 15.0
 """How long a job may take to stop after it was asked to."""
 INJURY_FRESH_S = 2.0
 """A head that is found lost so soon after a fault was lost by it."""
+SUSPENDED_STATUS = 3
+"""The exit status of a run that goes on when it is started again with --resume."""
 LAUNCHES = 3
 """How often the head and the controller are started again in a row before the run is given up."""
 
@@ -75,7 +77,7 @@ class End:
     @property
     def status(self) -> int:
         """The exit status."""
-        return 0 if self.outcome == "succeeded" else 1
+        return {"succeeded": 0, "suspended": SUSPENDED_STATUS}.get(self.outcome, 1)
 
 
 class Supervisor:
@@ -153,6 +155,8 @@ class Supervisor:
                 group.create_task(self._reap()),
             ]
             board = await self._watch.run(self._on_status, self._relaunch)
+            if not await self._nodes.settle_logs():
+                self._output.progress("not all ranks' logs are in the store: it took too long")
             for task in side:
                 task.cancel()
         self._finish(End(str(board.outcome), str(board.status.get("reason") or "")))
