@@ -56,8 +56,9 @@ images:
 golden: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m support.charts
 
+# TIMINGS=benchmarks/kubernetes.json writes what was measured there, for benchmarks/kubernetes.py.
 e2e: $(READY)
-	$(BIN)/python -m pytest tests/e2e
+	$(BIN)/python -m pytest tests/e2e $(if $(TIMINGS),--timings $(TIMINGS))
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -27,6 +27,8 @@ BENCHMARKS = [
     ("Recoveries", ["whole.py", "recoveries", "--rounds", "2"], "targets in the table"),
     ("Stores", ["store_rates.py"], "targets: upload >= 85%, download >= 80% of raw parallel boto3"),
     ("The automatic interval", ["intervals.py"], "target: within 5% of the best fixed interval"),
+    ("On Kubernetes", ["kubernetes.py"], "measured by `make e2e TIMINGS=benchmarks/kubernetes.json`"),
+    ("The same faults under torchrun", ["peer_torchrun.py"], "no target: what a Job that restarts from its last checkpoint does; root"),
     ("The machine", ["machine.py"], "target: >= 20,000 events a second with 10,000 nodes"),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import urllib.request
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,18 @@ def test_two_replicas_one_leads(release: Lab) -> None:
     leaders = [p["metadata"]["name"] for p in pods if p["metadata"]["name"] in lease["spec"]["holderIdentity"]]
     assert len(leaders) == 1
     assert len({pod["spec"]["nodeName"] for pod in pods}) == 2, "on different machines"
+
+
+def test_metrics_and_health_of_both_replicas(release: Lab) -> None:
+    leaders = 0.0
+    for pod in release.get("-n", "outlast-system", "pods", "-l", "app.kubernetes.io/name=outlast")["items"]:
+        address = pod["status"]["podIP"]
+        with urllib.request.urlopen(f"http://{address}:8081/readyz", timeout=5) as answer:
+            assert answer.status == 200
+        with urllib.request.urlopen(f"http://{address}:8080/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        leaders += sum(float(line.split()[1]) for line in lines if line.startswith("outlast_operator_leader "))
+    assert leaders == 1.0
 
 
 def test_explain_reads_like_documentation(release: Lab) -> None:
