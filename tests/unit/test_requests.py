@@ -259,6 +259,18 @@ def test_a_growth_that_is_waited_for_survives_a_lost_head() -> None:
     succeeded(world)
 
 
+def test_the_same_numbers_again_have_those_leave_that_are_too_many_by_now() -> None:
+    world = cluster(6)
+    world.run_to_step(12)
+    world.run(3.0)
+    assert not world.released
+    resize(world, 4)
+    world.run(3.0)
+    assert len(world.released) == 2
+    assert "resize-asked" not in world.kinds()
+    assert succeeded(world)["recoveries"] == []
+
+
 # --- a hold ---------------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +355,17 @@ def test_a_suspended_job_has_its_last_step_in_the_store() -> None:
     assert found["suspended"] == {"step": step, "checkpoint_step": step, "reason": "make room"}
     assert step == world.store.line[-1].generation.step == max(world.step.values())
     assert "is in the store" in found["reason"]
+
+
+def test_asked_again_while_it_ends_it_goes_on_ending() -> None:
+    world = cluster(config=STORED)
+    world.run_to_step(12)
+    world.tell(m.SuspendRequested(60.0))
+    assert world.run(60.0, lambda: world.finished is not None)
+    assert not world.machine.over
+    assert world.machine.objection(m.SuspendRequested(60.0)) == ""
+    world.tell(m.SuspendRequested(60.0))
+    suspended(world)
 
 
 def test_a_checkpoint_under_way_is_finished_first() -> None:

@@ -28,6 +28,8 @@ ASK: dict[type, Callable[[Job, Any, float], None]] = {
 
 def objection(job: Job, request: Request) -> str:
     """Why a request cannot be granted; empty when it can."""
+    if job.outcome == "suspended" and isinstance(request, e.SuspendRequested):
+        return ""
     if job.outcome is not None:
         return f"the job has ended, or is about to: {job.reason}"
     find = _OBJECTIONS.get(type(request))

@@ -40,6 +40,7 @@ def ask(job: Job, asked: ResizeRequested, now: float) -> None:
     before = Size(job.config.replicas, job.config.min_replicas, job.config.spares)
     size = Size(asked.replicas, asked.min_replicas, asked.spares)
     if size == before:
+        _look_again(job)
         return
     trouble = objection(job, asked)
     if trouble:
@@ -56,6 +57,14 @@ def ask(job: Job, asked: ResizeRequested, now: float) -> None:
     fields = {"replicas": size.replicas, "min_replicas": size.min_replicas, "spares": size.spares}
     job.emit("resize-asked", text, **fields)
     keeping.keep(job)
+
+
+def _look_again(job: Job) -> None:
+    """The size that the job has already was asked for: if there are more nodes by now, they leave."""
+    resizing, config = job.resizing, job.config
+    if not resizing.shedding and job.members.usable > config.replicas + config.spares:
+        resizing.shedding = True
+        keeping.keep(job)
 
 
 def shrinks(job: Job) -> bool:
