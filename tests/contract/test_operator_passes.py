@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import signal
 import threading
@@ -18,13 +17,13 @@ from outlast_operator.applying import Applier
 from outlast_operator.caches import Caches
 from outlast_operator.events import Events
 from outlast_operator.expectations import Expectations
-from outlast_operator.kinds import EVENT, JOB, POD, SECRET, SERVICE
+from outlast_operator.kinds import EVENT, JOB, POD, SERVICE
 from outlast_operator.model import Key, Object
 from outlast_operator.poller import Poller, PollSettings
 from outlast_operator.pruning import pruned
 from outlast_operator.reconciler import Reconciler
 from support.apiserver import eventually, free_port
-from support.controllers import Controllers, address
+from support.controllers import Controllers
 from support.operators import World
 from support.tinyplan import plan
 
@@ -39,15 +38,6 @@ def controllers() -> Iterator[Controllers]:
     served.start()
     yield served
     served.stop()
-
-
-def run_head(place: World, controllers: Controllers, number: int, name: str = "job-head-0", **status: Any) -> str:
-    """Give the head Pod an address where a controller answers, as a kubelet and an image would."""
-    ip = address(number)
-    secret = place.cluster.get(SECRET, place.namespace, f"{name.rpartition('-head')[0]}-outlast")
-    controllers.add(ip, base64.b64decode(secret["data"]["token"]).decode(), **status)
-    place.set_pod(name, phase="Running", podIP=ip, podIPs=[{"ip": ip}])
-    return ip
 
 
 def test_pods_are_made_once_and_replaced_under_new_names(place: World) -> None:
@@ -75,7 +65,7 @@ def test_the_controller_is_asked_with_the_jobs_token_and_its_phase_is_written_at
     operator = place.start(controller_port=controllers.port)
     place.submit()
     place.wait_for_pods(*FULL)
-    ip = run_head(place, controllers, 1, phase="Starting", step=0)
+    ip = place.run_head(controllers, 1, phase="Starting", step=0)
     eventually("the phase is written", lambda: place.status().get("phase") == "Starting", 5)
     began = time.monotonic()
     controllers.tell(ip, phase="Running", step=10)
@@ -96,12 +86,12 @@ def test_only_the_head_in_force_is_obeyed(place: World, controllers: Controllers
     place.start(controller_port=controllers.port)
     place.submit()
     place.wait_for_pods(*FULL)
-    old = run_head(place, controllers, 1, phase="Running", step=5)
+    old = place.run_head(controllers, 1, phase="Running", step=5)
     eventually("the old head is heard", lambda: place.status().get("phase") == "Running", 5)
     place.delete_pod("job-head-0")
     place.wait_for_pods("head-4", "node-1", "node-2", "node-3")
     eventually("the new head is in force", lambda: place.status().get("head") == "job-head-4")
-    new = run_head(place, controllers, 2, "job-head-4", phase="Recovering", step=5)
+    new = place.run_head(controllers, 2, "job-head-4", phase="Recovering", step=5)
     eventually("the new head is heard", lambda: place.status().get("phase") == "Recovering", 5)
     controllers.tell(old, phase="Failed", outcome="failed")
     controllers.tell(new, phase="Running", step=6)
@@ -113,7 +103,7 @@ def test_steps_alone_are_one_write_in_each_period_and_nothing_else(place: World,
     operator = place.start(controller_port=controllers.port, progress_s=2)
     place.submit()
     place.wait_for_pods(*FULL)
-    ip = run_head(place, controllers, 1, phase="Running", step=1)
+    ip = place.run_head(controllers, 1, phase="Running", step=1)
     eventually("the phase is written", lambda: place.status().get("phase") == "Running", 5)
     time.sleep(2.5)  # what was under way is done
     before, began, step = operator.calls(), time.monotonic(), 1
@@ -133,7 +123,7 @@ def test_others_writes_and_ours_do_not_overwrite_each_other(place: World, contro
     operator = place.start(controller_port=controllers.port, progress_s=0.1)
     place.submit()
     place.wait_for_pods(*FULL)
-    ip = run_head(place, controllers, 1, phase="Running")
+    ip = place.run_head(controllers, 1, phase="Running")
     for number in range(60):
         place.cluster.patch(JOB, place.namespace, "job", {"metadata": {"labels": {f"l{number}": "x"}}})
         controllers.tell(ip, step=number, phase=("Running", "Recovering")[number % 2])
@@ -265,7 +255,7 @@ def test_the_job_can_be_deleted_while_its_controller_is_asked(place: World, cont
     operator = place.start(controller_port=controllers.port)
     job: Object = place.submit()
     place.wait_for_pods(*FULL)
-    run_head(place, controllers, 1, phase="Running")
+    place.run_head(controllers, 1, phase="Running")
     eventually("the controller is heard", lambda: place.status().get("phase") == "Running", 5)
     place.cluster.delete(JOB, place.namespace, "job", job["metadata"]["uid"], None)
     eventually("nobody is asked", lambda: operator.metrics()["outlast_operator_controllers"] == 0)

@@ -1,113 +1,151 @@
-"""The operator as it is shipped works with the chart's role, needs all of it, and nothing more."""
+"""The operator as it is shipped, with the chart's roles and nothing more, through a job's whole life."""
 
 from __future__ import annotations
 
-import pathlib
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import yaml
 
-from support.apiserver import ApiServer, api_server, eventually
-from support.charts import ROOT, split
-from support.operators import World, world
+from outlast_operator.kinds import JOB, MACHINE
+from outlast_operator.refusals import ApiError
+from support.apiserver import eventually, free_port
+from support.charts import helm, render, split
+from support.controllers import Controllers
+from support.operators import OperatorProcess, World
+from support.said import said
 
-MANIFESTS = ROOT / "manifests"
-ACCOUNT = "outlast-operator"
+pytestmark = pytest.mark.timeout(180)
 
-SELDOM: Mapping[tuple[str, str], str] = {
-    ("update", "trainingjobs/finalizers"): "asked for by an admission plugin that this API server does not run",
-    ("get", "pods"): "only when the cache is behind for long",
-    ("get", "secrets"): "only when a Secret of the job's name is there already",
-    ("create", "leases"): "only when somebody has deleted the chart's",
-    ("patch", "events"): "only when something is said again",
-}
-"""Rights that the test's day has no use for, and why they are there."""
-
-Right = tuple[str, str]
-
-
-@pytest.fixture(scope="module")
-def installed() -> Iterator[ApiServer]:
-    with api_server() as server:
-        server.kubectl("apply", "-f", str(MANIFESTS / "install.yaml"))
-        eventually("the resource is served", lambda: "trainingjobs" in server.kubectl("api-resources").stdout)
-        yield server
+SYSTEM = "outlast-system"
+SELDOM = {("get", "pods"), ("get", "secrets"), ("patch", "events"), ("create", "leases")}
+"""Granted for what this life does not come to: a cache that is behind, a name that is taken, an Event said again, a Lease
+that somebody deleted."""
+NODES = [f"job-node-{index}" for index in (1, 2, 3)]
 
 
 @pytest.fixture
-def place(installed: ApiServer, tmp_path: pathlib.Path) -> Iterator[World]:
-    with world(installed, tmp_path) as made:
-        yield made
+def controllers() -> Iterator[Controllers]:
+    served = Controllers(free_port())
+    served.start()
+    yield served
+    served.stop()
 
 
-def granted() -> set[Right]:
-    """(verb, resource) that any role of the operator has."""
-    rules = []
-    for role in split((MANIFESTS / "install.yaml").read_text()):
-        if role["kind"] in ("ClusterRole", "Role") and role["metadata"]["name"].startswith(ACCOUNT):
-            rules += role["rules"]
-    return {(verb, resource) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
+@pytest.fixture(scope="module")
+def chart() -> list[dict[str, Any]]:
+    if helm() is None:
+        pytest.skip("no helm here: the lab (kubelab) or helm itself is needed")
+    return split(render({}))
 
 
-def used(calls: Mapping[tuple[str, str, str], float]) -> set[Right]:
-    """What the API server asks of RBAC for these requests: an apply is a patch, and creates."""
+def install(place: World, chart: list[dict[str, Any]]) -> str:
+    """Account, roles, bindings and Lease of the chart; the kubeconfig of whoever has them."""
+    wanted = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding", "Lease")
+    found = [obj for obj in chart if obj["kind"] in wanted]
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM}}
+    place.api.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all([namespace, *found]))
+    account = next(obj["metadata"]["name"] for obj in found if obj["kind"] == "ServiceAccount")
+    token = place.api.kubectl("-n", SYSTEM, "create", "token", account).stdout.strip()
+    return place.api.write_kubeconfig("chart", token)
+
+
+def flags(chart: list[dict[str, Any]]) -> list[str]:
+    """The Deployment's own arguments."""
+    deployment = next(obj for obj in chart if obj["kind"] == "Deployment")
+    arguments = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+    return [argument.replace("$(POD_NAMESPACE)", SYSTEM) for argument in arguments]
+
+
+def phase(place: World, wanted: str) -> None:
+    eventually(f"the phase is {wanted}", lambda: place.status().get("phase") == wanted or None, 10)
+
+
+def edit(place: World, **spec: Any) -> None:
+    place.cluster.patch(JOB, place.namespace, "job", {"spec": spec})
+
+
+def live(place: World, controllers: Controllers) -> None:
+    """Start, run, lose a node, grow, suspend, resume, succeed, go."""
+    place.submit(ttlSecondsAfterFinished=1)
+    place.wait_for_pods("head-0", "node-1", "node-2", "node-3")
+    ip = place.run_head(controllers, 1, **said(NODES, step=3))
+    phase(place, "Running")
+    for name in NODES:
+        place.set_pod(name, phase="Running", conditions=[{"type": "Ready", "status": "True"}])
+    place.delete_pod("job-node-2")
+    place.wait_for_pods("head-0", "node-1", "node-3", "node-4")
+    edit(place, workers={"replicas": 4})
+    place.wait_for_pods("head-0", "node-1", "node-3", "node-4", "node-5")
+    called(controllers, ip, "/resize")
+    edit(place, suspend=True)
+    called(controllers, ip, "/suspend")
+    controllers.tell(ip, outcome="suspended", phase="Suspended")
+    phase(place, "Suspended")
+    eventually("the Pods are gone", lambda: not place.names())
+    edit(place, suspend=False)
+    place.wait_for_pods("head-6", "node-7", "node-8", "node-9", "node-10")
+    end = said([f"job-node-{index}" for index in (7, 8, 9, 10)], step=9)
+    ip = place.run_head(controllers, 2, "job-head-6", **end)
+    phase(place, "Running")
+    controllers.tell(ip, outcome="succeeded", phase="Succeeded", weights_digest="d" * 64)
+    called(controllers, ip, "/stop")
+    eventually("the job is deleted", lambda: _is_gone(place))
+
+
+def called(controllers: Controllers, ip: str, path: str) -> None:
+    eventually(
+        f"the controller is asked for {path}", lambda: any(call[1] == path for call in controllers[ip].calls), 10
+    )
+
+
+def _is_gone(place: World) -> bool:
+    try:
+        place.job()
+    except ApiError as error:
+        return error.status == 404
+    return False
+
+
+def test_the_charts_roles_suffice_and_are_all_used(
+    place: World, chart: list[dict[str, Any]], controllers: Controllers
+) -> None:
+    kubeconfig = install(place, chart)
+    machine = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "m1"}}
+    place.api.kubectl("apply", "-f", "-", stdin=json.dumps(machine))
+    operator = place.start_real("one", kubeconfig, *flags(chart), f"--controller-port={controllers.port}")
+    operator.ready()
+    live(place, controllers)
+    assert {key: count for key, count in operator.calls().items() if key[2] in ("401", "403")} == {}
+    assert "forbidden" not in operator.log().lower()
+    assert granted(chart) - used(operator) <= SELDOM
+    uid = place.cluster.get(MACHINE, None, "m1")["metadata"]["uid"]
+    place.cluster.delete(MACHINE, "", "m1", uid, None)
+
+
+def granted(chart: list[dict[str, Any]]) -> set[tuple[str, str]]:
+    """(verb, resource) of all roles that the operator's account is bound to."""
+    account = next(obj["metadata"]["name"] for obj in chart if obj["kind"] == "ServiceAccount")
+    bound = {
+        (obj["roleRef"]["kind"], obj["roleRef"]["name"])
+        for obj in chart
+        if obj["kind"].endswith("Binding") and any(subject["name"] == account for subject in obj["subjects"])
+    }
+    roles = [obj for obj in chart if (obj["kind"], obj["metadata"]["name"]) in bound]
+    rules = [rule for role in roles for rule in role["rules"]]
+    return {(verb, resource) for rule in rules for verb in rule["verbs"] for resource in rule["resources"]}
+
+
+def used(operator: OperatorProcess) -> set[tuple[str, str]]:
+    """(verb, resource) as the API server authorizes them: an apply is a patch, and a create where there is nothing yet."""
     found = set()
-    for verb, resource, _ in calls:
-        if resource == "trainingjobs" and verb == "patch":
-            found.add((verb, "trainingjobs/status"))
-        elif verb == "apply":
-            found |= {("patch", resource), ("create", resource)}
+    for verb, resource, status in operator.calls():
+        if verb == "apply":
+            found |= {("patch", resource)} | ({("create", resource)} if status == "201" else set())
+        elif (verb, resource) == ("patch", "trainingjobs"):
+            found.add(("patch", "trainingjobs/status"))
         else:
             found.add((verb, resource))
     return found
-
-
-def start_as_shipped(place: World, installed: ApiServer) -> None:
-    token = installed.kubectl("-n", "outlast-system", "create", "token", ACCOUNT).stdout.strip()
-    kubeconfig = installed.write_kubeconfig("operator", token)
-    flags = ["--operator-namespace", "outlast-system", "--lease", ACCOUNT]
-    flags += ["--operator-labels", "app.kubernetes.io/name=outlast"]
-    place.start_real("shipped", kubeconfig, *flags).acting()
-
-
-def test_one_day_with_the_charts_role(place: World, installed: ApiServer) -> None:
-    start_as_shipped(place, installed)
-    (operator,) = place.operators
-    place.submit(recovery={"startTimeout": "1s"}, ttlSecondsAfterFinished=1)
-    eventually("the Pods were given back", lambda: place.status().get("start", {}).get("retryTime"), within_s=30)
-    place.wait_for_pods()
-    place.submit("doomed", recovery={"startTimeout": "5s"}, ttlSecondsAfterFinished=1)
-    place.wait_for_pods("head-0", "node-1", "node-2", "node-3", job="doomed")
-    edit = ["patch", "tj", "doomed", "--type=merge", "-p", '{"spec":{"workers":{"spares":1}}}']
-    installed.kubectl("-n", place.namespace, *edit)
-    waiting = {"reason": "InvalidImageName", "message": "no such image"}
-    container = {"name": "outlast", "image": "x", "imageID": "", "ready": False, "restartCount": 0}
-    place.set_pod("doomed-node-1", containerStatuses=[{**container, "state": {"waiting": waiting}}])
-    gone = lambda: installed.kubectl("-n", place.namespace, "get", "tj", "doomed", check=False).returncode != 0  # noqa: E731
-    eventually("the job failed, and went after its time", gone, within_s=30)
-
-    calls = operator.calls()
-    refused = {call for call in calls if call[2] in ("401", "403")}
-    assert refused == set(), operator.log()[-3000:]
-    assert used(calls) <= granted(), "the role lacks these, or the API server would have refused them"
-    assert granted() - used(calls) == set(SELDOM), "what nothing uses must go from the role, or be explained here"
-
-
-@pytest.mark.parametrize(
-    ("verb", "resource"),
-    [
-        ("update", "trainingjobs"),
-        ("patch", "trainingjobs"),
-        ("create", "pods/exec"),
-        ("get", "pods/log"),
-        ("delete", "secrets"),
-        ("get", "configmaps"),
-        ("patch", "nodes"),
-        ("create", "clusterroles"),
-    ],
-)
-def test_what_it_may_not(installed: ApiServer, verb: str, resource: str) -> None:
-    resource, _, part = resource.partition("/")
-    who = f"system:serviceaccount:outlast-system:{ACCOUNT}"
-    asked = ["auth", "can-i", verb, resource, f"--subresource={part}", "--as", who, "-A"]
-    assert installed.kubectl(*asked, check=False).stdout.split()[0] == "no"

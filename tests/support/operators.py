@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import pathlib
 import re
@@ -15,9 +16,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from outlast_operator.cluster import Cluster, connect
-from outlast_operator.kinds import JOB, LEASE, POD, Kind
+from outlast_operator.kinds import JOB, LEASE, POD, SECRET, Kind
 from outlast_operator.refusals import ApiError
 from support.apiserver import ApiServer, eventually, free_port
+from support.controllers import Controllers, address
 
 SCRIPT = pathlib.Path(__file__).parent / "scripts" / "tiny_operator.py"
 ROLE, HEAD, NODE = "outlast.dev/role", "head", "node"
@@ -145,6 +147,14 @@ class World:
         """Until exactly these Pods are there."""
         wanted = sorted(f"{job}-{name}" for name in names)
         eventually(f"the Pods of {job} are {wanted}", lambda: self.names(job) == wanted or None, within_s)
+
+    def run_head(self, controllers: Controllers, number: int, name: str = "job-head-0", **status: Any) -> str:
+        """Give a head Pod an address where a controller answers, as a kubelet and an image would; the address."""
+        ip = address(number)
+        secret = self.cluster.get(SECRET, self.namespace, f"{name.rpartition('-head')[0]}-outlast")
+        controllers.add(ip, base64.b64decode(secret["data"]["token"]).decode(), **status)
+        self.set_pod(name, phase="Running", podIP=ip, podIPs=[{"ip": ip}])
+        return ip
 
     def set_pod(self, name: str, **status: Any) -> None:
         """Write a Pod's status, as its kubelet would."""
