@@ -80,8 +80,10 @@ class Source:
         self.asked_at = clock.monotonic()
         """When the informer asked for something last: it is stuck when that is too long ago."""
 
-    def __call__(self, watch: bool = False, resource_version: str = "", **_: object) -> Any:
+    def ask(self, watch: bool = False, resource_version: str = "", **_: object) -> Any:
         """What the informer calls to list, and with ``watch`` to watch. Raises ApiException, as it expects.
+
+        The next line is read by the client: it decodes into this, and remembers the version of what it decoded.
 
         :rtype: object
         """
@@ -133,7 +135,7 @@ class Informer:
 
     def __init__(self, source: Source, kind: Kind, store: Store, changed: Changed) -> None:
         self._source, self._kind, self._store, self._changed = source, kind, store, changed
-        self._shared = SharedInformer(source)
+        self._shared = SharedInformer(source.ask)
         self._shared.add_event_handler(ADDED, self._put)
         self._shared.add_event_handler(MODIFIED, self._put)
         self._shared.add_event_handler(DELETED, self._remove)

@@ -40,6 +40,10 @@ def controllers() -> Iterator[Controllers]:
     served.stop()
 
 
+def _events(place: World) -> list[Object]:
+    return [event for page in place.cluster.pages(EVENT, place.namespace, "") for event in page["items"]]
+
+
 def test_pods_are_made_once_and_replaced_under_new_names(place: World) -> None:
     operator = place.start()
     place.submit()
@@ -76,9 +80,8 @@ def test_the_controller_is_asked_with_the_jobs_token_and_its_phase_is_written_at
     eventually(
         "the controller may end", lambda: ("POST", "/stop", {"reason": "it is over"}) in controllers[ip].calls, 10
     )
-    found = place.cluster.pages(EVENT, place.namespace, "")
-    events = [(event["reason"], event["type"]) for page in found for event in page["items"]]
-    assert {("Running", "Normal"), ("Succeeded", "Normal")} <= set(events)
+    told = {("Running", "Normal"), ("Succeeded", "Normal")}
+    eventually("events tell of it", lambda: told <= {(event["reason"], event["type"]) for event in _events(place)})
     assert operator.metrics()['outlast_operator_controller_polls_total{result="ok"}'] >= 3
 
 

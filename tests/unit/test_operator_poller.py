@@ -153,7 +153,7 @@ def test_a_call_that_is_refused_or_not_answered_says_so(controllers: Controllers
     with pytest.raises(CallFailed, match="503"):
         poller.call(KEY, Call("PUT", "/domains", {"m": "z"}))
     poller.aim(KEY, Target("elsewhere", "u", address(2), "t"))
-    with pytest.raises(CallFailed, match="elsewhere: .*404"):
+    with pytest.raises(CallFailed, match=r"elsewhere: .*404"):
         poller.call(KEY, Call("PUT", "/domains", {"m": "z"}))
 
 
