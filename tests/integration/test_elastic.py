@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from support.asking import Asking
 from support.runs import Outcome, job, trainctl_run
 
 pytestmark = pytest.mark.timeout(400)
@@ -161,6 +162,30 @@ def test_a_node_that_leaves_without_a_spare_makes_the_job_smaller(tmp_path: path
     outcome = run(tmp_path, ["node-leave@17:0"], "--replace-after", "never")
     assert resizes(outcome) == [(4, 3)]
     assert [recovery["lost_steps"] for recovery in outcome.recoveries] == [0], outcome.recoveries
+    agree(outcome)
+
+
+def test_fewer_and_then_more_nodes_when_that_is_asked_for(tmp_path: pathlib.Path, agree: Agree) -> None:
+    """Nobody may shrink this job but by asking; a surplus spare goes too."""
+
+    def resize(folder: pathlib.Path) -> None:
+        controller = Asking(folder)
+        seats = {seat["seat"]: seat["node"] for seat in controller.until_step(6)["seats"]}
+        controller.ask("POST", "/resize", {"replicas": 3, "minReplicas": None, "spares": 0})
+        small = controller.until(lambda status: status["workers"]["ready"] == status["workers"]["size"] == 3, 60)
+        assert small["nodes"][seats[3]]["state"] == "left"
+        assert sorted(node["state"] for node in small["nodes"].values()) == ["active"] * 3 + ["left"] * 2
+        controller.until_step(small["step"] + 2)
+        controller.ask("POST", "/resize", {"replicas": 4, "minReplicas": None, "spares": 0})
+        controller.until(lambda status: status["workers"]["size"] == 4, 60)
+
+    workers = {"spares": 1, "minReplicas": None}
+    spec = elastic(tmp_path, "--pace", "0.4", workers=workers)
+    outcome = trainctl_run(spec, tmp_path, during=resize)
+    assert outcome.status == 0, outcome.output
+    check_samples(outcome, tmp_path)
+    assert resizes(outcome) == [(4, 3), (3, 4)]
+    assert [(recovery["kind"], recovery["lost_steps"]) for recovery in outcome.recoveries] == [("resize", 0)] * 2
     agree(outcome)
 
 

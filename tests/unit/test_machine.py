@@ -790,7 +790,7 @@ def test_any_requests_end_well(
     elif finish.outcome == "suspended":
         assert suspended is not None
         saved = status(world)["suspended"]["checkpoint_step"]
-        assert saved is None or saved == line[-1].generation.step
+        assert saved is None or saved in {checkpoint.generation.step for checkpoint in line}
     else:
         assert "by itself" in finish.reason or "the store is denied" in finish.reason, finish.reason
     size = world.machine.config
