@@ -1,13 +1,12 @@
 """What one would write by hand with boto3: files to S3 and back in parallel parts, a process for each file.
 
-The baseline of the object tier's benchmarks, and the server that they run against: the lab's (kubelab, as root), else
-moto's, which is slower than either side.
+The baseline of the object tier's benchmarks, and the server that they run against: the lab's (kubelab), else moto's,
+which is slower than either side.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,16 +21,16 @@ import boto3
 from botocore.config import Config
 
 from outlast.checkpoint.store import PARALLEL, PART_BYTES
-from support.stores import environment, lab, lab_s3, moto_s3, new_bucket
+from support import stores
 
 
 @contextmanager
 def server() -> Iterator[str]:
-    """A new bucket at a server that the environment leads to; prints which. The lab's is stopped afterwards."""
-    kind = lab_s3 if lab() and os.geteuid() == 0 else moto_s3
-    with kind() as variables, environment(variables):
-        print(f"S3 server: {'the lab'!s}'s" if kind is lab_s3 else "S3 server: moto's", end="; ")
-        yield new_bucket()
+    """A new bucket at a server of our own, to which the environment leads meanwhile; prints which it is."""
+    lab = stores.lab_assets() is not None
+    with stores.s3() as variables, stores.environment(variables):
+        print("S3 server: the lab's" if lab else "S3 server: moto's", end="; ")
+        yield stores.new_bucket()
 
 
 def client() -> Any:
@@ -61,15 +60,6 @@ def download(s3: Any, bucket: str, key: str, target: memoryview) -> None:
 
     with ThreadPoolExecutor(PARALLEL) as pool:
         list(pool.map(fetch, range(0, len(target), PART_BYTES)))
-
-
-def empty(bucket: str, prefix: str = "") -> None:
-    """Remove all objects below ``prefix``."""
-    s3 = client()
-    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-        for found in page.get("Contents", []):
-            s3.delete_object(Bucket=bucket, Key=found["Key"])
-    s3.close()
 
 
 _mine: Any = None

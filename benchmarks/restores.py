@@ -184,7 +184,6 @@ def measure(rounds: int, width: int) -> tuple[dict[Trial, Took], list[float], in
                 elif trial:
                     assert ranks[trial.ranks].ask("digest")[0] == saved, f"{trial} gave other bits"
                     ranks[trial.ranks].ask("train", 1)
-        raw_s3.empty(bucket)
     return took, raw, sum(sizes)
 
 

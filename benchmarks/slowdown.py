@@ -43,8 +43,8 @@ def put_on(cores: Collection[int], pids: Collection[int]) -> None:
 
 
 def servers() -> list[int]:
-    """S3 servers that do not run in this process."""
-    return [process.pid for process in psutil.process_iter(["name"]) if process.info["name"] in SERVERS]
+    """The S3 server, where it is a process of its own."""
+    return [child.pid for child in psutil.Process().children() if child.name() in SERVERS]
 
 
 def cpu_seconds(pids: Collection[int]) -> float:
@@ -104,7 +104,6 @@ def measure(cores: str, rounds: int, steps: int, width: int) -> None:
         bucket = stack.enter_context(raw_s3.server())
         gateways = servers()
         put_on(beside, gateways)
-        stack.callback(put_on, every, gateways)
         nodes = stack.enter_context(cluster(WORLD, program=DURABLE))
         ranks = stack.enter_context(started(WORLD, width, train))
         size = sum(ranks.ask("snapshot", str(GENERATION), each=[str(node.dir) for node in nodes.nodes]))
@@ -118,7 +117,6 @@ def measure(cores: str, rounds: int, steps: int, width: int) -> None:
             "a busy loop": lambda: burning(beside),
         }
         lengths = turns(ranks, beside_them, rounds, steps)
-        raw_s3.empty(bucket)
     print(f"{size / 1e6:.0f} MB of state on {WORLD} ranks, {rounds} rounds of {steps} steps each way, {uploading.done} "
           f"whole uploads, load {os.getloadavg()[0]:.1f}\nkeepers took {spent.keepers_s / uploading.done / size * 1e9:.2f} "
           f"core-seconds a GB, the S3 server {spent.server_s / uploading.done / size * 1e9:.2f}\n")  # fmt: skip

@@ -107,7 +107,6 @@ def main() -> None:
             worst = max(worst, extra, pss)
             print(f"| {number + 1} | {(length >> 20) / took:.0f} | {during.most['RssAnon'] / 2**20:.1f} | {extra / 2**20:.1f} "
                   f"| {pss / 2**20:.1f} | {during.most['TCP'] / 2**20:.1f} | {during.samples} |", flush=True)  # fmt: skip
-        raw_s3.empty(bucket)
     print(
         f"\nat most {worst / 2**20:.1f} MiB more (target <= {TARGET >> 20}: {'met' if worst <= TARGET else 'missed'})"
     )

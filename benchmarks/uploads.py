@@ -112,7 +112,6 @@ def places(to: str, stack: ExitStack) -> Iterator[tuple[str, str, str]]:
     if to == "s3":
         bucket = stack.enter_context(raw_s3.server())
         yield f"s3://{bucket}/default/bench", f"s3://{bucket}/dcp/", bucket
-        raw_s3.empty(bucket)
     else:
         with tempfile.TemporaryDirectory(prefix="outlast-bench-") as folder:
             yield f"file://{folder}/default/bench", f"file://{folder}/dcp", ""
