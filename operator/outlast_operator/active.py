@@ -127,7 +127,11 @@ def _why(sight: Sight, status: TrainingJobStatus, phase: Phase, gathering: Gathe
 
 
 def _training(sight: Sight) -> Word:
-    """All is well, but for what keeps a spare from starting."""
-    hindrance = obstacle(sight)
-    detail = f"; {hindrance.reason}: {hindrance.message}" if hindrance is not None else ""
-    return Word("Training", f"all ranks train{detail}")
+    """All is well, but for what keeps a spare from starting, or a resize from being done."""
+    hindrance, wanted = obstacle(sight), sight.job.spec.workers.replicas
+    now = sight.heard.count(sight.heard.workers, "size") if sight.heard is not None else 0
+    parts = ["all ranks train"]
+    if now not in (0, wanted):
+        parts.append(f"on {now} nodes, while {wanted} are wanted")
+    text = " ".join(parts)
+    return Word("Training", text if hindrance is None else f"{text}; {hindrance.reason}: {hindrance.message}")

@@ -34,7 +34,10 @@ def _size(sight: Sight) -> Iterator[Call]:
     if sight.heard is None or not sight.heard.workers:
         return
     told, workers = sight.heard.workers, sight.job.spec.workers
-    differs = sight.heard.count(told, "wanted") != workers.replicas or sight.heard.count(told, "least") != sight.least
+    wanted = {"wanted": workers.replicas, "least": sight.least}
+    if "wanted_spares" in told:
+        wanted["wanted_spares"] = workers.spares
+    differs = any(sight.heard.count(told, name) != number for name, number in wanted.items())
     states = sight.heard.states
     live = [pod for pod in sight.live if pod.is_node and pod.name in states]
     staying = [pod for pod in live if states[pod.name] != "leaving"]

@@ -46,6 +46,18 @@ class Heard:
         return any(self.count(self.status, name) > 0 for name in ("attempts", "step", "best_step"))
 
     @property
+    def started_at(self) -> float | None:
+        """When the job's first rank was started, in wall seconds, as far as it knows."""
+        value = self.status.get("start_time")
+        return float(value) if isinstance(value, int | float) else None
+
+    @property
+    def uploading(self) -> bool:
+        """Whether a checkpoint is on its way to a store that has not complained."""
+        checkpoint = self.part("checkpoint")
+        return bool(checkpoint.get("under_way")) and not checkpoint.get("last_error")
+
+    @property
     def unplaced(self) -> tuple[str, ...]:
         return tuple(str(machine) for machine in self.status.get("unplaced") or ())
 

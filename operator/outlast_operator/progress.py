@@ -42,7 +42,8 @@ def progressed(sight: Sight) -> TrainingJobStatus:
         workers = WorkersStatus(wanted=sight.job.spec.workers.replicas)
         return old.model_copy(update={**common, "workers": workers})
     controller = _controller(old, heard)
-    started = old.start_time or (written(sight.now) if heard.started else None)
+    began = heard.started_at or (sight.now if heard.started else None)
+    started = old.start_time or (None if began is None else written(began))
     under_way = heard.count(heard.status, "attempts") > 0 or heard.outcome != ""
     return old.model_copy(
         update={

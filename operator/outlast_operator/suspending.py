@@ -1,7 +1,8 @@
 """A job that shall have no nodes for now: told to take its last checkpoint, then without Pods, then started anew. Pure.
 
 ``status.suspendingSince`` holds since when it is told. The suspension goes on after the controller's patience and 15 s
-more whatever the controller and the store do; the condition says what is kept and what is lost.
+more whatever the controller and the store do; only an upload that is under way, to a store that has not complained, is
+waited for as long as the controller itself waits for one. The condition says what is kept and what is lost.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ SUSPENDED = "suspended"
 REASON = "spec.suspend"
 EXTRA_S = 15.0
 """What the operator waits beyond the controller's patience."""
+LONGEST_UPLOAD_S = 900.0
+"""How long the controller waits for an upload without complaint (``outlast.controller.settings.Patience.final_s``)."""
 
 
 def suspend(sight: Sight, status: TrainingJobStatus) -> Decision:
@@ -28,7 +31,9 @@ def suspend(sight: Sight, status: TrainingJobStatus) -> Decision:
     if not sight.pods or not _has_state(sight, status):
         return _take_away(sight, status)
     since = read_or_none(status.suspending_since) or sight.now
-    ends = since + sight.settings.suspend_patience_s + EXTRA_S
+    uploading = sight.answering and sight.heard is not None and sight.heard.uploading
+    patience = LONGEST_UPLOAD_S if uploading else sight.settings.suspend_patience_s
+    ends = since + patience + EXTRA_S
     if sight.heard is not None and sight.heard.outcome == SUSPENDED:
         return _take_away(sight, status)
     if sight.now >= ends:

@@ -410,6 +410,15 @@ def test_fewer_spares_are_told_though_no_other_number_changes() -> None:
     assert len(world.live_nodes()) == 4
 
 
+def test_another_number_of_spares_is_told() -> None:
+    world = World.training()
+    assert world.said is not None
+    world.said["workers"]["wanted_spares"] = 1
+    assert calls(world.step()) == []
+    world.edit(workers={"replicas": 3, "spares": 2})
+    assert [call.path for call in calls(world.step())] == ["/resize"]
+
+
 def test_surplus_pods_that_no_controller_knows_go_newest_first() -> None:
     world = World.training()
     world.edit(workers={"replicas": 5, "spares": 1})
@@ -703,6 +712,17 @@ def test_a_suspension_goes_on_without_a_store_and_says_what_is_lost(
     suspended = world.condition("Suspended")
     assert (suspended.status, suspended.reason, suspended.message) == ("True", reason, message)
     assert ("Warning", "Suspended") in [(told.type, told.reason) for told in decided.happenings]
+
+
+def test_an_upload_that_goes_on_without_complaint_is_waited_for() -> None:
+    world = World.training(resource({"checkpoint": STORE}), checkpoint={"step": 30, "under_way": "2.40"})
+    world.edit(suspend=True)
+    world.step()
+    world.now += 914
+    assert deletes(world.step()) == []
+    assert world.said is not None
+    world.said["checkpoint"]["last_error"] = "503 from the store"
+    assert len(deletes(world.step())) == 5
 
 
 def test_a_silent_controller_is_not_waited_for_any_longer() -> None:

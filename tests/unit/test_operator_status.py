@@ -228,6 +228,20 @@ def test_the_first_start_is_remembered() -> None:
     assert (world.status.phase, world.status.start_time) == ("Starting", "2027-01-15T08:00:30Z")
 
 
+def test_the_controller_knows_best_when_its_ranks_were_started() -> None:
+    world = World.training(start_time=NOW - 50.4)
+    world.job["status"].pop("startTime")
+    world.step()
+    assert world.status.start_time == "2027-01-15T07:59:09Z"
+
+
+def test_another_size_than_is_wanted_is_said() -> None:
+    world = World.training()
+    said(world)["workers"]["size"] = 2
+    world.step()
+    assert world.condition("Ready").message == "all ranks train on 2 nodes, while 3 are wanted"
+
+
 def test_waiting_for_nodes_is_said_with_numbers() -> None:
     world = World(resource())
     world.run()
