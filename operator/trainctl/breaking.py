@@ -6,7 +6,7 @@ Most kinds are the controller's to carry out; ``head-loss`` and ``pod-delete:SEA
 from __future__ import annotations
 
 from outlast.errors import RequestError
-from outlast.local.faults import check_faults, parse_fault
+from outlast.faults import parse_at_once
 from trainctl.cluster.connection import Cluster
 from trainctl.cluster.controller import controller_of
 from trainctl.cluster.refusals import ClusterError
@@ -29,8 +29,8 @@ def inject(where: Where, name: str, fault: str) -> None:
         elif kind == POD_DELETE:
             _delete(job, _seated(job, resource, target))
         else:
-            told = _through_controller(job, resource, check(fault, resource))
-            print(f"{fault}: done to {job.name}" + "".join(f", {key} {value}" for key, value in told.items()))
+            _through_controller(job, resource, str(parse_at_once(fault)))
+            print(f"{fault} asked of {job.name}: `trainctl events {job.name} --follow` tells what comes of it")
 
 
 def check_allowed(resource: Object) -> None:
@@ -38,9 +38,8 @@ def check_allowed(resource: Object) -> None:
     meta = resource["metadata"]
     if not (resource["spec"].get("faults") or {}).get("allow"):
         raise RequestError(
-            f'the TrainingJob "{meta["name"]}" does not allow faults (spec.faults.allow is false): allow them with '
-            f"kubectl patch trainingjob {meta['name']} -n {meta.get('namespace', 'default')} --type merge "
-            """-p '{"spec":{"faults":{"allow":true}}}'"""
+            f'the TrainingJob "{meta["name"]}" does not allow faults (spec.faults.allow is false): set it to true '
+            "before the job starts; of one that runs, before it is suspended and resumed"
         )
     if phase_of(resource) in ENDED:
         raise RequestError(
@@ -48,24 +47,11 @@ def check_allowed(resource: Object) -> None:
         )
 
 
-def check(fault: str, resource: Object) -> str:
-    """The fault as the controller takes it. Raises RequestError that says what it should be (pure)."""
-    kind, colon, target = fault.partition(":")
-    if "@" in kind:
-        raise RequestError(f"{fault}: a fault of a running job happens at once: write KIND:TARGET, without @STEP")
-    workers = resource["spec"].get("workers") or {}
-    try:
-        parsed = parse_fault(f"{kind}@0{colon}{target}")
-        check_faults([parsed], int(workers.get("replicas", 1)), int(workers.get("procsPerWorker", 1)))
-    except RequestError as error:
-        raise RequestError(str(error).replace("--fault ", "").replace("@0", "").replace("@20", "")) from error
-    return fault
-
-
-def _through_controller(job: JobRef, resource: Object, fault: str) -> dict[str, object]:
+def _through_controller(job: JobRef, resource: Object, fault: str) -> None:
+    """Ask it. Which ranks and seats there are now, the controller knows."""
     client = controller_of(job, resource)
     try:
-        return client.fault(fault)
+        client.fault(fault)
     finally:
         client.close()
 

@@ -8,6 +8,7 @@ from typing import Any
 from trainctl.catalogue import amount
 from trainctl.columns import facts, section, table
 from trainctl.jobview import age, job_facts, node_table, recovery_table
+from trainctl.lifecycle import counted
 from trainctl.timeline import Entry, timeline
 
 Object = Mapping[str, Any]
@@ -86,8 +87,12 @@ def _images(template: Object) -> list[str]:
 def _nodes(workers: Object) -> str:
     least, spares = workers.get("minReplicas"), workers.get("spares", 0)
     procs = workers.get("procsPerWorker", 1)
-    text = f"{workers.get('replicas', 1)} x {procs} ranks"
-    return text + (f", at least {least}" if least is not None else "") + (f", {spares} spares" if spares else "")
+    text = f"{workers.get('replicas', 1)} of {counted(procs, 'rank')} each"
+    return (
+        text
+        + (f", at least {least}" if least is not None else "")
+        + (f", {counted(spares, 'spare')}" if spares else "")
+    )
 
 
 def _parity(erasure: Object) -> str:

@@ -317,9 +317,8 @@ def fault(
         str,
         typer.Argument(
             metavar="KIND[:TARGET]",
-            help="With a rank: rank-crash:1, rank-error:1, hang:1, straggler:1*3. With a seat: node-loss:2, "
-            "node-pause:2, node-leave:2, corrupt:2/header (/data, /parity, /trailer), keeper-crash:2, agent-crash:2, "
-            "pod-delete:2. With none: controller-crash, head-loss.",
+            help="With a rank: rank-crash:1, hang:1. With a seat: node-loss:2, node-leave:2, corrupt:2/header (/data, "
+            "/parity, /trailer), keeper-crash:2, agent-crash:2, pod-delete:2. With none: controller-crash, head-loss.",
         ),
     ],
     job: Job,

@@ -36,7 +36,7 @@ def job_cells(resource: Object, now: float, *, namespaces: bool = False, wide: b
         meta["name"],
         phase_of(resource),
         _progress(status.get("step"), status.get("totalSteps")),
-        _workers(status.get("workers") or {}),
+        _workers(resource),
         _percent(status.get("goodput")),
         str(status.get("restartCount", 0)),
         _newest(status.get("snapshot"), now),
@@ -125,7 +125,7 @@ def wall(time: str) -> float:
 
 
 def seconds(value: object) -> str:
-    """ "1.23 s"."""
+    """Such as "1.23 s"."""
     return f"{value:.2f} s" if isinstance(value, int | float) else NOTHING
 
 
@@ -163,7 +163,7 @@ def _facts_of_status(resource: Object, now: float) -> list[tuple[str, str]]:
     return [
         ("phase", phase_of(resource)),
         ("step", _progress(status.get("step"), status.get("totalSteps"))),
-        ("nodes", _workers(status.get("workers") or {})),
+        ("nodes", _workers(resource)),
         ("attempt", str(status.get("attempt") or NOTHING)),
         ("snapshot", _newest(status.get("snapshot"), now)),
         ("checkpoint", _newest(status.get("checkpoint"), now)),
@@ -200,12 +200,12 @@ def _progress(step: object, total: object) -> str:
     return NOTHING if step is None else f"{step}/{total}" if total else str(step)
 
 
-def _workers(workers: Object) -> str:
-    """ "3/4, 1 spare": nodes that train or could at once, of those wanted."""
-    if not workers:
-        return NOTHING
+def _workers(resource: Object) -> str:
+    """Nodes that train or could at once, of those wanted, and spares: "3/4 +1"."""
+    workers = (resource.get("status") or {}).get("workers") or {}
+    wanted = workers.get("wanted") or (resource["spec"].get("workers") or {}).get("replicas", 1)
     spares = workers.get("spares", 0)
-    return f"{workers.get('ready', 0)}/{workers.get('wanted', 0)}" + (f" +{spares}" if spares else "")
+    return f"{workers.get('ready', 0)}/{wanted}" + (f" +{spares}" if spares else "")
 
 
 def _percent(value: object) -> str:

@@ -180,13 +180,18 @@ def _going(resource: Object) -> bool:
     return phase_of(resource) in ("Running", *ENDED)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: "1 spare", "2 spares"."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def _numbers(resource: Object) -> str:
     workers = resource["spec"].get("workers") or {}
     least, spares = workers.get("minReplicas"), workers.get("spares", 0)
     return (
-        f"{workers.get('replicas', 1)} nodes"
+        counted(workers.get("replicas", 1), "node")
         + (f", at least {least}" if least is not None else "")
-        + (f", {spares} spares" if spares else "")
+        + (f", {counted(spares, 'spare')}" if spares else "")
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from outlast.errors import ObjectMissing, OutlastError, RequestError, StoreError
+from outlast.joblogs import STORED, log_key, parse_log_key
 from outlast.kube import HEAD_ROLE, NODE_ROLE, pod_index
 from outlast.quantities import parse_duration
 from trainctl.cluster.connection import Cluster, Json
@@ -19,9 +20,7 @@ from trainctl.ranklines import (
     RankLine,
     Wanted,
     by_attempt,
-    log_key,
     parse_line,
-    parse_log_key,
     pods_of_ranks,
     shown,
     split_time,
@@ -132,9 +131,11 @@ class _RankLogs:
         try:
             stored = self._stored(attempt)
         except StoreError as error:
-            raise OutlastError(f"{self._nothing(pods)}. The store cannot be asked from here: {error}") from error
+            raise OutlastError(self._nothing(pods, f"and the store cannot be asked from here: {error}")) from error
         if stored is None:
-            raise OutlastError(self._nothing(pods))
+            url = job_store(self._resource)
+            none = "and the job has no store (spec.checkpoint) that kept any"
+            raise OutlastError(self._nothing(pods, f"nor in the job's store ({url}/logs)" if url else none))
 
     def _places(self, containers: Sequence[Container]) -> list[Sequence[Container]]:
         """Where to look, one after the other: the Pod that has the rank now, then all of them."""
@@ -185,7 +186,7 @@ class _RankLogs:
         from trainctl.catalogue import PATIENCE_S
 
         with closing(open_store(url, StoreOptions(patience_s=PATIENCE_S))) as store:
-            keys = [key for info in store.list("logs/") if (key := parse_log_key(info.key)) is not None]
+            keys = [key for info in store.list(STORED) if (key := parse_log_key(info.key)) is not None]
             ranks = [key for key in keys if self._asked.rank is None or key[1] == self._asked.rank]
             chosen = attempt or max((number for number, _ in ranks), default=0) - self._asked.back
             lines: list[RankLine] = []
@@ -201,7 +202,7 @@ class _RankLogs:
         self._print(by_attempt(lines, Wanted(self._asked.rank), self._asked.tail)[chosen])
         return chosen
 
-    def _nothing(self, pods: int) -> str:
+    def _nothing(self, pods: int, store: str) -> str:
         asked = self._asked
         whose = "any rank" if asked.rank is None else f"rank {asked.rank}"
         which = (
@@ -210,12 +211,6 @@ class _RankLogs:
             else " in the attempt before"
             if asked.back
             else ""
-        )
-        url = job_store(self._resource)
-        store = (
-            f"nor in the job's store ({url}/logs)"
-            if url
-            else "and the job has no store (spec.checkpoint) that kept any"
         )
         text = f"there is no output of {whose}{which}: not in the {pods} node Pods there are, {store}"
         return f"{text}: `trainctl describe {self._job.name}` tells how the job is"

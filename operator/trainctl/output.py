@@ -49,5 +49,5 @@ def dumped(value: Object, form: Form) -> str:
 
 
 def name_of(resource: Object) -> str:
-    """ "trainingjob.outlast.dev/x", as kubectl writes it."""
+    """As kubectl writes it: "trainingjob.outlast.dev/x"."""
     return f"trainingjob.outlast.dev/{resource['metadata']['name']}"

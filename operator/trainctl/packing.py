@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from outlast.errors import RequestError
-from outlast.kube import CODE_ANNOTATION, JOB_LABEL, MANAGED_BY_LABEL
+from outlast.kube import CODE_ANNOTATION, CONTAINER, JOB_LABEL, MANAGED_BY_LABEL
 
 LIMIT = 900 * 1024
 """Bytes of all files: a ConfigMap may have 1 MiB with its names."""
@@ -141,15 +141,12 @@ def with_code(tree: Mapping[str, Any], packed: Packed) -> dict[str, Any]:
 
 def training_container(containers: Iterable[Mapping[str, Any]]) -> int:
     """The index of the one that trains: the one that is called so, else the first."""
-    from outlast.kube import CONTAINER
-
     names = [container.get("name") for container in containers]
     return names.index(CONTAINER) if CONTAINER in names else 0
 
 
 def _mounted(template: Mapping[str, Any], volume: Mapping[str, Any], where: str) -> dict[str, Any]:
-    pod = dict(template.get("spec") or {})
-    containers = [dict(container) for container in pod.get("containers") or [{"name": "outlast"}]]
+    pod, containers = _pod_of(template, where)
     index = training_container(containers)
     trains = containers[index]
     if trains.get("workingDir"):
@@ -163,6 +160,17 @@ def _mounted(template: Mapping[str, Any], volume: Mapping[str, Any], where: str)
     pod["containers"] = containers
     pod["volumes"] = [*(pod.get("volumes") or []), dict(volume)]
     return {**template, "spec": pod}
+
+
+def _pod_of(template: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Copies of a template's Pod and of its containers, at least one. Raises RequestError when they are none."""
+    pod = template.get("spec") or {}
+    containers = pod.get("containers") or [{"name": CONTAINER}] if isinstance(pod, Mapping) else None
+    if not isinstance(containers, list) or not all(isinstance(container, Mapping) for container in containers):
+        raise RequestError(
+            f"spec.{where}.template: this is no PodTemplateSpec: write spec as a mapping, and its containers as a list"
+        )
+    return dict(pod), [dict(container) for container in containers]
 
 
 def _walk(folder: Path) -> Iterator[Path]:

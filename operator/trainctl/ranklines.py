@@ -84,14 +84,3 @@ def pods_of_ranks(pods: Sequence[str], live: Mapping[str, Any] | None, procs: in
     seated = {str(node["node"]) for node in (live.get("nodes") or {}).values() if node.get("seat") == seat}
     found = tuple(name for name in pods if name in seated)
     return found or tuple(pods)
-
-
-def log_key(attempt: int, rank: int) -> str:
-    """Where a rank's log lies below its job's URL in the store."""
-    return f"logs/attempt-{attempt}/rank-{rank}.log"
-
-
-def parse_log_key(key: str) -> tuple[int, int] | None:
-    """(attempt, rank) of such a key; None: it is none."""
-    found = re.fullmatch(r"logs/attempt-(\d+)/rank-(\d+)\.log", key)
-    return (int(found[1]), int(found[2])) if found else None

@@ -23,7 +23,7 @@ from trainctl.merging import Ended, Merged
 from trainctl.output import Form, plain
 
 LIVE_EVERY_S = 2.0
-"""How often the controller is asked how far it is."""
+"""How often the controller says how far it is when nothing happens."""
 AGAIN_S = 3.0
 """When a controller that could not be asked is asked again, if its job has not changed before."""
 SAY_EVERY_S = 10.0
@@ -101,11 +101,12 @@ def live_statuses(job: JobRef, latest: Latest) -> Iterator[tuple[Mapping[str, An
         client: ControllerClient | None = None
         try:
             client = controller_of(job, resource)
+            status = client.status()
             while True:
-                status = client.status()
                 trouble = None
                 yield status, ""
-                seen, version = latest.newer(version, LIVE_EVERY_S)
+                status = client.status(int(status.get("seq", 0)), LIVE_EVERY_S)
+                seen, version = latest.newer(version, 0.0)
                 if seen is not None and (seen.get("status") or {}).get("head") != client.pod:
                     break
         except (ClusterError, RequestError) as error:

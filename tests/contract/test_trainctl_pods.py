@@ -80,7 +80,7 @@ def test_the_controller_is_asked_through_a_port_forward(job: StandInJob, trainct
     assert told["controller"]["nodes"][first]["seat"] == 0
     assert told["status"]["step"] == 5
     page = trainctl.ok("describe", job.name)
-    for part in ("2 x 1 ranks", "1 local, 1 peer", f"{job.lab.name}-node-1", "Started container outlast"):
+    for part in ("2 of 1 rank each", "1 local, 1 peer", f"{job.lab.name}-node-1", "Started container outlast"):
         assert part in page
 
 
@@ -199,8 +199,8 @@ def test_a_job_is_watched_to_its_end(job: StandInJob, trainctl: Trainctl) -> Non
 
 def test_faults_go_to_the_controller_or_to_a_pod(job: StandInJob, trainctl: Trainctl, cluster: Lab) -> None:
     head, _, second = start(job)
-    assert trainctl.ok("fault", "rank-crash:1", job.name).startswith("rank-crash:1: done")
-    assert trainctl.ok("fault", "corrupt:0/header", job.name).startswith("corrupt:0/header: done")
+    assert trainctl.ok("fault", "rank-crash:1", job.name).startswith(f"rank-crash:1 asked of {job.name}: ")
+    trainctl.ok("fault", "corrupt:0/header", job.name)
     assert job.faults(head) == ["rank-crash:1", "corrupt:0/header"]
     done = trainctl("fault", "hang:1", job.name)
     assert (done.status, done.err) == (2, "trainctl: hang:1: not here\n"), "the controller's own reason"

@@ -36,7 +36,7 @@ class Trainctl:
             capture_output=True,
             text=True,
             timeout=self.limit_s,
-            env=self._environment(),
+            env=self.environment(),
             cwd=self.folder,
             check=False,
         )
@@ -58,12 +58,12 @@ class Trainctl:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env=self._environment(),
+                env=self.environment(),
                 cwd=self.folder,
             )
         )
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         path = os.pathsep.join(os.path.abspath(place) for place in sys.path if place)  # noqa: PTH100 (no links resolved)
         return {**self.variables, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 

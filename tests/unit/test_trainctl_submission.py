@@ -85,6 +85,7 @@ def test_there_is_a_rank_for_each_gpu_unless_told_otherwise(flags: Flags, ranks:
         ({"overrides": ("workers.replica=2",)}, 'did you mean "replicas"?'),
         ({"source": Path("nowhere.py")}, "nowhere.py: there is no such file; if it is in the image"),
         ({"code": Path("nowhere")}, "--code nowhere: there is no such folder"),
+        ({"overrides": ("workers.template={spec: 5}",)}, "spec.workers.template: this is no PodTemplateSpec"),
         ({"code": Path("x"), "no_code": True}, "--code and --no-code: give one of them"),
     ],
 )
@@ -170,7 +171,15 @@ def test_a_script_is_mounted_where_ranks_start(tmp_path: Path) -> None:
 
 
 def test_a_folder_keeps_its_paths_and_modes_and_leaves_out_what_nobody_wants(tmp_path: Path) -> None:
-    for path in ("train.py", "lib/model.py", "lib_model.py", ".git/config", "lib/__pycache__/model.pyc", ".env", "x.pyc"):
+    for path in (
+        "train.py",
+        "lib/model.py",
+        "lib_model.py",
+        ".git/config",
+        "lib/__pycache__/model.pyc",
+        ".env",
+        "x.pyc",
+    ):
         (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / path).write_text(path)
     (tmp_path / "lib/weights.bin").write_bytes(b"\xff\x00")

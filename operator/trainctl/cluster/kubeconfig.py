@@ -4,10 +4,10 @@ without any of these its own service account."""
 from __future__ import annotations
 
 import binascii
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from kubernetes.client import Configuration
@@ -45,10 +45,8 @@ def find_cluster(where: Where) -> Found:
     text = os.pathsep.join(map(str, files))
     try:
         loaded = KubeConfigMerger(text).config
-        if loaded is None or not loaded.value:
-            raise RequestError(
-                f"{text}: it is empty; a kubeconfig was expected: say where yours lies with --kubeconfig"
-            )
+        if loaded is None:
+            raise _wrong(text, "it is empty")
         return _of_context(loaded, where, text)
     except yaml.YAMLError as error:
         raise _wrong(text, f"it is no YAML: {' '.join(str(error).split())}") from error
@@ -81,15 +79,14 @@ def _files(where: Where) -> list[Path]:
     return files
 
 
-def _of_context(loaded: object, where: Where, text: str) -> Found:
-    names = [str(context["name"]) for context in loaded["contexts"].value or []] if "contexts" in loaded else []  # type: ignore[index,operator]
-    chosen = where.context or loaded.safe_get("current-context")  # type: ignore[attr-defined]
+def _of_context(loaded: Any, where: Where, text: str) -> Found:
+    names = [str(context["name"]) for context in loaded["contexts"].value or []] if "contexts" in loaded else []
+    chosen = where.context or loaded.safe_get("current-context")
     if not chosen:
         raise RequestError(f"{text}: no context is current: choose one with --context ({_listed(names)})")
     if chosen not in names:
         said = "--context" if where.context else "current-context"
         raise RequestError(f"{said} {chosen}: there is no such context in {text}: there are {_listed(names)}")
-    logging.getLogger("root").addHandler(logging.NullHandler())
     loader = KubeConfigLoader(config_dict=loaded, active_context=chosen, config_base_path=None)
     configuration = Configuration()
     loader.load_and_set(configuration)

@@ -80,7 +80,7 @@ class Asked:
 
     @property
     def action(self) -> str:
-        """ "create trainingjobs.outlast.dev in namespace x"."""
+        """What was to be done: "create trainingjobs.outlast.dev in namespace x"."""
         return f"{self.verb or _VERBS.get(self.method, self.method)} {_resource(self.path)}"
 
 

@@ -30,10 +30,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Bearer {os.environ['TOKEN']}":
             return self.answer(401, {"error": "the job's bearer token is missing or another"})
         if address.path == "/status":
-            return self.answer(200, state["status"])
+            return self.answer(200, self.status(int(query.get("after", -1)), float(query.get("wait", 0))))
         if address.path == "/events":
             return self.answer(200, {"events": self.events(int(query.get("after", 0)), float(query.get("wait", 0)))})
         return self.answer(404, {"error": "no such path"})
+
+    def status(self, after: int, wait_s: float) -> object:
+        with changed:
+            if after >= 0:
+                changed.wait_for(lambda: state["status"].get("seq", 0) > after, wait_s)  # type: ignore[attr-defined]
+            return state["status"]
 
     def events(self, after: int, wait_s: float) -> list[object]:
         def newer() -> list[object]:

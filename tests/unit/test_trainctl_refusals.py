@@ -1,0 +1,262 @@
+"""What is said when a cluster refuses, when there is none, and when a fault is none: one line, with what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import urllib3
+
+from outlast.errors import OutlastError, RequestError
+from trainctl.breaking import check_allowed
+from trainctl.cluster.connection import Lines
+from trainctl.cluster.kubeconfig import find_cluster
+from trainctl.cluster.refusals import (
+    Absent,
+    Asked,
+    ClusterError,
+    Conflict,
+    Forbidden,
+    Gone,
+    Invalid,
+    NotInstalled,
+    Unauthorized,
+    refusal,
+)
+from trainctl.cluster.resources import _Away
+from trainctl.cluster.where import Where
+from trainctl.completion import complete_jobs
+
+JOBS = "/apis/outlast.dev/v1alpha1/namespaces/team/trainingjobs"
+PODS = "/api/v1/namespaces/team/pods"
+
+
+def body(message: str, **details: Any) -> bytes:
+    return json.dumps({"kind": "Status", "message": message, "details": details}).encode()
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "asked", "kind", "said"),
+    [
+        (401, body("Unauthorized"), ("GET", JOBS), Unauthorized, "log in again, or choose another context"),
+        (
+            403,
+            body('pods "x" is forbidden: User "bob" cannot get resource "pods"'),
+            ("GET", f"{PODS}/x/log"),
+            Forbidden,
+            'you may not get pods/log in namespace "team": User "bob" cannot get resource "pods": ask who runs',
+        ),
+        (
+            403,
+            body('User "bob" cannot list resource "trainingjobs" at the cluster scope'),
+            ("GET", "/apis/outlast.dev/v1alpha1/trainingjobs", "list"),
+            Forbidden,
+            'you may not list trainingjobs.outlast.dev: User "bob" cannot list',
+        ),
+        (
+            403,
+            body('trainingjobs "x" is forbidden: exceeded quota: jobs'),
+            ("POST", JOBS),
+            Forbidden,
+            'the cluster refuses to create trainingjobs.outlast.dev in namespace "team": trainingjobs "x" is forbidden: '
+            "exceeded quota",
+        ),
+        (
+            404,
+            b"404 page not found\n",
+            ("GET", JOBS),
+            NotInstalled,
+            "knows no TrainingJobs: install Outlast there first",
+        ),
+        (404, body("the server could not find the requested resource"), ("GET", JOBS), NotInstalled, "helm install"),
+        (
+            404,
+            body("not found", name="x", kind="trainingjobs"),
+            ("GET", f"{JOBS}/x"),
+            Absent,
+            'there is no TrainingJob "x" in namespace "team" (context "lab"): `trainctl status -A`',
+        ),
+        (404, body('pods "x" not found', name="x", kind="pods"), ("GET", f"{PODS}/x"), Absent, 'pods "x" not found'),
+        (404, body('namespaces "t" not found', name="t", kind="namespaces"), ("POST", JOBS), Absent, 'namespaces "t"'),
+        (409, body("already exists"), ("POST", JOBS), Conflict, "already exists"),
+        (410, body("too old"), ("GET", JOBS), Gone, "too old"),
+        (422, body("spec.workers: minReplicas must be"), ("POST", JOBS), Invalid, "spec.workers: minReplicas must be"),
+        (
+            503,
+            b"",
+            ("GET", JOBS, "list"),
+            ClusterError,
+            "answers 503 (no reason given) when asked to list trainingjobs",
+        ),
+    ],
+)
+def test_refusals(status: int, answer: bytes, asked: Any, kind: type[OutlastError], said: str) -> None:
+    method, path, *verb = asked
+    error = refusal(status, answer, Asked(method, path, "lab", *verb))
+    assert type(error) is kind
+    assert said in str(error)
+    assert "\n" not in str(error)
+
+
+def test_what_is_wrong_with_a_request_is_told_from_what_a_cluster_cannot() -> None:
+    assert issubclass(Invalid, RequestError)
+    assert issubclass(Conflict, RequestError)
+    assert not issubclass(ClusterError, RequestError)
+
+
+# --- kubeconfig -----------------------------------------------------------------------------------------------------
+
+CONFIG: dict[str, Any] = {
+    "apiVersion": "v1",
+    "kind": "Config",
+    "current-context": "here",
+    "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:6443"}}],
+    "users": [{"name": "u", "user": {"token": "t"}}],
+    "contexts": [
+        {"name": "here", "context": {"cluster": "c", "user": "u"}},
+        {"name": "team", "context": {"cluster": "c", "user": "u", "namespace": "team"}},
+        {"name": "broken", "context": {"cluster": "none", "user": "u"}},
+    ],
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def write(path: Path, text: str | dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    return path
+
+
+def test_the_namespace_is_the_contexts_unless_it_is_said(home: Path) -> None:
+    write(home / ".kube" / "config", CONFIG)
+    found = find_cluster(Where())
+    assert (found.context, found.namespace, found.configuration.host) == ("here", "default", "https://127.0.0.1:6443")
+    assert find_cluster(Where(context="team")).namespace == "team"
+    assert find_cluster(Where(context="team", namespace="x")).namespace == "x"
+
+
+def test_files_are_merged_and_the_persons_own_comes_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = write(home / "a", {**CONFIG, "current-context": ""})
+    second = write(home / "b", {"current-context": "team"})
+    monkeypatch.setenv("KUBECONFIG", os.pathsep.join((str(first), str(home / "absent"), str(second))))
+    assert find_cluster(Where()).context == "team"
+    assert find_cluster(Where(kubeconfig=write(home / "c", CONFIG))).context == "here"
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "said"),
+    [
+        (None, Where(), "no kubeconfig was found: there is none at ~/.kube/config: get one"),
+        (None, Where(kubeconfig=Path("/nowhere")), "--kubeconfig /nowhere: there is no such file"),
+        ("", Where(), "file is empty"),
+        ("a: [", Where(), "this is no usable kubeconfig: it is no YAML"),
+        ("- a\n", Where(), "this is no usable kubeconfig"),
+        ({**CONFIG, "current-context": ""}, Where(), "no context is current: choose one with --context (here, team"),
+        (CONFIG, Where(context="none"), "--context none: there is no such context in"),
+        ({**CONFIG, "current-context": "gone"}, Where(), "current-context gone: there is no such context in"),
+        (CONFIG, Where(context="broken"), "this is no usable kubeconfig"),
+    ],
+)
+def test_a_kubeconfig_that_cannot_be_used_is_told(home: Path, text: Any, where: Where, said: str) -> None:
+    if text is not None:
+        write(home / ".kube" / "config", text)
+    with pytest.raises(RequestError) as refused:
+        find_cluster(where)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_said_at_the_command_counts_more_than_before_it() -> None:
+    assert Where("a", None, None).over(Where("b", "c", Path("d"))) == Where("a", "c", Path("d"))
+
+
+def test_completion_is_silent_where_there_is_no_cluster(home: Path) -> None:
+    class Line:
+        params: dict[str, object] = {"namespace": "x", "kubeconfig": "/nowhere"}  # noqa: RUF012
+        parent = None
+
+    assert complete_jobs(Line(), [], "") == []  # type: ignore[arg-type]
+
+
+def test_a_stream_that_breaks_off_gives_what_had_come() -> None:
+    class Response:
+        closed = False
+
+        def stream(self, **_: object) -> Any:
+            yield b"one\ntw"
+            yield "o\ndré\nrest".encode()
+            raise urllib3.exceptions.ProtocolError("gone")
+
+        def close(self) -> None:
+            self.closed = True
+
+    response = Response()
+    assert list(Lines(response)) == ["one", "two", "dré", "rest"]  # type: ignore[arg-type]
+    assert response.closed
+
+
+def test_an_api_server_that_is_away_is_waited_for_and_then_given_up() -> None:
+    from trainctl.cluster.refusals import Unreachable
+
+    now, pauses = [0.0], []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        now[0] += seconds
+
+    away = _Away(lambda: now[0], pause)
+
+    def wait_forever() -> None:
+        while True:
+            away.wait_or_raise(Unreachable("away"))
+
+    with pytest.raises(Unreachable):
+        wait_forever()
+    assert pauses[:4] == [0.5, 1.0, 2.0, 4.0]
+    assert 60 <= now[0] < 70
+    away.over()
+    away.wait_or_raise(Unreachable("again"))
+    assert pauses[-1] == 0.5
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+def job(allow: bool = True, phase: str = "Running") -> dict[str, Any]:
+    return {"metadata": {"name": "x"}, "spec": {"faults": {"allow": allow}}, "status": {"phase": phase}}
+
+
+def test_faults_are_for_jobs_that_allow_them_and_run() -> None:
+    check_allowed(job())
+    with pytest.raises(RequestError, match=r"does not allow faults .* set it to true before the job starts"):
+        check_allowed(job(allow=False))
+    with pytest.raises(RequestError, match=r"has ended \(Failed\): there is nothing to break"):
+        check_allowed(job(phase="Failed"))
+
+
+# --- quick ----------------------------------------------------------------------------------------------------------
+
+
+def test_help_and_dry_runs_without_a_cluster(tmp_path: Path) -> None:
+    """Help loads nothing of Kubernetes, and a dry run here needs no cluster."""
+    code = "import sys, trainctl.main; print([n for n in ('kubernetes', 'yaml', 'pydantic') if n in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(tmp_path), "KUBECONFIG": ""}
+    run = {"env": environment, "text": True, "capture_output": True, "timeout": 60, "check": True, "cwd": tmp_path}
+    assert subprocess.run([sys.executable, "-c", code], **run).stdout == "[]\n"  # type: ignore[call-overload]
+    (tmp_path / "train.py").write_text("")
+    command = [sys.executable, "-m", "trainctl", "submit", "train.py", "--name", "x", "--dry-run", "--", "--dry-run"]
+    shown = subprocess.run(command, **run).stdout  # type: ignore[call-overload]
+    assert "namespace: default" in shown
+    assert "- --dry-run" in shown, "what comes after -- is the script's"
