@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outlast.checkpoint.reading import GAP as GAP_READ
 from outlast.checkpoint.reading import SCRATCH, ObjectShard
 from outlast.errors import CheckpointError, ImageError, ObjectMissing
 from outlast.protect.regions import GAP, LONGEST, Box, runs
@@ -124,6 +125,21 @@ def test_an_image_is_read_in_few_requests_and_no_block_twice(large: bytes) -> No
     shard.read_many([(entry.offset, memoryview(bytearray(entry.nbytes))) for entry in small])
     assert max(length for _, length in store.reads) <= SCRATCH
     assert sum(length for _, length in store.reads) <= sum(entry.nbytes for entry in small) + 4 * BLOCK
+
+
+@pytest.mark.parametrize(("apart", "requests"), [(0, 1), (GAP_READ, 1), (GAP_READ + BLOCK, 2)])
+def test_what_lies_between_is_read_where_another_request_would_take_longer(
+    large: bytes, apart: int, requests: int
+) -> None:
+    store = Objects(key=large)
+    shard = ObjectShard(store, "key")
+    shard.layout()
+    store.reads.clear()
+    first, second = memoryview(bytearray(BLOCK)), memoryview(bytearray(100))
+    shard.read_many([(2 * BLOCK, first), (3 * BLOCK + apart, second)])
+    assert len(store.reads) == requests
+    assert bytes(first) == large[2 * BLOCK : 3 * BLOCK]
+    assert bytes(second) == large[3 * BLOCK + apart : 3 * BLOCK + apart + 100]
 
 
 def test_only_the_blocks_that_are_read_need_be_sound(large: bytes) -> None:

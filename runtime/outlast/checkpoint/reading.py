@@ -1,9 +1,9 @@
 """Reads parts of an image that lies in a store, and trusts none of it before its checksum was compared.
 
 An object is an image as it was in memory. Its last bytes say how it is checked: the footer, and before it the XXH64 of
-every 256 KiB block. Whole blocks are read, compared, and only then handed on; blocks that lie side by side are read
-together, several requests at a time. Memory: ``parallel`` scratch buffers of ``SCRATCH`` bytes; what fills whole blocks
-of its target goes there directly.
+every 256 KiB block. Whole blocks are read, compared, and only then handed on. A request costs as much time as half a
+MiB or more, so blocks that lie near each other are read together; several requests are under way at a time. Memory:
+``parallel`` scratch buffers of ``SCRATCH`` bytes; large stretches of whole blocks go directly into their target.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from outlast.snapshot.image import MAGIC
 from outlast.snapshot.kernel import BLOCK, Checksums, block_count, xxh64_blocks
 from outlast.snapshot.layout import FOOTER_BYTES, GENERATION_OFFSET, GENERATION_WIDTH, Layout, header_bytes
 
-SCRATCH = 4 << 20
+SCRATCH = 8 << 20
 """The longest stretch of blocks that is read at once to be handed on in parts."""
-DIRECT = 1 << 20
+DIRECT = 4 << 20
 """From so many bytes on whole blocks are read straight into their target."""
+GAP = 2 * BLOCK
+"""Blocks that nobody wants are read with their neighbours up to so many bytes: another request would take longer."""
 
 _FOOTER = struct.Struct("<8sQQQQ16x")
 """As ``outlast.snapshot.image`` writes it."""
@@ -213,7 +215,7 @@ def _together(parts: Iterable[tuple[int, memoryview]], covered: int) -> Iterable
     held: list[tuple[int, memoryview]] = []
     for offset, target in (piece for part in parts for piece in _within_stretches(*part)):
         first, last = offset // BLOCK * BLOCK, min(block_count(offset + len(target)) * BLOCK, covered)
-        if held and (first > stop or first // SCRATCH != start // SCRATCH):
+        if held and (first > stop + GAP or first // SCRATCH != start // SCRATCH):
             yield _Job(start, stop, None, tuple(held))
             held = []
         if not held:
