@@ -25,6 +25,7 @@ DEFAULT_PRELOAD = (
     "torch.utils.data",
     "outlast.session",
     "outlast.snapshot.keeper",
+    "outlast.checkpoint.s3",
 )
 """What ranks and keepers would import anyway."""
 
