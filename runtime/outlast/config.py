@@ -8,6 +8,7 @@ so that they read the same on both sides. Secrets are named by file, never carri
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -147,6 +148,8 @@ class NodeConfig(_Config):
     """The custom resource that the node's own raylet offers, to which its agent is pinned; "": any raylet will do."""
     env: dict[str, str] = Field(default_factory=dict)
     """The environment that ranks start with, before the job's own and the rank's variables."""
+    env_file: str | None = None
+    """A private file on the node with more of them, as a JSON object: what may be secret is named, not carried."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of a rank's kernels; None: what the library takes."""
     fault_gate: str | None = None
@@ -156,3 +159,10 @@ class NodeConfig(_Config):
     grace_s: float = Field(default=30.0, gt=0)
     """Seconds from SIGTERM to the node until it is taken away: the time for handing over."""
     isolate: Isolation | None = None
+
+    def completed(self) -> NodeConfig:
+        """With the variables of ``env_file``; for the node itself. Raises OSError, or ValueError for no JSON."""
+        if self.env_file is None:
+            return self
+        more = json.loads(Path(self.env_file).read_text())
+        return self.model_copy(update={"env": {**self.env, **more}})

@@ -115,7 +115,7 @@ class AgentActor:
 
     def __init__(self, config: str) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
-        self._config = NodeConfig.model_validate_json(config)
+        self._config = NodeConfig.model_validate_json(config).completed()
         self._line = ControllerLine(self._config.node, self._config.namespace)
         self._agent = NodeAgent(self._config, self._line.send, self._end)
         self._line.on_new_controller = self._agent.join

@@ -25,6 +25,7 @@ from outlast.agent import forkclient
 from outlast.agent.shipping import SETTLE_S, under_way
 from outlast.api import TrainingJob
 from outlast.config import NodeConfig
+from outlast.controller.registry import write_private_json
 from outlast.errors import RequestError
 from outlast.hosting import processes
 from outlast.hosting.client import ControllerClient
@@ -147,6 +148,7 @@ class NodePod:
             shutil.rmtree(folder, ignore_errors=True)
         for folder in (folders.sockets, folders.ray, folders.logs, self._memory):
             folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+        write_private_json(self._env_file, dict(os.environ))
         images = sum(1 for _ in self._memory.glob("*.img*"))
         self._console.say("node-starts", machine=self._settings.machine, ip=self._settings.own.ip, images=images)
 
@@ -154,6 +156,10 @@ class NodePod:
         folders = self._settings.own.folders
         log, place = folders.logs / "forkserver.log", str(folders.sockets)
         self._forkserver = forkclient.launch(str(self._socket), log=log, pid_dir=place)
+
+    @property
+    def _env_file(self) -> Path:
+        return self._settings.own.folders.sockets / "environment.json"
 
     @property
     def _socket(self) -> Path:
@@ -177,7 +183,7 @@ class NodePod:
             token_file=str(folders.token_file),
             forkserver_socket=str(self._socket),
             ray_resource=joined.resource,
-            env=dict(os.environ),
+            env_file=str(self._env_file),
             threads=rank_threads(self._job.spec.workers.procs_per_worker),
             grace_s=max(own.grace_s - MARGIN_S, 1.0),
         )
