@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from outlast import kube
@@ -122,6 +122,7 @@ json_values = st.recursive(
 )  # fmt: skip
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(["spec", "metadata", "other"]), json_values, max_size=3))
 def test_any_template_is_judged_and_what_passes_can_be_made(template: Json) -> None:
     """The schema keeps templates as they are: nothing in one may break the operator."""
