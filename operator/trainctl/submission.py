@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -231,8 +231,3 @@ def _forgotten(job: TrainingJob, source: Path) -> tuple[str, ...]:
 
 def _suggested(source: Path) -> str:
     return re.sub(r"[^a-z0-9]+", "-", source.stem.lower()).strip("-") or "job"
-
-
-def to_yaml(tree: Mapping[str, Any]) -> str:
-    """As a file that kubectl applies."""
-    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)

@@ -16,7 +16,7 @@ from trainctl.cluster.where import Where
 from trainctl.columns import facts
 from trainctl.lifecycle import delete_job, wait_gone
 from trainctl.output import Form, dumped, name_of, plain
-from trainctl.submission import Prepared, Submission, is_job_file, prepare, to_yaml
+from trainctl.submission import Prepared, Submission, is_job_file, prepare
 
 REPLACE_S = 300.0
 """How long ``--replace`` waits for the old job's Pods to be gone: the new ones bear their names."""
@@ -34,8 +34,7 @@ def submit(where: Where, asked: Submission, *, dry_run: str, replacing: bool, fo
             _say(made, form, f"{name_of(made)} would be created (the server has checked it)")
             return 0
         job = JobRef(cluster, prepared.namespace, prepared.name)
-        for note in prepared.notes:
-            print(f"note: {note}", file=sys.stderr)
+        _note(prepared)
         _make_room(job, replacing)
         made = _create(job, prepared)
         _say(made, form, f"{name_of(made)} created")
@@ -69,22 +68,26 @@ def _namespace(where: Where, asked: Submission) -> str:
 
 
 def _show(prepared: Prepared, form: Form | None) -> int:
-    """What would be sent."""
+    """What would be sent: the job, and the ConfigMap with its code. kubectl applies it."""
+    _note(prepared)
+    objects = [prepared.job]
+    if prepared.packed is not None:
+        objects.append(prepared.packed.config_map(prepared.name, prepared.namespace))
+    match form:
+        case Form.NAME:
+            print(name_of(prepared.job))
+        case Form.JSON if len(objects) > 1:
+            print(dumped({"apiVersion": "v1", "kind": "List", "items": objects}, form))
+        case Form.JSON:
+            print(dumped(prepared.job, form))
+        case _:
+            print("\n---\n".join(dumped(item, Form.YAML) for item in objects))
+    return 0
+
+
+def _note(prepared: Prepared) -> None:
     for note in prepared.notes:
         print(f"note: {note}", file=sys.stderr)
-    if form is Form.NAME:
-        print(name_of(prepared.job))
-        return 0
-    print(dumped(prepared.job, Form.JSON) if form is Form.JSON else to_yaml(prepared.job).rstrip("\n"))
-    packed = prepared.packed
-    if packed is not None:
-        files = ", ".join(file.path for file in packed.files)
-        name = packed.name(prepared.name)
-        print(
-            f"note: {len(packed.files)} files ({packed.size} bytes) would go as ConfigMap {name}: {files}",
-            file=sys.stderr,
-        )
-    return 0
 
 
 def _say(made: Json, form: Form | None, text: str) -> None:

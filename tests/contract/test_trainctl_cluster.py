@@ -95,20 +95,21 @@ def test_a_job_that_is_refused_leaves_no_code_behind(cluster: Lab, trainctl: Tra
 
 
 def test_dry_runs_make_nothing(cluster: Lab, trainctl: Trainctl) -> None:
-    shown = yaml.safe_load(trainctl.ok("submit", "train.py", "--name", "dry", "--dry-run"))
-    assert shown["metadata"]["namespace"] == "default"
+    job, code = yaml.safe_load_all(trainctl.ok("submit", "train.py", "--name", "dry", "--dry-run"))
+    assert job["metadata"]["namespace"] == "default"
+    assert code["metadata"]["name"] == job["metadata"]["annotations"]["outlast.dev/code"]
     assert json.loads(trainctl.ok("submit", "job.yaml", "--dry-run=client", "-o", "json"))["kind"] == "TrainingJob"
     told = trainctl.ok("submit", "job.yaml", "--dry-run=server")
     assert told == "trainingjob.outlast.dev/small would be created (the server has checked it)\n"
     checked = json.loads(trainctl.ok("submit", "job.yaml", "--dry-run=server", "-o", "json"))
     assert checked["spec"]["recovery"]["window"] == "1h", "the server's default"
-    assert cluster.get("trainingjobs")["items"] == []
-    cluster.run("kubectl", "delete", "configmap", "-l", "outlast.dev/job")
+    assert cluster.get("trainingjobs")["items"] == cluster.get("configmaps", "-l", "outlast.dev/job=dry")["items"] == []
 
 
 def test_what_a_dry_run_prints_is_what_kubectl_applies(cluster: Lab, trainctl: Trainctl) -> None:
-    text = trainctl.ok("submit", "train.py", "--name", "same", "--no-code", "--nodes", "2", "--gpus", "1", "--dry-run")
-    cluster.kubectl("apply", "-f", "-", given=text)
+    text = trainctl.ok("submit", "train.py", "--name", "same", "--nodes", "2", "--gpus", "1", "--dry-run")
+    assert cluster.kubectl("apply", "-f", "-", "-o", "name", given=text).split()[0].endswith("/same")
+    cluster.kubectl("delete", "configmap", "-l", "outlast.dev/job=same")
     assert resource(cluster, "same")["spec"]["workers"]["replicas"] == 2
 
 
