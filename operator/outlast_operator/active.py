@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from outlast import kube
 from outlast.jobstatus import Phase, TrainingJobStatus
@@ -19,6 +19,13 @@ from outlast_operator.versions import skew
 
 SILENT_S = 30.0
 """After so long without an answer it is not known whether the job trains."""
+_SHOWN: Mapping[str, Phase] = {
+    "Pending": "Pending",
+    "Starting": "Starting",
+    "Running": "Running",
+    "Recovering": "Recovering",
+}
+"""The controller's phases of a job that is not over."""
 
 
 def run(sight: Sight, status: TrainingJobStatus) -> Decision:
@@ -81,12 +88,14 @@ def _objects(sight: Sight, roster: Roster) -> Iterator[Action]:
 def _phase(sight: Sight, status: TrainingJobStatus) -> Phase:
     """The controller's word; what it calls a start is a recovery when ranks of the job were started before."""
     before = sight.old.start_time is not None
-    if sight.heard is None or sight.head is None:
+    if sight.head is None:
         return "Recovering" if before else "Pending"
-    shown = sight.heard.text("phase")
+    if sight.heard is None:  # a head that is new, or an operator that is
+        return "Pending" if sight.old.phase == "Suspended" else sight.old.phase
+    shown = _SHOWN.get(sight.heard.text("phase"), sight.old.phase)
     if shown in ("Pending", "Starting") and before and _began_before(sight, status):
         return "Recovering"
-    return shown if shown in ("Pending", "Starting", "Running", "Recovering") else sight.old.phase  # type: ignore[return-value]
+    return shown
 
 
 def _began_before(sight: Sight, status: TrainingJobStatus) -> bool:
@@ -97,22 +106,27 @@ def _began_before(sight: Sight, status: TrainingJobStatus) -> bool:
 
 
 def _ready(sight: Sight, phase: Phase) -> Truth | None:
-    silence = _silence_ends(sight)
-    return "Unknown" if phase == "Running" and silence is not None and sight.now >= silence else None
+    return "Unknown" if phase == "Running" and _is_silent(sight) else None
 
 
 def _silence_ends(sight: Sight) -> float | None:
     """When a silence of the controller's becomes something to tell; None: it answers, or there is none."""
     since = sight.controller.failing_since
-    return None if since is None or sight.heard is None else since + SILENT_S
+    return None if since is None or not sight.old.controller.identity else since + SILENT_S
+
+
+def _is_silent(sight: Sight) -> bool:
+    ends = _silence_ends(sight)
+    return ends is not None and sight.now >= ends
 
 
 def _why(sight: Sight, status: TrainingJobStatus, phase: Phase, gathering: Gathering) -> Word:
     """Why the job trains, or does not."""
     if sight.problem:
         return Word("InvalidSpec", f"the edit is not in force, the job goes on as before: {sight.problem}")
-    silence = _silence_ends(sight)
-    if silence is not None and sight.now >= silence:
+    if phase != "Running" and obstacle(sight) is not None:
+        return gathering.why
+    if _is_silent(sight):
         return Word("ControllerSilent", f"{sight.old.head} does not answer the operator: {sight.controller.trouble}")
     apart = skew(sight.settings.version, status.controller.version)
     if apart:
@@ -121,7 +135,7 @@ def _why(sight: Sight, status: TrainingJobStatus, phase: Phase, gathering: Gathe
         return _training(sight)
     if phase == "Recovering" and gathering.start.since is None:
         return recoveries.under_way(sight)
-    if gathering.start.since is None and gathering.why.reason == "WaitingForNodes":
+    if gathering.start.since is None:
         return Word("Starting", f"{gathering.why.message}; ranks start")
     return gathering.why
 

@@ -39,8 +39,9 @@ def progressed(sight: Sight) -> TrainingJobStatus:
     heard, old = sight.heard, sight.old
     common = {"observed_generation": sight.job.metadata.generation, "selector": selector(sight.job)}
     if heard is None:
-        workers = WorkersStatus(wanted=sight.job.spec.workers.replicas)
-        return old.model_copy(update={**common, "workers": workers})
+        nobody = WorkersStatus(wanted=sight.job.spec.workers.replicas)
+        # An operator that has begun to look knows no better than the one before it.
+        return old.model_copy(update={**common, "workers": nobody if sight.head is None else old.workers})
     controller = _controller(old, heard)
     began = heard.started_at or (sight.now if heard.started else None)
     started = old.start_time or (None if began is None else written(began))
@@ -52,7 +53,7 @@ def progressed(sight: Sight) -> TrainingJobStatus:
             "total_steps": heard.count(heard.status, "total") or old.total_steps,
             "attempt": heard.count(heard.status, "attempt") or old.attempt,
             "workers": _workers(heard),
-            "snapshot": _snapshot(old, heard),
+            "snapshot": _snapshot(old, heard) if under_way else old.snapshot,
             "checkpoint": _checkpoint(sight, heard),
             "checkpoint_failures": heard.count(heard.part("checkpoints"), "failed"),
             "goodput": _ratio(controller),

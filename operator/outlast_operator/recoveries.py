@@ -16,6 +16,9 @@ HEAD_LOST = "HeadLost"
 def under_way(sight: Sight) -> Word:
     """What the job recovers from."""
     last = _last(sight)
+    known = next((one for one in sight.old.conditions if one.type == "Recovering"), None)
+    if sight.head is not None and sight.heard is None and known is not None and known.status == "True":
+        return Word(known.reason, known.message)
     if sight.head is None or sight.heard is None or not (sight.heard.started or last):
         return Word(HEAD_LOST, "the head was lost: the next one gathers the nodes")
     if last.get("cause") and last.get("total_s") is None:

@@ -68,11 +68,11 @@ def next_index(sight: Sight) -> int:
 def full_roster(sight: Sight) -> Roster:
     """The Pods of a job that runs."""
     draft = _Draft(next_index(sight))
-    first = not sight.pods
+    begins = not sight.old.head
     head = _head(sight, draft)
     _nodes(sight, draft)
     _let_go(sight, draft, head)
-    if first and draft.creates:
+    if begins and draft.creates:
         draft.happenings = [Happening("Normal", "PodsMade", _made_text(sight, draft))]
     if sight.doubt_ends is not None:
         draft.waits.append(sight.doubt_ends)

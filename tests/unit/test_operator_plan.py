@@ -764,7 +764,7 @@ def test_a_resumed_job_gets_new_pods_and_counts_on() -> None:
     world.edit(suspend=False)
     decided = world.step()
     assert created(decided) == [head(5), *(node(index) for index in (6, 7, 8, 9))]
-    assert "Resumed" in reasons(decided)
+    assert sorted(reasons(decided)) == ["PodsMade", "Resumed"]
     assert "step 30" in next(told.message for told in decided.happenings if told.reason == "Resumed")
     world.start(head(5))
     world.said = word(

@@ -217,6 +217,32 @@ def test_a_conditions_time_moves_with_its_status_alone() -> None:
     assert world.condition("Ready").last_transition_time != began
 
 
+@pytest.mark.parametrize("phase", ["Running", "Recovering", "Starting"])
+def test_an_operator_that_returns_says_what_was_said_until_it_has_heard_more(phase: str) -> None:
+    record = {"kind": "rank-exit", "cause": "rank 1 exited", "total_s": None}
+    world = World.training(phase=phase, recoveries=[record] if phase == "Recovering" else [])
+    before = world.status
+    world.said, world.now = None, world.now + 300
+    decided = world.step()
+    assert (decided.actions, decided.happenings, decided.urgent) == ((), (), False)
+    assert world.status.phase == before.phase == phase
+    assert world.status.workers == before.workers
+    for kind in ("Ready", "Recovering"):
+        was = next(one for one in before.conditions if one.type == kind)
+        now = world.condition(kind)
+        assert (now.status, now.reason) == (was.status, was.reason)
+
+
+def test_a_snapshot_is_not_forgotten_while_a_new_controller_gathers() -> None:
+    world = World.training()
+    new_head(world, snapshot={"step": None}, attempts=0, attempt=0, step=0, best_step=0, phase="Pending")
+    world.run()
+    assert world.status.snapshot is not None, "it is what keeps a job from being given back"
+    said(world).update(attempts=2, attempt=2, phase="Running")
+    world.run()
+    assert world.status.snapshot is None
+
+
 def test_the_first_start_is_remembered() -> None:
     world = World(resource())
     world.run()
