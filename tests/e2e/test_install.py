@@ -98,16 +98,20 @@ def test_an_upgrade_leaves_what_runs_alone(release: Lab, submit: Callable[[dict[
 def test_uninstall_leaves_nothing_but_the_definition(release: Lab) -> None:
     assert not release.get("-A", "trainingjobs")["items"], "tests remove their jobs"
     release.helm("uninstall", "outlast", *WHERE, "--wait")
-    kinds = release.kubectl("api-resources", "--verbs=list", "-o", "name").split()
-    listed = ",".join(kind for kind in kinds if not kind.startswith(("events", "componentstatuses")))
-    found = release.kubectl("get", listed, "-A", "-l", "app.kubernetes.io/name=outlast", "-o", "name")
-    found += release.kubectl("get", listed, "-A", "-l", "app.kubernetes.io/managed-by=outlast", "-o", "name")
-    assert found.split() == []
-    assert (
-        release.get("crd", "trainingjobs.outlast.dev")["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
-    )
-    left = release.kubectl("-n", "outlast-system", "get", listed, "-o", "name").split()
-    assert set(left) <= {"configmap/kube-root-ca.crt", "serviceaccount/default"}, left
+    operators = ["pod", "-l", "app.kubernetes.io/name=outlast", "-n", "outlast-system"]
+    release.kubectl("wait", "--for=delete", *operators, "--timeout=40s")
+    for label in ("app.kubernetes.io/name=outlast", "app.kubernetes.io/managed-by=outlast"):
+        assert release.kubectl("get", kinds(release), "-A", "-l", label, "-o", "name").split() == []
+    within = release.kubectl("-n", "outlast-system", "get", kinds(release, "--namespaced"), "-o", "name").split()
+    assert set(within) <= {"configmap/kube-root-ca.crt", "serviceaccount/default"}, within
+    definition = release.get("crd", "trainingjobs.outlast.dev")
+    assert definition["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+
+
+def kinds(lab: Lab, *options: str) -> str:
+    """All that the API server lists, as one argument of kubectl, but Events, which outlive what they are about."""
+    names = lab.kubectl("api-resources", "--verbs=list", "-o", "name", *options).split()
+    return ",".join(name for name in names if not name.startswith(("events", "componentstatuses")))
 
 
 @pytest.mark.last
