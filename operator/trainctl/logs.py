@@ -252,9 +252,13 @@ def _show_head(job: JobRef, resource: Object, asked: LogRequest) -> None:
             f'the TrainingJob "{job.name}" has no head Pod: `trainctl describe {job.name}` tells how it is'
         )
     if asked.follow:
-        newest = lambda pods, _: sorted(pods, key=pod_index)[-1:]  # noqa: E731
-        for _, text in Following(job, HEAD_ROLE, newest, seen, ask_controller=False).lines():
+        for _, text in Following(job, HEAD_ROLE, _newest, seen, ask_controller=False).lines():
             _print_head(text, asked)
+
+
+def _newest(pods: Sequence[str], live: object) -> Sequence[str]:
+    del live
+    return sorted(pods, key=pod_index)[-1:]
 
 
 def _print_head(text: str, asked: LogRequest) -> None:

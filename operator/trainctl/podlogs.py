@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from outlast.errors import RequestError
 from trainctl.cluster.refusals import Absent, Invalid
-from trainctl.cluster.resources import JobRef, Object, core_path
+from trainctl.cluster.resources import JobRef, Object, core_path, role_of
 from trainctl.jobview import ENDED, phase_of
 from trainctl.merging import Ended, Merged
 from trainctl.packing import training_container
@@ -19,6 +20,8 @@ AGAIN_S = 1.0
 """When the log of a container that runs is asked for again after it broke off."""
 LAST_WORDS_S = 10.0
 """How long output is still waited for when the job has ended."""
+MOST_STREAMS = 100
+"""Pods that are followed at a time: each takes a connection and a thread."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,12 @@ class Following:
         ask_controller: bool,
     ) -> None:
         self._job, self._role, self._choose = job, role, choose
-        self._seen = dict(seen)
+        self._seen, self._begun = dict(seen), dict[str, str]()
         self._merged, self._latest = Merged(), Latest()
-        self._containers: dict[str, Container] = {}
+        self._containers: dict[str, Container] | None = None
         self._live: Mapping[str, Any] | None = None
+        self._told = not ask_controller
+        """Whether it is known who has which seat, or that nobody can tell: before, no Pod is chosen."""
         self._finished: dict[str, str] = {}
         self._again: dict[str, float] = {}
         self._ended_at: float | None = None
@@ -130,29 +135,29 @@ class Following:
             if phase_of(item) in ENDED and self._ended_at is None:
                 self._ended_at = time.monotonic()
         elif source == "pods":
-            from trainctl.cluster.resources import role_of
-
             mine = [container_of(pod) for pod in item if role_of(pod) == self._role]
             self._containers = {container.pod: container for container in mine}
         elif source == "live":
-            self._live = item[0] or self._live
+            self._live, self._told = item[0] or self._live, True
         elif self._is_new(source, item):
             yield source, item
 
     def _is_new(self, pod: str, line: str) -> bool:
+        """Whether the line was not read already, before the stream under way began."""
         when, _ = split_time(line)
-        last = self._seen.get(pod)
-        if when and last and instant(when) <= instant(last):
+        begun = self._begun.get(pod)
+        if when and begun and instant(when) <= instant(begun):
             return False
-        self._seen[pod] = when or last or ""
+        self._seen[pod] = when or self._seen.get(pod, "")
         return True
 
     def _source_ended(self, source: str, item: Ended) -> None:
         if source in ("resource", "pods"):
             raise item.error or Absent(f'the TrainingJob "{self._job.name}" is gone')
         if source == "live":
+            self._told = True
             return
-        container = self._containers.get(source)
+        container = (self._containers or {}).get(source)
         if container is None or not container.running:
             self._finished[source] = container.id if container else "gone"
         self._again[source] = time.monotonic() + AGAIN_S
@@ -160,23 +165,32 @@ class Following:
     def _start_streams(self) -> None:
         """Begin to read what is wanted and not read yet; a container that restarted is another one."""
         now = time.monotonic()
-        for pod in self._choose(sorted(self._containers), self._live):
-            container = self._containers[pod]
+        for container in self._wanted():
+            pod = container.pod
             if pod in self._merged.open or not container.started or self._finished.get(pod) == container.id:
                 continue
             if now >= self._again.get(pod, 0.0):
-                since = {"sinceTime": _whole_second(self._seen[pod])} if self._seen.get(pod) else {}
+                self._begun[pod] = self._seen.get(pod, "")
+                since = {"sinceTime": _whole_second(self._begun[pod])} if self._begun[pod] else {}
                 self._merged.add(pod, pod_lines(self._job, container, follow=True, since=since))
 
+    def _wanted(self) -> Sequence[Container]:
+        """The Pods to read. Raises RequestError when they are too many to be followed."""
+        if not self._told or self._containers is None:
+            return ()
+        wanted = self._choose(sorted(self._containers), self._live)
+        if len(wanted) > MOST_STREAMS:
+            raise RequestError(
+                f"{len(wanted)} Pods would have to be followed, and {MOST_STREAMS} can be: name a rank, or leave out "
+                "--follow"
+            )
+        return [self._containers[pod] for pod in wanted]
+
     def _over(self) -> bool:
-        if self._ended_at is None:
+        if self._ended_at is None or not self._told or self._containers is None:
             return False
         reading = self._merged.open - {"resource", "pods", "live"}
-        unread = [
-            pod
-            for pod in self._choose(sorted(self._containers), self._live)
-            if self._containers[pod].started and self._finished.get(pod) != self._containers[pod].id
-        ]
+        unread = [one for one in self._wanted() if one.started and self._finished.get(one.pod) != one.id]
         return time.monotonic() - self._ended_at > LAST_WORDS_S or not (reading or unread)
 
 
