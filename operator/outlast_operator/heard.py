@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 JOINED = frozenset({"active", "spare", "joining", "leaving"})
@@ -31,7 +32,7 @@ class Heard:
     def workers(self) -> Mapping[str, Any]:
         return self.part("workers")
 
-    @property
+    @cached_property
     def states(self) -> dict[str, str]:
         """The nodes that the controller knows, and how they are."""
         return {name: str(_mapping(node).get("state", "")) for name, node in self.part("nodes").items()}

@@ -58,7 +58,7 @@ class Sight:
     def name(self) -> str:
         return self.job.metadata.name
 
-    @property
+    @cached_property
     def nodes(self) -> tuple[Pod, ...]:
         return tuple(pod for pod in self.pods if pod.is_node)
 
@@ -83,7 +83,7 @@ class Sight:
         """The Pods that count, the head's too."""
         return tuple(pod for pod in self.pods if pod.name not in self.lost)
 
-    @property
+    @cached_property
     def head(self) -> Pod | None:
         """The head Pod in force, if it counts."""
         return next((pod for pod in self.live if pod.name == self.old.head), None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -65,7 +66,8 @@ class Part(BaseModel):
         return cls.model_validate(tree, by_alias=True, by_name=False)
 
 
-def fields_of(part: type[Part]) -> dict[str, type[Part] | None]:
+@cache
+def fields_of(part: type[Part]) -> Mapping[str, type[Part] | None]:
     """The names of a mapping's fields in YAML; with the mapping's class where the field is one, or a list of one."""
     return {(info.alias or name): _part_in(info.annotation) for name, info in part.model_fields.items()}
 
