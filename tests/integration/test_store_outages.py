@@ -110,7 +110,7 @@ def site(folder: pathlib.Path, buckets: pathlib.Path | None = None) -> Iterator[
             door.close()
 
 
-LARGE = ("--width", "1024")
+LARGE = ("--width", "1024", "--global-batch", "64")
 """Images of 19 MB: two parts each."""
 
 
