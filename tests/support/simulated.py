@@ -646,7 +646,8 @@ class Cluster:
         match injure.kind:
             case "rank-crash":
                 assert injure.rank is not None
-                self.crash_rank(injure.rank)
+                if injure.rank // self.config.procs in self.machine.job.members.seats:  # not of a new controller
+                    self.crash_rank(injure.rank)
             case "hang":
                 assert injure.rank is not None
                 self.hung.add(injure.rank)

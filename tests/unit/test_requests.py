@@ -220,6 +220,21 @@ def test_a_resize_during_a_recovery_is_the_size_after_it() -> None:
     assert found["recoveries"][0]["total_s"] < 5.0
 
 
+@pytest.mark.parametrize("moment", ["leaving", "planned", "running"])
+def test_who_was_too_many_stays_when_it_is_wanted_again(moment: str) -> None:
+    world = cluster()
+    world.run_to_step(12)
+    seats = dict(world.machine.job.members.seats)
+    resize(world, 2)
+    world.run_to(moment)
+    resize(world, 3)
+    assert [line.fields["node"] for line in world.log if line.kind == "stays"] == [seats[2]]
+    world.run(20.0)
+    assert world.released == [seats[3]]
+    found = succeeded(world)
+    assert (found["workers"]["size"], found["recoveries"][0]["lost_steps"]) == (3, 0)
+
+
 def test_a_node_that_is_too_many_and_told_to_go_goes_in_its_own_time() -> None:
     world = cluster()
     world.run_to_step(12)

@@ -6,6 +6,7 @@ it registers anew.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -28,6 +29,11 @@ class Departure:
     reason: str
     source: bool = False
     released: bool = False
+
+    @property
+    def unneeded(self) -> bool:
+        """Whether it leaves because it is too many: without a time of its own."""
+        return math.isinf(self.grace_s)
 
     def spent(self, now: float) -> float:
         """The share of its time that is over."""
@@ -118,6 +124,11 @@ class Membership:
         """A node was told to leave: it gets no seat any more."""
         node.leaving = departure
         self.leaving[node.name] = node
+
+    def stay(self, node: Node) -> None:
+        """A node that was to leave shall not."""
+        node.leaving = None
+        self.leaving.pop(node.name, None)
 
     @property
     def usable(self) -> int:

@@ -13,7 +13,6 @@ what comes of it, is in ``holding``.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from outlast.controller import scaling
@@ -170,7 +169,7 @@ def _leave_again(job: Job, node: Node, departure: Departure, event: Leaving, now
     """A node that leaves already, because it is too many or was told before, is told to go."""
     if departure.released:
         job.out.append(Release(node.name))
-    elif math.isinf(departure.grace_s):
+    elif departure.unneeded:
         departure.told_at, departure.grace_s, departure.reason = now, event.grace_s, event.reason
         _see_off(job, now)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from outlast.controller import keeping
 from outlast.controller.membership import Departure
 from outlast.controller.phases import PREPARING
-from outlast.controller.policy import leavers
+from outlast.controller.policy import leavers, natural
 from outlast.controller.recovery import Planned, room
 from outlast.messages.events import ResizeRequested
 from outlast.messages.kept import Size
@@ -50,8 +50,9 @@ def ask(job: Job, asked: ResizeRequested, now: float) -> None:
     job.resizing.shedding = size.replicas < before.replicas or _total(size) < _total(before)
     if size.replicas > before.replicas:
         job.resizing.pause.lift()
+    _recall(job)
     if job.preparation is not None and job.phase in PREPARING and job.preparation.size is not None:
-        job.preparation.size = min(job.preparation.size, size.replicas)
+        job.preparation.size = max(job.floor, min(job.preparation.size, size.replicas))
         job.preparation.looked = None
     text = f"{_told(size)} are wanted; {_told(before)} were"
     fields = {"replicas": size.replicas, "min_replicas": size.min_replicas, "spares": size.spares}
@@ -116,6 +117,17 @@ def _tell_surplus(job: Job, now: float) -> list[str]:
         members.depart(node, Departure(now, math.inf, REASON, source=True))
         job.emit("leaving", f"{name} leaves ({REASON})", node=name, seat=node.seat, grace_s=None)
     return names
+
+
+def _recall(job: Job) -> None:
+    """Have those stay after all that were told to leave as too many, and have not been let go."""
+    members, config = job.members, job.config
+    leaving = ((node, node.leaving) for node in members.leaving.values())
+    told = [node for node, departure in leaving if departure and departure.unneeded and not departure.released]
+    told.sort(key=lambda node: (node.seat is None, node.seat or 0, natural(node.name)))
+    for node in told[: max(0, config.replicas + config.spares - members.usable)]:
+        members.stay(node)
+        job.emit("stays", f"{node.name} stays: it is wanted again", node=node.name, seat=node.seat)
 
 
 def _no_room(job: Job, replicas: int) -> str:
