@@ -10,13 +10,14 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from outlast.errors import RequestError
-from outlast.kube import CODE_ANNOTATION, CONTAINER, JOB_LABEL, MANAGED_BY_LABEL
+from outlast.kube import CODE_ANNOTATION, JOB_LABEL, MANAGED_BY_LABEL
+from outlast_operator.template import containers, main_index, pod_spec
 
 LIMIT = 900 * 1024
 """Bytes of all files: a ConfigMap may have 1 MiB with its names."""
@@ -139,16 +140,10 @@ def with_code(tree: Mapping[str, Any], packed: Packed) -> dict[str, Any]:
     return {**tree, "metadata": metadata, "spec": spec}
 
 
-def training_container(containers: Iterable[Mapping[str, Any]]) -> int:
-    """The index of the one that trains: the one that is called so, else the first."""
-    names = [container.get("name") for container in containers]
-    return names.index(CONTAINER) if CONTAINER in names else 0
-
-
 def _mounted(template: Mapping[str, Any], volume: Mapping[str, Any], where: str) -> dict[str, Any]:
-    pod, containers = _pod_of(template, where)
-    index = training_container(containers)
-    trains = containers[index]
+    pod = dict(pod_spec(template))
+    found = [dict(container) for container in containers(pod)]
+    trains = found[main_index(found)]
     if trains.get("workingDir"):
         raise RequestError(
             f"--code: spec.{where}.template has workingDir {trains['workingDir']} already, where ranks start: leave it "
@@ -157,20 +152,9 @@ def _mounted(template: Mapping[str, Any], volume: Mapping[str, Any], where: str)
     trains["workingDir"] = FOLDER
     mount = {"name": VOLUME, "mountPath": FOLDER, "readOnly": True}
     trains["volumeMounts"] = [*(trains.get("volumeMounts") or []), mount]
-    pod["containers"] = containers
+    pod["containers"] = found
     pod["volumes"] = [*(pod.get("volumes") or []), dict(volume)]
     return {**template, "spec": pod}
-
-
-def _pod_of(template: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Copies of a template's Pod and of its containers, at least one. Raises RequestError when they are none."""
-    pod = template.get("spec") or {}
-    containers = pod.get("containers") or [{"name": CONTAINER}] if isinstance(pod, Mapping) else None
-    if not isinstance(containers, list) or not all(isinstance(container, Mapping) for container in containers):
-        raise RequestError(
-            f"spec.{where}.template: this is no PodTemplateSpec: write spec as a mapping, and its containers as a list"
-        )
-    return dict(pod), [dict(container) for container in containers]
 
 
 def _walk(folder: Path) -> Iterator[Path]:

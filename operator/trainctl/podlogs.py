@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from outlast.errors import RequestError
+from outlast_operator.template import main_index
 from trainctl.cluster.refusals import Absent, Invalid
 from trainctl.cluster.resources import JobRef, Object, core_path, role_of
 from trainctl.jobview import ENDED, phase_of
 from trainctl.merging import Ended, Merged
-from trainctl.packing import training_container
 from trainctl.ranklines import instant, split_time
 from trainctl.watching import Latest, live_statuses
 
@@ -39,7 +39,7 @@ class Container:
 def container_of(pod: Object) -> Container:
     """The container whose output is the ranks', or the head's (pure)."""
     containers = pod["spec"]["containers"]
-    name = containers[training_container(containers)]["name"]
+    name = containers[main_index(containers)]["name"]
     states = (pod.get("status") or {}).get("containerStatuses") or ()
     told: Mapping[str, Any] = next((state for state in states if state["name"] == name), {})
     state = told.get("state") or {}

@@ -14,6 +14,7 @@ import yaml
 from outlast.api import API_VERSION, KIND, TrainingJob, load
 from outlast.errors import RequestError, SpecError
 from outlast.kube import CONTAINER, LONGEST_JOB_NAME
+from outlast_operator.podspec import problems
 from trainctl.packing import Packed, pack_folder, pack_script, with_code
 
 GPU = "nvidia.com/gpu"
@@ -192,7 +193,7 @@ def _within(script: Path, folder: Path, packed: Packed) -> str:
 
 
 def _load(asked: Submission, text: str, default_namespace: str) -> TrainingJob:
-    """The job with its name and namespace, every check of ``outlast.api`` done."""
+    """The job with its name and namespace, every check of ``outlast.api`` and of the operator's templates done."""
     overrides = list(asked.overrides)
     if asked.name:
         overrides.append(f"metadata.name={json.dumps(asked.name)}")
@@ -202,6 +203,9 @@ def _load(asked: Submission, text: str, default_namespace: str) -> TrainingJob:
         raise RequestError(f'-n {asked.namespace}: the job is written for namespace "{written}": leave one of them out')
     if not written:
         job = load(text, [*overrides, f"metadata.namespace={json.dumps(default_namespace)}"])
+    unmakeable = problems(job)
+    if unmakeable:
+        raise SpecError(unmakeable)
     if len(job.metadata.name) > LONGEST_JOB_NAME:
         raise SpecError(
             [

@@ -226,7 +226,8 @@ class LiveJobView(_View):
     def _draw(self) -> Any:
         from rich.text import Text
 
-        return Text("" if self._moment is None else page(self._moment, time.time()))
+        text = "" if self._moment is None else page(self._moment, time.time())
+        return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------
@@ -258,7 +259,8 @@ def _follow_live(source: Iterator[Mapping[str, Object]], namespaces: bool) -> No
     newest: Sequence[Object] = []
 
     def draw() -> Text:
-        return Text(job_table(newest, time.time(), namespaces=namespaces))
+        text = job_table(newest, time.time(), namespaces=namespaces)
+        return Text(text, no_wrap=True, overflow="ellipsis")
 
     with Live(get_renderable=draw, console=Console(), refresh_per_second=2):
         for objects in source:

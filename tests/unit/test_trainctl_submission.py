@@ -85,7 +85,12 @@ def test_there_is_a_rank_for_each_gpu_unless_told_otherwise(flags: Flags, ranks:
         ({"overrides": ("workers.replica=2",)}, 'did you mean "replicas"?'),
         ({"source": Path("nowhere.py")}, "nowhere.py: there is no such file; if it is in the image"),
         ({"code": Path("nowhere")}, "--code nowhere: there is no such folder"),
-        ({"overrides": ("workers.template={spec: 5}",)}, "spec.workers.template: this is no PodTemplateSpec"),
+        ({"overrides": ("workers.template={spec: 5}",)}, "spec.workers.template.spec: must be a mapping"),
+        (
+            {"overrides": ("workers.template.spec.containers=[{name: outlast, command: [sh]}]",)},
+            "spec.workers.template.spec.containers[0].command: ",
+        ),
+        ({"flags": Flags(memory="1Gi")}, "spec.workers.template.spec.containers[0].resources.limits.memory: "),
         ({"code": Path("x"), "no_code": True}, "--code and --no-code: give one of them"),
     ],
 )
