@@ -104,8 +104,9 @@ class Events:
 
     def stop(self, timeout_s: float = 2.0) -> None:
         """Writes what waits, for so long at most."""
-        self._lines.put(None)
-        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._lines.put(None)
+            self._thread.join(timeout_s)
 
     @property
     def alive(self) -> bool:

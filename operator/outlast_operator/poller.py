@@ -85,8 +85,11 @@ def matters(status: Mapping[str, Any]) -> object:
 
 @dataclass
 class _Line:
+    """``point``: what mattered in the last answer."""
+
     target: Target
     controller: Controller
+    point: object = None
     following: Future[None] | None = None
 
 
@@ -191,15 +194,20 @@ class Poller:
             began = self._clock.monotonic()
             try:
                 status = await self._ask(line.target, after)
+                after, news = int(status.get("seq") or 0), self._heard(key, line, status)
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                failures, after = failures + 1, 0
-                self._failed(key, line, str(error) or type(error).__name__)
-                most = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(failures - 1, 10))
-                await asyncio.sleep(most * self._chance.uniform(0.5, 1.0))
+                why = str(error) or type(error).__name__
+            except Exception as error:  # a Pod may answer anything: it must not end the questions for good
+                log.exception("answer-not-understood job=%s pod=%s", key, line.target.pod)
+                why = f"its answer is not understood: {error!r}"
+            else:
+                failures, pace_s = 0, LEAST_PACE_S if news else min(MOST_PACE_S, pace_s * 2)
+                await asyncio.sleep(max(0.0, began + pace_s - self._clock.monotonic()))
                 continue
-            failures, after = 0, int(status.get("seq", 0))
-            pace_s = LEAST_PACE_S if self._heard(key, line, status) else min(MOST_PACE_S, pace_s * 2)
-            await asyncio.sleep(max(0.0, began + pace_s - self._clock.monotonic()))
+            failures, after = failures + 1, 0
+            self._failed(key, line, why)
+            most = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(failures - 1, 10))
+            await asyncio.sleep(most * self._chance.uniform(0.5, 1.0))
 
     async def _ask(self, target: Target, after: int) -> dict[str, Any]:
         crowd = max(1.0, len(self._lines) / self._settings.connections)
@@ -248,10 +256,11 @@ class Poller:
 
     def _heard(self, key: Key, line: _Line, status: dict[str, Any]) -> bool:
         """Keep an answer; whether it needs a pass now."""
-        before = line.controller
+        before, point = line.controller, matters(status)
+        news = before.status is None or before.failing_since is not None or line.point != point
         line.controller = Controller(line.target.pod, status, heard_at=self._clock.wall())
+        line.point = point
         self._answered("ok")
-        news = before.status is None or before.failing_since is not None or matters(before.status) != matters(status)
         if news:
             self._changed(key)
         else:

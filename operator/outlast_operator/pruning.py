@@ -9,7 +9,8 @@ Node       of ``metadata``: name, uid, labels, ``deletionTimestamp``; of ``spec`
            ``status``: conditions without their heartbeats
 =========  =========================================================================================================
 
-The rest is kept as it is. ``same`` tells whether anything that is kept has changed: a Node's heartbeat has not.
+Of what a job has beside its Pods, ``status`` goes. The rest is kept as it is.
+``same`` tells whether anything that is kept has changed: a Node's heartbeat has not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from outlast_operator.kinds import JOB, MACHINE, POD, Kind
+from outlast_operator.kinds import JOB, MACHINE, OWNED, POD, Kind
 from outlast_operator.model import Object
 
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
@@ -102,10 +103,21 @@ def _machine(obj: Object) -> dict[str, Any]:
     }
 
 
+def _owned(obj: Object) -> dict[str, Any]:
+    found = _anything(obj)
+    found.pop("status", None)
+    return found
+
+
 def _job(obj: Object) -> dict[str, Any]:
     found = _anything(obj)
     generation = obj["metadata"].get("generation", 0)
     return {**found, "metadata": {**found["metadata"], "generation": generation}}
 
 
-_PRUNERS: Mapping[Kind, Callable[[Object], dict[str, Any]]] = {JOB: _job, POD: _pod, MACHINE: _machine}
+_PRUNERS: Mapping[Kind, Callable[[Object], dict[str, Any]]] = {
+    JOB: _job,
+    POD: _pod,
+    MACHINE: _machine,
+    **dict.fromkeys(OWNED, _owned),
+}

@@ -246,6 +246,11 @@ def test_sigterm_ends_in_order(place: World) -> None:
     operator = place.start()
     operator.acting()
     assert place.holder() == "one"
+    follower = place.start("two")
+    follower.ready()
+    follower.signal(signal.SIGTERM)
+    assert follower.ended() == 0
+    assert place.holder() == "one"
     operator.signal(signal.SIGTERM)
     assert operator.ended() == 0
     assert place.holder() == ""

@@ -135,6 +135,17 @@ def test_what_an_earlier_head_said_is_forgotten(controllers: Controllers, poller
     assert poller.heard(KEY).pod == ""
 
 
+@pytest.mark.parametrize("nonsense", [{"nodes": [1]}, {"nodes": {"n": 7}}, {"seq": "many"}, {"checkpoint": 3}])
+def test_an_answer_that_is_not_understood_is_a_failure_and_is_asked_for_again(
+    controllers: Controllers, poller: Poller, nonsense: dict[str, Any]
+) -> None:
+    controllers.add(address(1), "t", **nonsense)
+    poller.aim(KEY, target(1))
+    eventually("it is a failure, or of no meaning", lambda: poller.heard(KEY).trouble or poller.heard(KEY).status)
+    controllers.tell(address(1), nodes={}, checkpoint=None, step=5)
+    heard(poller, KEY, step=5)
+
+
 def test_calls_reach_the_head_in_force(controllers: Controllers, poller: Poller) -> None:
     controllers.add(address(1), "t")
     with pytest.raises(CallFailed, match="no head Pod"):
