@@ -80,11 +80,11 @@ class Reconciler:
 
     def reconcile(self, key: Key) -> Passed:
         """One pass. Raises ApiError when the API server did not take what a later pass may have it take."""
+        if self._is_behind(key):  # before anything is read: what arrives in between must be in what is read
+            return Passed(again_in_s=LOOK_AGAIN_S)
         observed = self._observe(key)
         if observed is None:
             return self._forget(key)
-        if self._is_behind(observed):
-            return Passed(again_in_s=LOOK_AGAIN_S)
         plan = self._decide(observed, self._clock.wall())
         done = self._applier.do(key, observed.raw, plan.actions)
         if done.error is not None and verdict(done.error) is not Verdict.REFUSED:
@@ -113,11 +113,13 @@ class Reconciler:
             return None
         return Target(pod["metadata"]["name"], pod["metadata"]["uid"], status["podIP"], token)
 
-    def _is_behind(self, observed: Observed) -> bool:
+    def _is_behind(self, key: Key) -> bool:
         """Whether the cache lacks what earlier passes wrote; what is overdue is asked for at the API server."""
-        key, now = observed.key, self._clock.monotonic()
+        job = self._caches.job(key)
+        if job is None:
+            return False
         has_pod = self._caches.has_pod(key.namespace)
-        missing = self._expectations.outstanding(key, version_of(observed.raw), has_pod, now)
+        missing = self._expectations.outstanding(key, version_of(job), has_pod, self._clock.monotonic())
         if missing is None:
             return False
         for pod in sorted(missing.pods) if missing.overdue else ():

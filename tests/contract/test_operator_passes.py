@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -18,10 +19,10 @@ from outlast_operator.caches import Caches
 from outlast_operator.events import Events
 from outlast_operator.expectations import Expectations
 from outlast_operator.kinds import EVENT, JOB, POD, SERVICE
-from outlast_operator.model import Key, Object
+from outlast_operator.model import Key, Object, Observed
 from outlast_operator.poller import Poller, PollSettings
 from outlast_operator.pruning import pruned
-from outlast_operator.reconciler import Reconciler
+from outlast_operator.reconciler import Passed, Reconciler
 from support.apiserver import eventually, free_port
 from support.controllers import Controllers
 from support.operators import World
@@ -197,35 +198,70 @@ def test_what_belongs_to_somebody_else_is_left_alone(place: World) -> None:
     assert place.cluster.get(SERVICE, place.namespace, "job-head")["spec"]["selector"] == {"app": "web"}
 
 
-def test_a_pass_on_a_cache_that_is_behind_makes_nothing_twice(place: World) -> None:
-    """No informer runs: the cache stays as it was before the first pass."""
+@dataclass
+class ByHand:
+    """Passes without informers: the caches show what the test puts into them."""
+
+    place: World
+    caches: Caches
+    reconciler: Reconciler
+    clock: ManualClock
+
+    def look(self) -> Passed:
+        return self.reconciler.reconcile(Key(self.place.namespace, "job"))
+
+    def job_arrives(self) -> None:
+        self.caches.stores[JOB].put(pruned(JOB, dict(self.place.job())))
+
+    def pods_arrive(self) -> None:
+        for pod in self.place.pods().values():
+            self.caches.stores[POD].put(pruned(POD, pod))
+
+
+@pytest.fixture
+def by_hand(place: World) -> ByHand:
     place.submit()
     clock, asked = ManualClock(), list[Key]()
     caches, expectations = Caches(asked.append, asked.append), Expectations(patience_s=10)
-    caches.stores[JOB].put(pruned(JOB, place.job()))
     poller = Poller(PollSettings(), asked.append, asked.append, clock, Random(1), lambda _: None)
-    poller.start()
     applier = Applier(place.cluster, caches, expectations, poller, clock, lambda: None)
     events = Events(place.cluster, clock, "x", lambda: None)
     reconciler = Reconciler(caches, place.cluster, expectations, poller, applier, events, plan, clock, Random(1), 30.0)
-    key = Key(place.namespace, "job")
-    try:
-        reconciler.reconcile(key)
-        place.wait_for_pods(*FULL)
-        for _ in range(3):
-            assert reconciler.reconcile(key).again_in_s is not None
-            caches.stores[JOB].put(pruned(JOB, place.job()))  # the status has arrived, the Pods have not
-            clock.advance(11)
-        assert sorted(place.pods()) == [f"job-{name}" for name in FULL]
-        place.delete_pod("job-node-3")  # made and gone without the cache ever seeing it
-        for pod in place.pods().values():
-            caches.stores[POD].put(pruned(POD, pod))
-        clock.advance(11)
-        reconciler.reconcile(key)
-        reconciler.reconcile(key)
-        place.wait_for_pods("head-0", "node-1", "node-2", "node-4")
-    finally:
-        poller.stop()
+    made = ByHand(place, caches, reconciler, clock)
+    made.job_arrives()
+    made.look()
+    place.wait_for_pods(*FULL)
+    return made
+
+
+def test_a_pass_on_a_cache_that_is_behind_makes_nothing_twice(place: World, by_hand: ByHand) -> None:
+    for _ in range(3):
+        assert by_hand.look().again_in_s is not None
+        by_hand.job_arrives()  # the status has arrived, the Pods have not
+        by_hand.clock.advance(11)
+    assert place.names() == [f"job-{name}" for name in FULL]
+    place.delete_pod("job-node-3")  # made and gone without the cache ever seeing it
+    by_hand.pods_arrive()
+    by_hand.clock.advance(11)
+    by_hand.look()
+    by_hand.look()
+    place.wait_for_pods("head-0", "node-1", "node-2", "node-4")
+
+
+def test_what_arrives_while_a_pass_reads_its_caches_is_not_made_again(
+    place: World, by_hand: ByHand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_hand.job_arrives()
+    reads = by_hand.caches.observe
+
+    def read_then_arrive(key: Key) -> Observed | None:
+        found = reads(key)
+        by_hand.pods_arrive()
+        return found
+
+    monkeypatch.setattr(by_hand.caches, "observe", read_then_arrive)
+    by_hand.look()
+    assert place.names() == [f"job-{name}" for name in FULL]
 
 
 def test_readiness_waits_for_all_caches_and_health_says_what_is_wrong(place: World) -> None:
