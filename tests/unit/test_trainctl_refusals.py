@@ -28,7 +28,7 @@ from trainctl.cluster.refusals import (
     Unauthorized,
     refusal,
 )
-from trainctl.cluster.resources import _Away
+from trainctl.cluster.resources import Away
 from trainctl.cluster.where import Where
 from trainctl.completion import complete_jobs
 
@@ -216,7 +216,7 @@ def test_an_api_server_that_is_away_is_waited_for_and_then_given_up() -> None:
         pauses.append(seconds)
         now[0] += seconds
 
-    away = _Away(lambda: now[0], pause)
+    away = Away(lambda: now[0], pause)
 
     def wait_forever() -> None:
         while True:

@@ -141,7 +141,7 @@ def follow(cluster: Cluster, path: str, query: Query | None = None) -> Iterator[
 
     An API server that goes away is asked again for ``PATIENCE_S``; then, and when it refuses, its error is raised.
     """
-    away = _Away()
+    away = Away()
     while True:
         try:
             objects, version = _listed(cluster, path, query or {})
@@ -161,7 +161,7 @@ def follow(cluster: Cluster, path: str, query: Query | None = None) -> Iterator[
             away.wait_or_raise(error)
 
 
-def _changes(cluster: Cluster, path: str, query: Query, version: str, away: _Away) -> Iterator[tuple[str, Json]]:
+def _changes(cluster: Cluster, path: str, query: Query, version: str, away: Away) -> Iterator[tuple[str, Json]]:
     """One watch after another. Raises Gone when it came too late."""
     while True:
         asked = {**query, "watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": WATCH_S}
@@ -184,7 +184,7 @@ def _watch_error(status: Object) -> ClusterError:
     return Gone(message) if status.get("code") == 410 else ClusterError(message)
 
 
-class _Away:
+class Away:
     """Patience with an API server that does not answer."""
 
     def __init__(
