@@ -15,8 +15,8 @@ from support.trainingjobs import Job, job, template
 
 Submit = Callable[[dict[str, Any]], Job]
 
-STEPS = 1000
-APART = 30
+STEPS = 600
+APART = 25
 """Steps of rest between two faults: there are snapshots again, and parity."""
 
 
@@ -43,7 +43,8 @@ def test_a_job_goes_on(
     costs = timings["faults"] = {}
     for name, fault in faults.in_turn():
         bytelm.reach((bytelm.ask()["best_step"] or 0) + APART)
-        faults.await_spare()
+        if name != "head deleted":
+            faults.await_spare()
         costs[name] = cost = bytelm.cost_of(fault).to_json()
         print(f"{time.monotonic() - began:.0f} s: {name} at step {bytelm.ask()['step']}: {cost}")
         assert name != "node drained" or cost["steps_again"] == 0, "a drain hands over: nothing is done twice"

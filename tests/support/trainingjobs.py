@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -258,7 +259,6 @@ class Job:
         before = self.ask()
         top, base, restarted = before["best_step"] or 0, -1, 0.0
         began = time.monotonic()
-        fault()
 
         def goes_on(status: Resource) -> bool:
             nonlocal top, base, restarted
@@ -271,5 +271,9 @@ class Job:
                 return step > max(top, base)
             return False
 
-        self.watch_steps("going on", seconds, goes_on)
-        return Cost(restarted, time.monotonic() - began, max(0, top - base))
+        with ThreadPoolExecutor(1) as pool:  # some commands return long after the job has gone on
+            injected = pool.submit(fault)
+            self.watch_steps("going on", seconds, goes_on)
+            cost = Cost(restarted, time.monotonic() - began, max(0, top - base))
+            injected.result()
+        return cost
