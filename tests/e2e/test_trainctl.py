@@ -50,6 +50,7 @@ def running(release: Lab, bucket: str, tmp_path_factory: pytest.TempPathFactory)
         faults={"allow": True},
         recovery={"growAfter": "1s"},
     )
+    resource["spec"]["entrypoint"][-1] = "10"  # steps between two lines of rank 0
     file = tmp_path_factory.mktemp("jobs") / "job.yaml"
     file.write_text(yaml.safe_dump(resource))
     printed = line("submit", str(file))
@@ -95,9 +96,11 @@ def test_faults_are_injected_and_refused(trainctl: Line, running: Job) -> None:
 
 
 def test_logs_across_a_restart(trainctl: Line, running: Job) -> None:
-    previous = trainctl("logs", "steered", "1", "--previous", "--tail", "5")
-    assert isinstance(previous, str)
-    assert "controller-started" in trainctl("logs", "steered", "--head", "--tail", "400")
+    running.reach(running.ask()["best_step"] + 11)
+    assert "validation loss" in trainctl("logs", "steered")
+    assert "step 10: validation loss" in trainctl("logs", "steered", "0", "--attempt", "1")
+    assert "validation loss" in trainctl("logs", "steered", "--previous", "--tail", "5")
+    assert "event=controller-started" in trainctl("logs", "steered", "--head")
 
 
 def test_checkpoints_of_the_job(trainctl: Line, running: Job) -> None:
