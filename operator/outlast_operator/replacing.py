@@ -34,8 +34,8 @@ MOST_TOLD = 5
 
 @dataclass(frozen=True)
 class Roster:
-    """``head``: the head Pod in force from now on, None: there is none; ``next_pod``: the next free index;
-    ``head_made``: it is made by ``creates``; ``again_at``: when a pause ends."""
+    """``head``: the head Pod in force from now on, None: there is none; ``next_pod``: the next free index; ``again_at``:
+    when a pause ends. What the API server refuses (``sight.trouble``) is asked for again, and not counted as made."""
 
     head: str | None
     next_pod: int
@@ -78,7 +78,7 @@ def full_roster(sight: Sight) -> Roster:
         draft.waits.append(sight.doubt_ends)
     return Roster(
         head,
-        draft.next_pod,
+        draft.next_pod if sight.trouble is None else next_index(sight),
         tuple(draft.creates),
         tuple(draft.deletes),
         () if sight.trouble is not None else tuple(draft.happenings),
@@ -111,7 +111,7 @@ def _head(sight: Sight, draft: _Draft) -> str | None:
     if sight.old.head:
         why = sight.lost.get(sight.old.head, "is gone")
         draft.happenings.append(Happening("Warning", "HeadReplaced", f"{name} replaces {sight.old.head}, which {why}"))
-    return name
+    return name if sight.trouble is None else sight.old.head
 
 
 # --- the nodes ------------------------------------------------------------------------------------------------------

@@ -28,8 +28,6 @@ from outlast_operator.pods import Pod, index_of, owner_uid, pod_of
 
 DOUBT_S = 40.0
 """How long it is not believed that all of a job's machines are lost at once."""
-HOPELESS_REFUSALS = frozenset({"InvalidPod"})
-"""Refusals of the API server that no waiting mends."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ def sight_of(
         owned={key: found for key, found in observed.owned.items() if owner_uid(found) == uid},
         controller=observed.controller,
         heard=heard,
-        trouble=observed.trouble or _remembered_trouble(job, old, pods),
+        trouble=observed.trouble,
         settings=settings,
         new_token=observed.new_token,
         highest_index=max(_indices(observed.pods, heard, observed.key.name), default=-1),
@@ -190,16 +188,6 @@ def _heard(controller: Controller, old: TrainingJobStatus, now: float) -> Heard 
     if controller.status is None or not old.head or controller.pod != old.head:
         return None
     return Heard(controller.status, now if controller.heard_at is None else controller.heard_at)
-
-
-def _remembered_trouble(job: TrainingJob, old: TrainingJobStatus, pods: Sequence[Pod]) -> Trouble | None:
-    """What the API server refused before: while Pods are lacking, it is what keeps the job from starting."""
-    workers = job.spec.workers
-    lacking = sum(pod.is_node for pod in pods) < workers.replicas + workers.spares
-    ready = next((condition for condition in old.conditions if condition.type == "Ready"), None)
-    if ready is None or not lacking or ready.reason not in HOPELESS_REFUSALS:
-        return None
-    return Trouble(ready.reason, ready.message, 0.0)
 
 
 def _indices(pods: Sequence[Object], heard: Heard | None, job: str) -> Iterator[int]:

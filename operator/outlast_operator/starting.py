@@ -19,11 +19,15 @@ from enum import Enum
 from outlast.jobstatus import StartStatus
 from outlast.quantities import format_duration
 from outlast_operator.pods import Obstacle, summed_up
-from outlast_operator.sight import HOPELESS_REFUSALS, Sight
+from outlast_operator.sight import Sight
 from outlast_operator.timestamps import read_or_none, written
 from outlast_operator.verdict import Word
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 60.0, 900.0
+_REFUSALS = frozenset({"QuotaExceeded", "Forbidden", "NameTaken", "Refused"})
+"""Reasons of the API server's refusals that somebody else may lift (``refusals.reason_of``)."""
+_INVALID = "Invalid"
+"""Begins the reasons of those that only the template can mend: InvalidPod and the like."""
 
 
 class Course(Enum):
@@ -82,13 +86,26 @@ def obstacle(sight: Sight) -> Obstacle | None:
     """The one thing to name that keeps Pods from starting."""
     found = [found for pod in sight.live for found in pod.obstacles]
     if sight.trouble is not None:
-        passes = sight.trouble.reason not in HOPELESS_REFUSALS
-        found.append(Obstacle("", sight.trouble.reason, sight.trouble.message, passes))
+        found.append(_refusal(sight.trouble.reason, sight.trouble.message))
     return summed_up(found)
+
+
+def _refusal(reason: str, message: str) -> Obstacle:
+    return Obstacle("", reason, message, passes=not reason.startswith(_INVALID))
+
+
+def _refused_before(sight: Sight) -> Obstacle | None:
+    """What the API server had refused when the status was written last, while Pods are lacking."""
+    ready = next((condition for condition in sight.old.conditions if condition.type == "Ready"), None)
+    if ready is None or sum(pod.is_node for pod in sight.live) >= sight.wanted:
+        return None
+    refused = ready.reason in _REFUSALS or (ready.reason.startswith(_INVALID) and ready.reason != "InvalidSpec")
+    return _refusal(ready.reason, ready.message) if refused and ready.reason != "InvalidImageName" else None
 
 
 def _given_up(sight: Sight, waiting: StartStatus, hindrance: Obstacle | None, here: int) -> Gathering:
     """startTimeout is over."""
+    hindrance = hindrance or _refused_before(sight)
     limit = format_duration(sight.job.spec.recovery.start_timeout)
     short = f"{here} of {sight.least} nodes joined within {limit} (recovery.startTimeout)"
     if hindrance is not None and not hindrance.passes:

@@ -636,6 +636,19 @@ def test_pods_that_the_api_server_refuses(reason: str, phase: str) -> None:
     later = world.look()
     assert later.status is not None
     assert later.status.phase == phase
+    failed = next(one for one in later.status.conditions if one.type == "Failed")
+    assert "the API server's words" in (failed if phase == "Failed" else ready(later)).message
+
+
+def test_a_refusal_is_over_when_pods_are_made() -> None:
+    world = World(resource({"checkpoint": STORE}))
+    trouble = Trouble("QuotaExceeded", "create Pod: exceeded quota", NOW)
+    decided = plan(replace(world.observed(), trouble=trouble), SETTINGS, NOW)
+    assert decided.status is not None
+    world.job["status"] = decided.status.model_dump(mode="json", by_alias=True, exclude_none=True)
+    assert (decided.status.head, decided.status.next_pod) == (None, 0)
+    assert reasons(world.step()) == ["PodsMade"]
+    assert world.condition("Ready").reason == "WaitingForNodes"
 
 
 # --- suspension -----------------------------------------------------------------------------------------------------
