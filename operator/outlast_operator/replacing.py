@@ -34,8 +34,9 @@ MOST_TOLD = 5
 
 @dataclass(frozen=True)
 class Roster:
-    """``head``: the head Pod in force from now on, None: there is none; ``next_pod``: the next free index; ``again_at``:
-    when a pause ends. What the API server refuses (``sight.trouble``) is asked for again, and not counted as made."""
+    """``head``: the head Pod in force from now on, None: there is none; ``next_pod``: the next free index;
+    ``again_at``: when a pause ends. What the API server refuses (``sight.trouble``) is asked for again, and not counted
+    as made."""
 
     head: str | None
     next_pod: int
