@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -22,6 +23,9 @@ from outlast_operator.replica import Options, Replica
 log = logging.getLogger("outlast_operator")
 
 CONNECTIONS_BESIDE_WORKERS = 32
+GARBAGE_THRESHOLDS = (20_000, 20, 20)
+"""The caches are nearly all of the heap and all alive: looking for cycles in them after every 700 new objects takes
+more time than decoding them (8,000 Pods: 2.0 s of processor time against 0.9)."""
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -57,6 +61,7 @@ def leave_at_once(why: str) -> None:
 
 def serve(options: Options, decide: Decide, kubeconfig: str | None, ports: Ports) -> None:
     """Run until SIGTERM or SIGINT. Raises OutlastError and OSError when it cannot begin."""
+    gc.set_threshold(*GARBAGE_THRESHOLDS)
     metrics = Metrics()
     connections = options.workers + CONNECTIONS_BESIDE_WORKERS
     agent = f"outlast-operator/{options.settings.version}"
