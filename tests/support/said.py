@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+VERSION = version("outlast")
+
 
 def said(nodes: Sequence[str], phase: str = "Running", step: int = 0, **more: Any) -> dict[str, Any]:
     """The status of a controller that knows ``nodes``, all of them with a seat."""
     count = len(nodes)
     return {
-        "version": version("outlast"),
+        "version": VERSION,
         "phase": phase,
         "reason": "",
         "outcome": None,
