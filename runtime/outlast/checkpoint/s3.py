@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MOST_PARTS = 10_000
-_READ_PIECE = 1 << 20
+_READ_PIECE = _SEND_PIECE = 1 << 20
 _DELETE_AT_ONCE = 1000
 _LATER = {429, 500, 502, 503, 504, 408, 409}
 _THROTTLED = {
@@ -349,7 +349,12 @@ class S3Store:
 
 
 class _View(io.RawIOBase):
-    """Memory as a file that botocore can read, measure and rewind, without a copy of the whole."""
+    """Memory as a file that botocore can read, measure and rewind.
+
+    ``read`` gives views, of up to ``_SEND_PIECE`` bytes however few were asked for: http.client asks for 16 KiB at a
+    time, and to copy and send these one by one takes a quarter of an upload's processor time (measured: 1.21 s a GiB
+    against 0.92). ``readinto`` is what awscrt signs by.
+    """
 
     def __init__(self, data: memoryview) -> None:
         super().__init__()
@@ -377,6 +382,12 @@ class _View(io.RawIOBase):
         buffer[:size] = self._data[self._at : self._at + size]
         self._at += size
         return size
+
+    def read(self, size: int | None = -1) -> Any:
+        whole = len(self._data) if size is None or size < 0 else max(size, _SEND_PIECE)
+        found = self._data[self._at : self._at + whole] if size != 0 else self._data[:0]
+        self._at += len(found)
+        return found
 
 
 def _view(data: memoryview) -> Any:
