@@ -6,14 +6,14 @@ import io
 
 import pytest
 
-from outlast.checkpoint.s3 import _SEND_PIECE, _View
+from outlast.checkpoint.memoryfile import SEND_PIECE, MemoryFile
 
-DATA = memoryview(bytes(range(256)) * (3 * _SEND_PIECE // 256) + b"end")
+DATA = memoryview(bytes(range(256)) * (3 * SEND_PIECE // 256) + b"end")
 
 
-@pytest.mark.parametrize("asked", [1, 16384, _SEND_PIECE, 2 * _SEND_PIECE, -1, None])
+@pytest.mark.parametrize("asked", [1, 16384, SEND_PIECE, 2 * SEND_PIECE, -1, None])
 def test_reading_gives_all_of_it_and_no_copy(asked: int | None) -> None:
-    view, pieces = _View(DATA), []
+    view, pieces = MemoryFile(DATA), []
     while piece := view.read(asked):
         pieces.append(piece)
     assert b"".join(pieces) == DATA
@@ -23,7 +23,7 @@ def test_reading_gives_all_of_it_and_no_copy(asked: int | None) -> None:
 
 
 def test_reading_into_and_rewinding() -> None:
-    view, buffer = _View(DATA), bytearray(1000)
+    view, buffer = MemoryFile(DATA), bytearray(1000)
     assert (view.readinto(buffer), bytes(buffer)) == (1000, bytes(DATA[:1000]))
     assert view.read(0) == b""
     assert view.seek(-3, io.SEEK_END) == len(DATA) - 3
