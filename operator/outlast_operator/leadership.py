@@ -9,6 +9,8 @@ is for, because of what its ``LeaseLock`` and its loop do not do:
   leadership ends at once.
 - nothing tells those who act that the lease has run out while the thread that renews it was stuck or the process was
   stopped. Here ``check`` is asked before every write.
+- it measures others' leases by the wall clock, so that one that jumps forward takes a Lease from a leader that renews.
+  Here ``update`` measures them again, by the monotonic clock.
 - a leader that ends does not release the Lease. Here ``release`` does, and the other takes over at its next look.
 
 Leadership ends once and for good: ``lost`` is called, and the process ends.
@@ -71,6 +73,8 @@ class Lock:
         self.name, self.namespace, self.identity = terms.name, terms.namespace, terms.identity
         self._cluster, self._terms, self._clock, self._lost = cluster, terms, clock, lost
         self._lease: dict[str, Any] = {}
+        self._seen: tuple[Any, float] = (None, 0.0)
+        """The Lease's spec when it differed last from the one before, and when that was."""
         self._held_from: float | None = None
         self._released = False
         self._mutex = threading.Lock()
@@ -97,7 +101,10 @@ class Lock:
             answer = ApiException(status=error.status, reason=str(error))
             answer.body = '{"code": 404}' if missing else ""
             return False, answer
-        record = _record(self._lease.get("spec") or {})
+        spec = self._lease.get("spec") or {}
+        if spec != self._seen[0]:
+            self._seen = (spec, self._clock.monotonic())
+        record = _record(spec)
         if self._held_from is not None and record.holder_identity != self.identity and not self._released:
             self._lost(f"{record.holder_identity or 'somebody'} has taken the Lease {namespace}/{name}")
         return True, record
@@ -109,10 +116,19 @@ class Lock:
 
     def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
         """Whether nobody else wrote it since it was read and this operator holds it now."""
+        if self._is_anothers():
+            return False
         answer_s = self._terms.answer_s
         return self._write(
             lambda body: self._cluster.update(LEASE, namespace, name, body, answer_s), self._lease, updated_record
         )
+
+    def _is_anothers(self) -> bool:
+        """Whether somebody else has renewed it, as seen from here, within its own length."""
+        spec, since = self._seen
+        holder = (spec or {}).get("holderIdentity") or ""
+        lasts_s = float((spec or {}).get("leaseDurationSeconds") or 0)
+        return holder not in ("", self.identity) and self._clock.monotonic() - since < lasts_s
 
     def release(self) -> None:
         """Let the next one take over at once. The election's own thread renews nothing any more."""

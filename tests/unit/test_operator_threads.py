@@ -245,6 +245,24 @@ def test_somebody_elses_name_in_the_lease_ends_leadership_at_once(lost: list[str
     assert lost == ["other has taken the Lease ns/lease"]
 
 
+def test_a_wall_clock_that_jumps_takes_no_lease_from_a_leader_that_renews(lost: list[str]) -> None:
+    """The election believes that the lease is over, and asks for it."""
+    clock, cluster = ManualClock(), FakeLease()
+    others = lock(cluster, clock, lost)
+    others.identity = "other"
+    others.create("lease", "ns", record("other"))
+    mine = lock(cluster, clock, lost)
+    mine.get("lease", "ns")
+    clock.advance(10.0)
+    assert not mine.update("lease", "ns", record("me"))
+    others.update("lease", "ns", LeaderElectionRecord("other", "15", "2026-01-01 10:00:00", "2026-01-01 10:00:10"))
+    mine.get("lease", "ns")
+    clock.advance(14.9)
+    assert not mine.update("lease", "ns", record("me"))
+    clock.advance(0.2)
+    assert mine.update("lease", "ns", record("me"))
+
+
 def test_a_released_lease_is_nobodys_and_is_not_renewed_any_more(lost: list[str]) -> None:
     cluster = FakeLease()
     mine = lock(cluster, ManualClock(), lost)
