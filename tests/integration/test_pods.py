@@ -27,7 +27,8 @@ def running_at(pods: World, step: int) -> dict[str, Any]:
 
 
 def test_a_job_in_pods_trains_through_a_lost_head_and_a_restarted_node() -> None:
-    with world(short_job(300)) as pods:
+    """The new head is at the old one's address; memory, folders and name are all that is left of the node."""
+    with world(short_job(160)) as pods:
         head = pods.head()
         nodes = [pods.node(), pods.node()]
         running_at(pods, 30)
@@ -38,6 +39,26 @@ def test_a_job_in_pods_trains_through_a_lost_head_and_a_restarted_node() -> None
         nodes[0].start()
         found = until(lambda: (found := pods.status()).get("outcome") and found, 120, "the job's end")
         assert found["outcome"] == "succeeded"
-        assert [node.wait(30) for node in nodes] == [0, 0]
+        assert pods.restored() == {"memory-local"}
+        assert [node.wait(60) for node in nodes] == [0, 0]
         pods.ask("POST", "/stop", {})
         assert head.wait(30) == 0
+    assert "[rank 0 attempt 1] [rank0]: Traceback" in nodes[0].output, "what a rank wrote is on the container's output"
+
+
+def test_a_head_that_is_told_to_go_loses_no_step() -> None:
+    with world(short_job(1000)) as pods:
+        head = pods.head()
+        nodes = [pods.node(), pods.node()]
+        running_at(pods, 20)
+        head.terminate()
+        assert head.wait(30) == 0
+        assert "event=held" in head.output, "the ranks waited at a committed snapshot"
+        held = int(head.output.rpartition("event=held")[2].partition("step=")[2].split()[0])
+        pods.head()
+        found = running_at(pods, held + 5)
+        assert found["attempt"] == 2
+        assert pods.restored_steps() == [held]
+        for pod in (*pods.pods[-1:], *nodes):  # the job is deleted: nobody is left who could take over
+            pod.terminate()
+        assert [pod.wait(25) for pod in (*pods.pods[-1:], *nodes)] == [0, 0, 0]

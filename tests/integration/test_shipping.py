@@ -12,6 +12,7 @@ import pytest
 
 from outlast import messages as m
 from outlast.agent.forkclient import ForkClient
+from support.runs import job, trainctl_run
 from support.sites import PRELUDE, WAIT, WAITS, Node, Site, alive, attempt, eventually, open_site, open_zygote
 
 TALKS = PRELUDE + "print('attempt', os.environ['OUTLAST_ATTEMPT'], 'rank', rank)\nhear()\ntime.sleep(100)\n"
@@ -101,3 +102,14 @@ def test_without_an_object_tier_there_is_nothing_to_do(site: Site) -> None:
     node.next("Stopped")
     node.none_of("Note")
     assert not [role for role in node.pids() if role.startswith("logs")]
+
+
+def test_a_local_run_leaves_each_attempts_logs_in_the_store(tmp_path: Path) -> None:
+    spec = job("train.py", "--steps", "20", workers={"replicas": 2, "spares": 0})
+    spec["spec"]["checkpoint"] = {"url": f"file://{tmp_path}/store", "interval": 10}
+    outcome = trainctl_run(spec, tmp_path / "local", ["rank-error@12:1"])
+    assert outcome.status == 0, outcome.output
+    logs = tmp_path / "store" / "default" / "test" / "logs"
+    found = {path.relative_to(logs).as_posix() for path in logs.rglob("*.log")}
+    assert found == {f"attempt-{number}/rank-{rank}.log" for number in (1, 2) for rank in (0, 1)}
+    assert "Error" in (logs / "attempt-1" / "rank-1.log").read_text()

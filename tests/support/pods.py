@@ -85,7 +85,7 @@ class PodProcess:
 
 @dataclass
 class World:
-    """One job's Pods. ``domain``: its folder."""
+    """One job's Pods. ``pods``: all that were ever made."""
 
     folder: Path
     memory: Path
@@ -117,6 +117,16 @@ class World:
 
     def states(self) -> dict[str, str]:
         return {name: node["state"] for name, node in self.status().get("nodes", {}).items()}
+
+    def restored(self) -> set[str]:
+        """Where the present controller's attempts got their state from."""
+        return {source for event in self._restored() for source in event["fields"]["restore_sources"]}
+
+    def restored_steps(self) -> list[int]:
+        return [event["fields"]["step"] for event in self._restored()]
+
+    def _restored(self) -> list[dict[str, Any]]:
+        return [event for event in self.ask("GET", "/events?limit=10000")["events"] if event["kind"] == "restored"]
 
     def outputs(self) -> str:
         return "\n".join(f"--- {pod.name}\n{pod.output[-3000:]}" for pod in self.pods)

@@ -164,25 +164,25 @@ class HeadPod:
         self._console.say("ending", seconds=limit)
         try:
             async with asyncio.timeout(limit):
-                self._console.say("held" if await self._hold() else "not-held")
+                await self._hold()
         except TimeoutError:
             self._console.say("not-held", reason=f"no snapshot was held within {limit:g} s")
         except TransferError as error:
             self._console.say("not-held", reason=str(error))
         return 0
 
-    async def _hold(self) -> bool:
-        """Whether the ranks wait at a committed snapshot; False: there is nothing to wait for."""
-        if not worth_holding(await self._client.status()):
-            return False
-        await self._client.hold(self._settings.grace_s)
-        while True:
-            status = await self._client.status()
-            if is_held(status):
-                return True
-            if not worth_holding(status):
-                return False
+    async def _hold(self) -> None:
+        """Return when the ranks wait at a committed snapshot, or there is nothing to wait for."""
+        status = await self._client.status()
+        if worth_holding(status):
+            await self._client.hold(self._settings.grace_s)
+        while worth_holding(status) and not is_held(status):
             await asyncio.sleep(POLL_S)
+            status = await self._client.status()
+        if is_held(status):
+            self._console.say("held", step=status["snapshot"].get("step"))
+        else:
+            self._console.say("not-held", reason="no ranks run on nodes that stay")
 
     # --- how --------------------------------------------------------------------------------------------------------
 
