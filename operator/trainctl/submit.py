@@ -123,7 +123,7 @@ def _make_room(job: JobRef, replacing: bool) -> None:
     if store:
         print(
             f"note: the checkpoints of the old job stay in {store}/{job.namespace}/{job.name}; a store that holds them "
-            "is refused to a new job of that name: move them, or give the new one another name and restoreFrom",
+            "is refused to a new job of that name, unless it says spec.checkpoint.resume: true and goes on from them",
             file=sys.stderr,
         )
 

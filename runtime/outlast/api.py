@@ -171,6 +171,11 @@ class Checkpoint(Part):
         description="Start from another job's checkpoint: its URL with <namespace>/<name>, and @STEP for one that is "
         "not the newest, such as s3://bucket/prefix/default/other@12000; absent: start afresh.",
     )
+    resume: bool = Field(
+        default=False,
+        description="Whether to go on from the checkpoints that an earlier job of this namespace and name has left at "
+        "url; without it they are refused, so that nothing is overwritten.",
+    )
     keep_last: PositiveCount = Field(default=3, description="The newest checkpoints that are kept.")
     keep_every_steps: PositiveCount | None = Field(
         default=None, description="Keep also the first checkpoint at or after every multiple of so many steps."

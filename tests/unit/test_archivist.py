@@ -460,6 +460,10 @@ def test_what_a_job_asks_of_its_archivist(tmp_path: Path) -> None:
     )
     without = {key: value for key, value in JOB["spec"].items() if key != "checkpoint"}
     assert Charge.of(config({**JOB, "spec": without}), "one") is None
+    again = {**JOB["spec"], "checkpoint": {**JOB["spec"]["checkpoint"], "resume": True}}
+    resumed = Charge.of(config({**JOB, "spec": again}), "one")
+    assert resumed is not None
+    assert resumed.resume, "the job says so itself"
 
 
 @pytest.mark.parametrize(

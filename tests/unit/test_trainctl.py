@@ -173,6 +173,11 @@ def test_checkpoints_are_gone_on_from_only_when_asked(tmp_path: Path) -> None:
         identity_of(_stored_job(tmp_path), False, said.append)
     assert identity_of(_stored_job(tmp_path), True, said.append) == "theirs"
     assert said == [f"going on from the newest of step 20 at {url}"]
+    job = _stored_job(tmp_path)
+    wanted = job.spec.checkpoint
+    assert wanted is not None
+    spec = job.spec.model_copy(update={"checkpoint": wanted.model_copy(update={"resume": True})})
+    assert identity_of(job.model_copy(update={"spec": spec}), False, said.append) == "theirs"
 
 
 def test_a_store_without_checkpoints_lets_a_job_start_afresh(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class Charge:
             controller=controller,
             retention=Retention(wanted.keep_last, wanted.keep_every_steps),
             restore_from=wanted.restore_from,
-            resume=config.resume,
+            resume=config.resume or wanted.resume,
         )
 
 

@@ -26,6 +26,7 @@ def identity_of(job: TrainingJob, resume: bool, say: Callable[[str], None]) -> s
     own = job.metadata.uid or secrets.token_hex(16)
     if job.spec.checkpoint is None:
         return own
+    resume = resume or job.spec.checkpoint.resume
     url = job_url(job.spec.checkpoint.url, job.metadata.namespace, job.metadata.name)
     with closing(open_store(url, StoreOptions(patience_s=PATIENCE_S))) as store:
         archive = Archive(store)
