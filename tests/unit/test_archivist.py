@@ -444,10 +444,10 @@ def job(**checkpoint: Any) -> dict[str, Any]:
 
 
 def test_what_a_job_asks_of_its_archivist(tmp_path: Path) -> None:
-    def config(job: dict[str, Any]) -> ControllerConfig:
+    def config(job: dict[str, Any], resume: bool = True) -> ControllerConfig:
         place = str(tmp_path)
         return ControllerConfig(
-            job=job, name="demo", dir=place, namespace="x", token_file="t", store_identity="me", resume=True
+            job=job, name="demo", dir=place, namespace="x", token_file="t", store_identity="me", resume=resume
         )
 
     assert Charge.of(config(job()), "one") == Charge(
@@ -460,10 +460,10 @@ def test_what_a_job_asks_of_its_archivist(tmp_path: Path) -> None:
     )
     without = {key: value for key, value in JOB["spec"].items() if key != "checkpoint"}
     assert Charge.of(config({**JOB, "spec": without}), "one") is None
-    again = {**JOB["spec"], "checkpoint": {**JOB["spec"]["checkpoint"], "resume": True}}
-    resumed = Charge.of(config({**JOB, "spec": again}), "one")
-    assert resumed is not None
-    assert resumed.resume, "the job says so itself"
+    for itself in (True, False):
+        charge = Charge.of(config(job(resume=itself), resume=False), "one")
+        assert charge is not None
+        assert charge.resume is itself, "a job can say so itself"
 
 
 @pytest.mark.parametrize(
