@@ -13,13 +13,16 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
+import botocore.session
 from boto3.session import Session
 from botocore import exceptions as b
 from botocore.config import Config
+from botocore.loaders import Loader, create_loader
 
 from outlast.checkpoint.memoryfile import MemoryFile
 from outlast.checkpoint.pacing import Pace
@@ -356,6 +359,18 @@ def _view(data: memoryview) -> Any:
 _making = threading.Lock()
 
 
+@cache
+def _models() -> Loader:
+    """What botocore has on services, parsed once for a process: 70 ms and some MiB for each client otherwise."""
+    return create_loader()
+
+
+def _core() -> botocore.session.Session:
+    core = botocore.session.get_session()
+    core.register_component("data_loader", _models())
+    return core
+
+
 def _client(options: StoreOptions) -> S3Client:
     """A client of its own session: sessions are not made to be shared between threads."""
     config = Config(
@@ -367,7 +382,7 @@ def _client(options: StoreOptions) -> S3Client:
         response_checksum_validation="when_required",
     )
     with _making:
-        session: Session = boto3.session.Session()
+        session: Session = boto3.session.Session(botocore_session=_core())
         endpoint = session._session.get_config_variable("endpoint_url") if hasattr(session, "_session") else None
         return session.client("s3", config=config.merge(_addressing(session, endpoint)))
 
