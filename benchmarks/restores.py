@@ -194,7 +194,7 @@ def ratio(mine: Sequence[float], base: Sequence[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--width", type=int, default=584, help="of the model: 584 is 393 MB of state")
+    parser.add_argument("--width", type=int, default=832, help="of the model: 832 is 797 MB of state")
     args = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     took, raw, size = measure(args.rounds, args.width)
