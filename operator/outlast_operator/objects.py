@@ -85,13 +85,17 @@ def secret(job: TrainingJob, token: str) -> dict[str, Any]:
 
 
 def job_json(job: TrainingJob) -> str:
-    """The TrainingJob as its Pods read it: who it is and what is wanted, and nothing that changes by itself."""
+    """The TrainingJob as its Pods read it: who it is and what is wanted, and nothing that changes by itself.
+
+    Without defaults: an image that is older than the operator refuses a field that it does not know, and the definition
+    writes every field that has a default into every job.
+    """
     identity = job.metadata.model_dump(mode="json", by_alias=True, include={"name", "namespace", "uid", "labels"})
     tree = {
         "apiVersion": job.api_version,
         "kind": job.kind,
         "metadata": {key: value for key, value in identity.items() if value is not None},
-        "spec": job.spec.model_dump(mode="json", by_alias=True, exclude_none=True),
+        "spec": job.spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True),
     }
     return json.dumps(tree, sort_keys=True, separators=(",", ":"))
 

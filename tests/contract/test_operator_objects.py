@@ -151,3 +151,14 @@ def test_what_pods_read_is_the_job(place: World) -> None:
     read = TrainingJob.model_validate_json(objects.job_json(job))
     assert read.spec == job.spec
     assert (read.metadata.name, read.metadata.uid) == ("job", made["metadata"]["uid"])
+
+
+def test_an_older_image_is_told_no_default_that_it_may_not_know(place: World) -> None:
+    """The API server fills every field that has a default in; what Pods read has those alone that somebody chose."""
+    made = place.submit(env=[{"name": "A", "value": "1"}], recovery={"startTimeout": "2m"})
+    job, _ = parse(made)
+    assert job is not None
+    assert "faults" in made["spec"]
+    spec = json.loads(objects.job_json(job))["spec"]
+    assert set(spec) == {"entrypoint", "env", "workers", "recovery"}
+    assert set(spec["recovery"]) == {"startTimeout"}
