@@ -56,7 +56,7 @@ images:
 golden: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m support.charts
 
-# TIMINGS=benchmarks/kubernetes.json writes what was measured there, for benchmarks/kubernetes.py.
+# TIMINGS=benchmarks/kubernetes.json writes what was measured there, for benchmarks/cluster_faults.py.
 e2e: $(READY)
 	$(BIN)/python -m pytest tests/e2e $(if $(TIMINGS),--timings $(TIMINGS))
 

@@ -34,7 +34,7 @@ BENCHMARKS = [
     ("From a lost node to the first step of a smaller job", ["whole.py", "shrink", "--rounds", "5"], "target: <= 6 s without shrinkAfter"),
     ("Memory of an upload", ["upload_memory.py"], "target: <= 64 MiB a node"),
     ("The automatic interval", ["intervals.py"], "target: within 5% of the best fixed interval"),
-    ("On Kubernetes", ["kubernetes.py"], "measured by `make e2e TIMINGS=benchmarks/kubernetes.json`"),
+    ("On Kubernetes", ["cluster_faults.py"], "measured by `make e2e TIMINGS=benchmarks/kubernetes.json`"),
     ("The same faults under torchrun", ["peer_torchrun.py"], "no target: what a Job that restarts from its last checkpoint does; root"),
     ("The machine", ["machine.py"], "target: >= 20,000 events a second with 10,000 nodes"),
 ]  # fmt: skip

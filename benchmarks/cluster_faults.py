@@ -1,6 +1,6 @@
 """What the end-to-end tests measured on the lab's three machines: kubernetes.json as tables.
 
-make e2e TIMINGS=benchmarks/kubernetes.json && python benchmarks/kubernetes.py
+make e2e TIMINGS=benchmarks/kubernetes.json && python benchmarks/cluster_faults.py
 """
 
 from __future__ import annotations
