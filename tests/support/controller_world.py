@@ -51,6 +51,7 @@ class ScriptedMachine:
     answers: dict[type, list[m.Instruction]] = field(default_factory=dict)
     seen: list[m.Event] = field(default_factory=list)
     objecting: str = ""
+    nodes: dict[str, dict[str, Any]] = field(default_factory=lambda: {"node-0": {"state": "working"}})
 
     def objection(self, request: m.Event) -> str:
         return self.objecting
@@ -60,7 +61,7 @@ class ScriptedMachine:
         return self.answers.get(type(event), [])
 
     def status(self, now: float) -> Mapping[str, Any]:
-        return {"phase": "Running", "nodes": {"node-0": {"state": "working"}}}
+        return {"phase": "Running", "nodes": self.nodes}
 
     def of(self, kind: type) -> list[m.Event]:
         return [event for event in self.seen if isinstance(event, kind)]

@@ -242,6 +242,23 @@ def test_a_new_controller_finds_the_nodes_and_the_story_of_the_old(tmp_path: Pat
     assert (tmp_path / "control" / "nodes.json").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_node_that_is_gone_is_shown_until_it_is_removed_again(tmp_path: Path) -> None:
+    """The operator removes it by each of its passes until it is not shown any more; a supervisor does so once."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, nodes=2) as w:
+            w.machine.nodes |= {"node-1": {"state": "lost"}}
+            assert set(w.driver.status()["nodes"]) == {"node-0", "node-1"}
+            assert await w.driver.remove_node("node-1")
+            assert set(w.driver.status()["nodes"]) == {"node-0", "node-1"}
+            assert not await w.driver.remove_node("node-1")
+            assert set(w.driver.status()["nodes"]) == {"node-0"}
+            w.driver.add_node(node_config(tmp_path, "node-1"))
+            assert set(w.driver.status()["nodes"]) == {"node-0", "node-1"}
+
+    asyncio.run(scenario())
+
+
 def test_metrics_have_one_line_per_step_of_the_attempt_in_force(tmp_path: Path) -> None:
     def line(step: int, attempt: Attempt = ATTEMPT) -> dict[str, Any]:
         values = {"loss": 0.1 * step}

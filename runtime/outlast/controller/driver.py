@@ -118,6 +118,7 @@ class Driver:
         self._heard: dict[str, float] = {}
         self._ending: Ending | None = None
         self._final = read_final(config.final_file)
+        self._forgotten: set[str] = set()
         self._news = asyncio.Event()
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -216,12 +217,15 @@ class Driver:
         if self.finished:
             raise RequestError(f"the job is over: {config.node} is not needed")
         new = self._registry.add(config)
+        self._forgotten.discard(config.node)
         self._connect(config)
         return new
 
     async def remove_node(self, node: str) -> bool:
         """Forget a node and end its agent for good; False when it is unknown. Raises TransferError."""
         known = self._registry.remove(node)
+        if not known:
+            self._forgotten.add(node)
         self._domains.forget(node)
         self._lines.hang_up(node)
         if known:
@@ -274,10 +278,15 @@ class Driver:
         status["metrics"] = last.to_json() if last else None
         status["total"] = status.get("total") or self._total
         status["lag_s"] = {"last": round(self._lag.last_s, 3), "worst": round(self._lag.worst_s, 3)}
-        status["nodes"] = _with_info(status.get("nodes", {}), self._info)
+        status["nodes"] = _with_info(self._not_forgotten(status.get("nodes", {})), self._info)
         if self._archivist is not None:
             status["store"] = self._archivist.status()
         return status
+
+    def _not_forgotten(self, nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+        """Without those that are gone and were removed twice: who removes until it sees the effect sees it then."""
+        gone = {name for name, node in nodes.items() if node.get("state") in ("left", "lost")}
+        return {name: node for name, node in nodes.items() if name not in gone & self._forgotten}
 
     async def events_after(self, seq: int, wait_s: float, limit: int) -> list[LogEvent]:
         """Events newer than ``seq``; when there are none, wait up to ``wait_s`` seconds for one."""
