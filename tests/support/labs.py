@@ -125,8 +125,9 @@ def _listens(host: str, port: int) -> bool:
 
 
 def build_images(lab: Lab) -> None:
-    """``make images``: outlast-operator:dev and outlast-training:dev, in every node of the lab."""
-    _run(["make", "--no-print-directory", "-C", str(ROOT), "images"], BUILD_S, None, lab.variables)
+    """``make images``: outlast-operator:dev and outlast-training:dev, in every node of this lab and of no other."""
+    command = ["make", "--no-print-directory", "-C", str(ROOT), "images", f"LABNAME={lab.name}"]
+    _run(command, BUILD_S, None, lab.variables)
 
 
 def save_logs(lab: Lab, folder: pathlib.Path) -> None:
