@@ -46,10 +46,10 @@ manifests: $(READY)
 	$(BIN)/python manifests/install.py $(HELM) > manifests/install.yaml.new
 	mv manifests/install.yaml.new manifests/install.yaml
 
-# With docker where its daemon answers, else with the lab, which puts them into the nodes of its running labs too, or of
-# LABNAME alone.
+# With docker where its daemon answers, else with the lab, which puts them into the nodes of its running labs too.
+# LABNAME=NAME: with the lab, into the nodes of that one alone.
 images:
-	@if docker info >/dev/null 2>&1; then build="docker build -t"; \
+	@if [ -z "$(LABNAME)" ] && docker info >/dev/null 2>&1; then build="docker build -t"; \
 	elif [ -n "$(LAB)" ]; then build="$(LAB) build $(if $(LABNAME),--name $(LABNAME))"; \
 	else echo "make images needs docker with its daemon, or kubelab on PATH or in ../shared/kubelab" >&2; exit 1; fi; \
 	set -ex; $$build outlast-operator:dev -f Dockerfile.operator .; $$build outlast-training:dev -f Dockerfile.training .
