@@ -115,7 +115,8 @@ class Archive:
             if head.job != mark and not resume:
                 raise RequestError(
                     f"{self.url} holds the checkpoints of another job, {head.job}; this one is {mark}: go on from them "
-                    "with spec.checkpoint.resume (trainctl run --resume), or give this job another name or checkpoint.url"
+                    "with spec.checkpoint.resume (trainctl run --resume), or give this job another name or "
+                    "checkpoint.url"
                 )
             return replace(line.claimed(head, claim, expected), job=mark)
 
