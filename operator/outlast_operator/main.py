@@ -65,7 +65,7 @@ def main(
     )
     where = lease_namespace or operator_namespace
     terms = terms_of(lease, where, identity or own_identity(), lease_seconds)
-    poll = PollSettings(controller_port, controller_connections, progress_every_s=settings.progress_every_s)
+    poll = PollSettings(controller_port, controller_connections)
     options = Options(settings, terms, tuple(namespace or ()), workers, poll)
     serve(options, lambda observed, now: plan(observed, settings, now), kubeconfig, Ports(metrics_port, health_port))
 

@@ -1,9 +1,9 @@
 """Asks each running job's controller how it is: one long poll a job, all of them on one thread's event loop.
 
 Only the head Pod in force is asked (``aim``). A pass reads the last answer (``heard``) and is asked for when something
-changed that a plan may act on, and otherwise when ``progress_every_s`` is over. An answer that came early but changed
-nothing of that kind makes the next question of that job wait, up to a few seconds: events of a training step that goes
-well do not keep the operator busy.
+changed that a plan may act on, and otherwise when the job's progress may be written again. An answer that came early
+but changed nothing of that kind makes the next question of that job wait, up to a few seconds: events of a training
+step that goes well do not keep the operator busy.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ class PollSettings:
     wait_s: float = 25.0
     connect_s: float = 3.0
     call_s: float = 5.0
-    progress_every_s: float = 30.0
 
 
 class CallFailed(TransferError):
@@ -94,7 +93,7 @@ class _Line:
 
 
 class Poller:
-    """``changed``: a pass is needed now; ``progressed``: one is needed within ``progress_every_s``."""
+    """``changed``: a pass is needed now; ``progressed``: one is needed when progress is written next."""
 
     def __init__(
         self,

@@ -95,6 +95,11 @@ class Reconciler:
         again_in_s = min((seconds for seconds in (wait_s, plan.again_in_s) if seconds is not None), default=None)
         return Passed(again_in_s, failed=done.error is not None or done.calls_failed > 0)
 
+    def progress_due_in_s(self, key: Key) -> float:
+        """How long until the job's progress may be written; called from any thread."""
+        memory = self._memories.get(key)
+        return 0.0 if memory is None else memory.pace.wait_s(False, self._clock.monotonic())
+
     def _observe(self, key: Key) -> Observed | None:
         observed = self._caches.observe(key)
         if observed is None:

@@ -81,8 +81,8 @@ class Replica:
         self._poller = Poller(options.poll, self._queue.add, self._progressed, clock, chance, metrics.polled)
         self._expectations = Expectations()
         self._informers = list(self._make_informers())
-        reconciler = self._make_reconciler(decide)
-        self._workers = Workers(self._queue, reconciler.reconcile, metrics, clock, options.workers)
+        self._reconciler = self._make_reconciler(decide)
+        self._workers = Workers(self._queue, self._reconciler.reconcile, metrics, clock, options.workers)
         self._stopping, self._acting = threading.Event(), threading.Event()
         metrics.read_from(self._gauges(), self._caches.jobs)
 
@@ -167,7 +167,7 @@ class Replica:
         self._caches.changed(kind, obj)
 
     def _progressed(self, key: Key) -> None:
-        self._queue.add_in(key, self._options.settings.progress_every_s)
+        self._queue.add_in(key, self._reconciler.progress_due_in_s(key))
 
     def _make_informers(self) -> Iterator[Informer]:
         for kind in CACHED:

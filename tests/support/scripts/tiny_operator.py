@@ -52,7 +52,7 @@ def main() -> None:
     settings = Settings("test", "training", progress_every_s=progress_s)
     namespace = given["namespace"]
     terms = terms_of("outlast-operator", namespace, identity, int(given.get("lease_s", 15)))
-    poll = PollSettings(int(given.get("controller_port", 8470)), 100, wait_s=5.0, progress_every_s=progress_s)
+    poll = PollSettings(int(given.get("controller_port", 8470)), 100, wait_s=5.0)
     options = Options(settings, terms, (namespace,), workers=4, poll=poll)
     decide = plan if given.get("plan") != "real" else lambda observed, now: real_plan(observed, settings, now)
     serve(options, decide, kubeconfig, Ports(int(given.get("metrics", 0)), int(given.get("health", 0))))
