@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import pathlib
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -69,7 +70,7 @@ def bucket(lab: Lab) -> Iterator[str]:
                 "stringData": variables,
             },
         )
-        yield f"s3://{BUCKET}"
+        yield f"s3://{BUCKET}/{uuid.uuid4().hex[:8]}"  # a lab that is kept has the checkpoints of earlier sessions
 
 
 @pytest.fixture(scope="session")
