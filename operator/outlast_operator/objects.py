@@ -144,11 +144,13 @@ def disruption_budget(job: TrainingJob) -> dict[str, Any]:
 
 
 def agrees(wanted: Any, found: Any) -> bool:
-    """Whether ``found`` has everything that ``wanted`` says: fields that only ``found`` has are somebody else's."""
+    """Whether ``found`` has everything that ``wanted`` says: fields that only ``found`` has are somebody else's.
+
+    The API server leaves out what is empty.
+    """
     if isinstance(wanted, Mapping):
-        return isinstance(found, Mapping) and all(
-            key in found and agrees(value, found[key]) for key, value in wanted.items()
-        )
+        there = {} if found is None else found
+        return isinstance(there, Mapping) and all(agrees(value, there.get(key)) for key, value in wanted.items())
     if isinstance(wanted, list):
         return _is_list(found) and len(wanted) == len(found) and all(map(agrees, wanted, found))
     return bool(wanted == found)

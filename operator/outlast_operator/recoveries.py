@@ -11,6 +11,8 @@ from outlast_operator.verdict import Word
 RECOVERED, WENT_ON = "Recovered", "WentOn"
 """Reasons once a recovery is over: from a fault, or after a planned change such as another size."""
 HEAD_LOST = "HeadLost"
+FIRST_STEP = "FirstStep"
+"""Ranks run again; what the recovery cost is known when they have done a step that is new."""
 
 
 def under_way(sight: Sight) -> Word:
@@ -33,6 +35,8 @@ def last_one(sight: Sight) -> Word:
         lost = f", {last['lost_steps']} steps lost" if last.get("lost_steps") is not None else ""
         reason = WENT_ON if last.get("planned") else RECOVERED
         return Word(reason, f"{last.get('cause', '')} ({last['total_s']:.1f} s{lost})")
+    if last.get("cause"):
+        return Word(FIRST_STEP, str(last["cause"]))
     known = next((one for one in sight.old.conditions if one.type == "Recovering"), None)
     if known is None:
         return Word("NothingLost")

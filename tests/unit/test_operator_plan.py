@@ -12,6 +12,7 @@ import pytest
 from outlast import kube
 from outlast.api import TrainingJob
 from outlast_operator.model import Apply, Call, Create, Delete, Plan, Trouble
+from outlast_operator.objects import agrees
 from outlast_operator.plan import plan
 from support.operator_world import (
     NAME,
@@ -121,6 +122,12 @@ def test_what_somebody_else_changed_is_applied_again(kind: str) -> None:
     world.owned[key]["spec"]["selector" if kind != "NetworkPolicy" else "podSelector"] = {"other": "thing"}
     assert kinds(world.step()) == [f"Apply {kind} {key[1]}"]
     assert kinds(world.step()) == []
+
+
+def test_what_the_api_server_leaves_out_because_it_is_empty_is_there() -> None:
+    assert agrees({"spec": {"selector": {}, "ports": [{"port": 1}]}}, {"spec": {"ports": [{"port": 1, "name": "x"}]}})
+    assert not agrees({"spec": {"selector": {"a": "b"}}}, {"spec": {}})
+    assert not agrees({"spec": {}}, {"spec": "text"})
 
 
 def test_pods_of_another_job_of_the_same_name_use_up_indices_only() -> None:

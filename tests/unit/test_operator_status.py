@@ -345,6 +345,8 @@ def test_a_job_tells_its_life_once() -> None:
     record = {"kind": "node-lost", "cause": f"{node(2)} was lost", "total_s": None, "lost_steps": None}
     said(world).update(phase="Recovering", failures=[failure], recoveries=[record])
     world.run()
+    said(world).update(phase="Running")
+    world.run()
     said(world).update(phase="Running", recoveries=[record | {"total_s": 1.24, "lost_steps": 2}])
     world.run()
     said(world).update(outcome="succeeded", step=100, weights_digest="d1")
