@@ -85,7 +85,8 @@ def test_another_jobs_checkpoints_are_refused_unless_resumed(tmp_path: Path) -> 
     checkpoint(claimed(tmp_path), CLAIM, 5)
     other, mine = Archive(folder(tmp_path)), JobMark("default", "demo", "another")
     with pytest.raises(
-        RequestError, match=r"demo \(0123456789abcdef\); this one is default/demo \(another\).*checkpoint.resume.*--resume"
+        RequestError,
+        match=r"demo \(0123456789abcdef\); this one is default/demo \(another\).*checkpoint.resume.*--resume",
     ):
         other.claim(mine, claim_of(1, "two"), CLAIM)
     head = other.claim(mine, claim_of(1, "two"), CLAIM, resume=True)
