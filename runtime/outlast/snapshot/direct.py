@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from outlast.errors import UnrecoverableError
 from outlast.snapshot.holdings import Holdings, Objects, Wanted, World
@@ -24,13 +24,14 @@ from outlast.snapshot.stored import StoredCheckpoint
 
 
 def plan_direct(
-    generation: Generation, held: Holdings, world: World, nodes: Collection[str], objects: Objects
+    generation: Generation, held: Holdings, world: World, seats: Mapping[int, str], objects: Objects
 ) -> RestorePlan:
     """The plan for one generation that ``world`` wrote. Raises UnrecoverableError naming the rank that is missing.
 
-    ``nodes`` are those that have a seat now: they alone make images. Images are read wherever they are held.
+    ``seats``: which node has which seat (0, 1, ...) now: these nodes alone make images. Images are read wherever they
+    are held.
     """
-    hosts = _Hosts(nodes, held.images)
+    hosts = _Hosts(seats, world, held.images)
     ranks = tuple(_where(held, wanted, hosts, objects) for wanted in world.wanted())
     return RestorePlan(generation, ranks, direct=True)
 
@@ -38,20 +39,34 @@ def plan_direct(
 class _Hosts:
     """The nodes with seats, and how many guests that can be read each has."""
 
-    def __init__(self, nodes: Collection[str], images: Iterable[HeldImage]) -> None:
-        self.nodes = frozenset(nodes)
-        guests = Counter(image.node for image in images if image.kind == "shard" and image.slot >= GUEST_SLOT)
-        self._heap = [(guests[node], node) for node in self.nodes]
+    def __init__(self, seats: Mapping[int, str], old: World, images: Iterable[HeldImage]) -> None:
+        self.nodes = frozenset(seats.values())
+        self._seats, self._old = seats, old
+        self._guests = Counter(image.node for image in images if image.kind == "shard" and image.slot >= GUEST_SLOT)
+        self._heap = [(self._guests[node], node) for node in self.nodes]
         heapq.heapify(self._heap)
 
-    def take(self, unfit: Collection[str]) -> str | None:
-        """The node with the fewest guests, the first by name; it has one more now. None: all are unfit."""
+    def take(self, seat: int, unfit: Collection[str]) -> str | None:
+        """The node with the fewest guests; it has one more now, of old ``seat``. None: all are unfit.
+
+        Of several the one whose ranks need most of that image, where shards are cut by rank, else the first by name.
+        """
+        found = self._fewest(unfit)
+        if found is not None:
+            near = self._seats[(2 * seat + 1) * len(self._seats) // (2 * self._old.nodes)]
+            found = near if near not in unfit and self._guests[near] == self._guests[found] else found
+            self._guests[found] += 1
+            heapq.heappush(self._heap, (self._guests[found], found))
+        return found
+
+    def _fewest(self, unfit: Collection[str]) -> str | None:
         passed = []
         found = None
         while self._heap and found is None:
             guests, node = heapq.heappop(self._heap)
-            found = None if node in unfit else node
-            passed.append((guests + (found is not None), node))
+            if guests == self._guests[node]:  # else it has got another since
+                found = None if node in unfit else node
+                passed.append((guests, node))
         for item in passed:
             heapq.heappush(self._heap, item)
         return found
@@ -78,7 +93,7 @@ def _decoded(held: Holdings, wanted: Wanted, hosts: _Hosts) -> RankRestore:
     decoding = held.decode(wanted, hosts.nodes)
     if decoding.damaged and decoding.damaged.node in hosts.nodes:
         return decoding.at(decoding.damaged.node, decoding.damaged.slot)
-    node = hosts.take({image.node for image in held.copies(wanted)})
+    node = hosts.take(wanted.seat, {image.node for image in held.copies(wanted)})
     if node is None:
         raise UnrecoverableError("every node with a seat has a copy that is no use")
     return decoding.at(node, GUEST_SLOT + wanted.seat)

@@ -98,7 +98,7 @@ def _plan(
     try:
         world = world_of(images, stored, present)
         if world != present:
-            return plan_direct(generation, held, world, seats.values(), objects)
+            return plan_direct(generation, held, world, seats, objects)
         return RestorePlan(generation, _SameWorld(held, objects, seats).ranks(world))
     except UnrecoverableError as error:
         return error
