@@ -84,8 +84,8 @@ def local_digest(lab: Lab, namespace: str, steps: int, ranks: int) -> str:
         {"apiVersion": "v1", "kind": "Pod", "metadata": about, "spec": spec},
     )
     try:
-        ended = ["wait", "-n", namespace, f"pod/{name}", "--timeout=240s"]
-        lab.kubectl(*ended, "--for=jsonpath={.status.containerStatuses[0].state.terminated}", timeout=260)
+        ended = ["wait", "-n", namespace, f"pod/{name}", "--timeout=420s"]
+        lab.kubectl(*ended, "--for=jsonpath={.status.containerStatuses[0].state.terminated}", timeout=440)
         told = lab.kubectl("-n", namespace, "logs", name)
         (container,) = lab.get("-n", namespace, "pod", name)["status"]["containerStatuses"]
         assert container["state"]["terminated"]["exitCode"] == 0, told
