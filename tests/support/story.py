@@ -53,6 +53,13 @@ class Story:
         rows = [json.loads(line) for line in self._lines("metrics.jsonl")]
         return max((int(row["step"]) for row in rows if "loss" in row), default=-1)
 
+    def reach(self, step: int, limit_s: float = LIMIT_S) -> None:
+        """Wait until that step's loss was reported."""
+        deadline = time.monotonic() + limit_s
+        while (here := self.step()) < step:
+            assert time.monotonic() < deadline, f"step {step} did not come in {limit_s:.0f} s: stands at {here}"
+            time.sleep(LOOK_S)
+
     def pid(self, seat: int, role: str) -> int:
         """The process that has that role in the node of a seat."""
         given = [event for event in self.events() if "seats" in event["fields"]]
