@@ -15,7 +15,7 @@ from support.trainingjobs import Job, job, template
 
 Submit = Callable[[dict[str, Any]], Job]
 
-STEPS = 400
+STEPS = 320
 APART = 25
 """Steps of rest between two faults: there are snapshots again, and parity."""
 
