@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from outlast import kube
 from support.labs import Lab
 from support.trainingjobs import Job, Resource, job, template
@@ -52,6 +54,7 @@ def test_made_suspended_resumed_suspended_and_resumed(
     assert status["weightsDigest"] == expected
 
 
+@pytest.mark.timeout(600)
 def test_scaled_down_and_up_and_gone_after_its_time(submit: Submit, release: Lab, bucket: str) -> None:
     resource = job(
         "elastic",
@@ -74,8 +77,8 @@ def test_scaled_down_and_up_and_gone_after_its_time(submit: Submit, release: Lab
     size(elastic, 3)
     resizes = elastic.ask()["resizes"]
     assert len(resizes) >= 2
-    elastic.until_phase("Succeeded", 240)
-    elastic.until_gone(30)
+    elastic.until_phase("Succeeded", 360)
+    elastic.until_gone(60)
 
 
 def scale(target: Job, replicas: int) -> None:

@@ -243,11 +243,13 @@ def test_a_bucket_that_is_full(
             step = story.committed()
             stat = os.statvfs(small_disk)
             filler.write_bytes(bytes(stat.f_bavail * stat.f_frsize))
-            with training_goes_on(story, 10):
-                event = story.next("store-unavailable")
-                assert "(5" in event["text"], event
-                assert place.check_readers()[-1] >= step
-            filler.unlink()
+            try:
+                with training_goes_on(story, 10):
+                    event = story.next("store-unavailable")
+                    assert "(5" in event["text"], event
+                    assert place.check_readers()[-1] >= step
+            finally:
+                filler.unlink()
             story.committed(beyond=step)
             hurry(tmp_path)
 
@@ -397,17 +399,19 @@ def test_a_controller_that_was_paused_at_the_commit_moves_nothing(
             step = first.committed()
             with place.door.holding("manifest", answered=True) as hold:
                 hold.wait()
-                paused = first.controller()
-                os.kill(paused, signal.SIGSTOP)
+                paused = [first.supervisor(), first.controller()]  # or the one would soon start another in its place
+                for pid in paused:
+                    os.kill(pid, signal.SIGSTOP)
             assert place.check_readers()[-1] == step
             with meanwhile(lambda: wake(paused)):
                 resumed = trainctl_run(spec, tmp_path / "second", options=("--resume",), alone=False)
             assert resumed.events("restored")[0]["fields"]["step"] == step
             check_run(resumed, undisturbed())
 
-        def wake(paused: int) -> None:
+        def wake(paused: list[int]) -> None:
             second.next("restored")
-            os.kill(paused, signal.SIGCONT)
+            for pid in paused:
+                os.kill(pid, signal.SIGCONT)
             first.next("claim-lost")
             hurry(tmp_path)
 

@@ -12,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
+
 from outlast.agent.pidfiles import node_pids
 
 LIMIT_S = 120.0
@@ -71,6 +73,16 @@ class Story:
     def controller(self) -> int:
         """The controller's process."""
         return int(json.loads((self._folder / "control" / "http.json").read_text())["pid"])
+
+    def supervisor(self) -> int:
+        """The run's supervisor."""
+        (pid,) = [
+            process.pid
+            for process in psutil.process_iter(["cmdline"])
+            if "outlast.local.supervisor" in (process.info["cmdline"] or ())
+            and str(self._folder) in process.info["cmdline"]
+        ]
+        return int(pid)
 
     def kill_keeper(self, seat: int) -> None:
         """SIGKILL the keeper of a seat's node."""
