@@ -10,7 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from outlast.agent.forkprotocol import ServerSetup
 from outlast.agent.node_agent import NodeAgent
 from outlast.agent.pidfiles import node_pids
 from outlast.config import NodeConfig
+from outlast.errors import RequestError
 from outlast.snapshot.identity import Attempt
 
 WAIT = 20.0
@@ -110,7 +111,8 @@ class Site:
             for node in self.nodes:
                 node.close()
             for child in self.zygote.state().children:
-                self.zygote.kill(child.id, signal.SIGHUP)  # at once, whoever attends
+                with suppress(RequestError):  # it has ended since
+                    self.zygote.kill(child.id, signal.SIGHUP)  # at once, whoever attends
             eventually(lambda: not self.zygote.state().children)
             assert not [pid for pid in pids if alive(pid)], "a process of a node is left"
         finally:
