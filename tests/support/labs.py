@@ -53,7 +53,12 @@ class Lab:
     def run(self, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Any command in the lab's environment, whatever its status is."""
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=dict(self.variables), check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **self.variables},  # the bucket's credentials came later
+            check=False,
         )
 
     def get(self, *arguments: str) -> dict[str, Any]:
