@@ -11,18 +11,12 @@ from outlast.checkpoint.shipping import main, prune_logs, ship, tail
 from outlast.checkpoint.store import open_store
 from outlast.errors import ObjectMissing
 from outlast.joblogs import log_file, log_key, outdated, parse_log_file, parse_log_key
-from trainctl import ranklines
 
 
 def test_names_are_read_back() -> None:
     assert parse_log_file(log_file(3, 12)) == (3, 12)
     assert parse_log_key(log_key(3, 12)) == (3, 12)
     assert [parse_log_file("keeper.node-0.log"), parse_log_key("1-abc-5/rank-00001.safetensors")] == [None, None]
-
-
-def test_the_command_line_reads_the_same_keys() -> None:
-    assert ranklines.log_key(3, 12) == log_key(3, 12)
-    assert ranklines.parse_log_key(log_key(3, 12)) == (3, 12)
 
 
 @pytest.mark.parametrize(
