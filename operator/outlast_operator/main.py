@@ -73,7 +73,9 @@ def main(
 def run() -> None:
     """The console script."""
     try:
-        typer.run(main)
+        app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        app.command()(main)
+        app()
     except (OutlastError, OSError) as error:
         print(f"outlast-operator: {error}", file=sys.stderr)
         raise SystemExit(2) from error
