@@ -117,7 +117,7 @@ def trainctl_run(
             raise
     assert processes(mark) == [], "the run left processes behind (and their sockets)"
     assert list(temporary.glob("outlast*")) == [], "the run left temporary files behind"
-    assert not alone or shared_memory() - memory == set(), "the run left shared memory behind"
+    assert left_in_memory(run, memory if alone else None) == set(), "the run left shared memory behind"
     shutil.rmtree(temporary)  # caches of torch
     report = run / "report.json"
     return Outcome(
@@ -138,6 +138,16 @@ def _interrupt(process: subprocess.Popen[bytes], output: pathlib.Path, after: st
 
 def tail(path: pathlib.Path, lines: int = 40) -> str:
     return "\n".join(path.read_text().splitlines()[-lines:])
+
+
+def left_in_memory(run: pathlib.Path, before: set[str] | None) -> set[str]:
+    """What the run left in shared memory: its nodes' folders, or, when it came to none, whatever was not there
+    ``before`` (None: others may have put it there)."""
+    nodes = run / "control" / "nodes.json"
+    if nodes.exists():
+        folders = {pathlib.Path(node["memory_dir"]).parent for node in json.loads(nodes.read_text())["nodes"]}
+        return {folder.name for folder in folders if folder.exists()}
+    return set() if before is None else shared_memory() - before
 
 
 def shared_memory() -> set[str]:
