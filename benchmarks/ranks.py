@@ -173,6 +173,10 @@ class Ranks:
             theirs.close()
         self._answers("to start")
 
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes if process.pid is not None]
+
     def ask(self, name: str, *arguments: Any, each: Sequence[Any] = ()) -> list[Any]:
         """Have all ranks do ``name``; ``each`` has one more first argument for every rank."""
         for rank, pipe in enumerate(self._pipes):

@@ -7,6 +7,7 @@ which is slower than either side.
 from __future__ import annotations
 
 import mmap
+import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -70,9 +71,10 @@ def _begin() -> None:
     _mine = client()
 
 
-def _upload_file(bucket: str, key: str, path: pathlib.Path) -> None:
+def _upload_file(bucket: str, key: str, path: pathlib.Path) -> int:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data, memoryview(data) as view:
         upload(_mine, bucket, key, view)
+    return os.getpid()
 
 
 def _download_file(bucket: str, key: str, path: pathlib.Path, size: int) -> None:
@@ -88,11 +90,12 @@ class Transfers:
 
     def __init__(self, files: int) -> None:
         self._pool = ProcessPoolExecutor(files, get_context("spawn"), _begin)
+        self.pids: set[int] = set()
 
     def upload(self, bucket: str, files: Sequence[pathlib.Path]) -> None:
         """Each as ``raw-0``, ``raw-1``, ..."""
         keys = [f"raw-{n}" for n in range(len(files))]
-        list(self._pool.map(_upload_file, [bucket] * len(files), keys, files))
+        self.pids.update(self._pool.map(_upload_file, [bucket] * len(files), keys, files))
 
     def download(self, bucket: str, files: Sequence[pathlib.Path], sizes: Sequence[int]) -> None:
         keys = [f"raw-{n}" for n in range(len(files))]

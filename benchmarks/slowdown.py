@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import psutil
 import raw_s3
 from ranks import Ranks, started
+from spent import spending
 from uploads import WORLD, Checkpoints
 
 from outlast.snapshot.identity import Generation
@@ -45,10 +46,6 @@ def put_on(cores: Collection[int], pids: Collection[int]) -> None:
 def servers() -> list[int]:
     """The S3 server, where it is a process of its own."""
     return [child.pid for child in psutil.Process().children() if child.name() in SERVERS]
-
-
-def cpu_seconds(pids: Collection[int]) -> float:
-    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
 
 
 class Uploading:
@@ -110,7 +107,7 @@ def measure(cores: str, rounds: int, steps: int, width: int) -> None:
         uploading = Uploading(Checkpoints(nodes, f"s3://{bucket}/default/bench"))
         with uploading():
             ranks.ask("train", 1)
-        uploading.done, spent = 0, Spent(nodes, gateways)
+        uploading.done, spent = 0, Accounts(nodes, gateways)
         beside_them: dict[str, Callable[[], AbstractContextManager[None]]] = {
             "nothing": nullcontext,
             "uploads": lambda: spent.of(uploading()),
@@ -123,21 +120,19 @@ def measure(cores: str, rounds: int, steps: int, width: int) -> None:
     show(lengths, cores)
 
 
-class Spent:
-    """Processor time of keepers and server while a block lasts."""
+class Accounts:
+    """Core-seconds of keepers and server while blocks last."""
 
     def __init__(self, nodes: Cluster, gateways: Collection[int]) -> None:
-        self._nodes, self._gateways = nodes, gateways
+        self._keepers, self._gateways = [node.process.pid for node in nodes.nodes], gateways
         self.keepers_s = self.server_s = 0.0
 
     @contextmanager
     def of(self, block: AbstractContextManager[None]) -> Iterator[None]:
-        keepers = [node.process.pid for node in self._nodes.nodes]
-        before = cpu_seconds(keepers), cpu_seconds(self._gateways)
-        with block:
+        with spending(self._keepers) as keepers, spending(self._gateways) as server, block:
             yield
-        self.keepers_s += cpu_seconds(keepers) - before[0]
-        self.server_s += cpu_seconds(self._gateways) - before[1]
+        self.keepers_s += keepers.cpu_s
+        self.server_s += server.cpu_s
 
 
 def turns(

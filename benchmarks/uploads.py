@@ -15,6 +15,7 @@ Target: the keepers' uploads at least 85% of raw.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import pathlib
 import statistics
@@ -25,6 +26,7 @@ from contextlib import ExitStack, contextmanager
 
 import raw_s3
 from ranks import Ranks, started
+from spent import Spent, spending
 
 from outlast.checkpoint.archive import Archive
 from outlast.checkpoint.line import Retention
@@ -88,22 +90,20 @@ class Ways:
         self.state_bytes = sum(self._ranks.ask("snapshot", str(generation), each=self._folders))
         return generation
 
-    def outlast(self) -> dict[str, float]:
-        began = time.perf_counter()
-        generation = self.snapshot()
-        copied = time.perf_counter()
-        images = self._checkpoints.upload(generation)
-        uploaded = time.perf_counter()
-        self._checkpoints.commit(generation, images)
-        ended = time.perf_counter()
+    def outlast(self) -> dict[str, Spent]:
+        keepers = [node.process.pid for node in self._nodes.nodes]
+        with spending([*keepers, *self._ranks.pids, os.getpid()]) as whole:
+            generation = self.snapshot()
+            with spending(keepers) as uploads:
+                images = self._checkpoints.upload(generation)
+            self._checkpoints.commit(generation, images)
         self._checkpoints.expire()
-        return {"keepers' upload": uploaded - copied, "outlast, whole": ended - began}
+        return {"keepers' upload": uploads, "outlast, whole": whole}
 
-    def dcp(self) -> dict[str, float]:
-        began = time.perf_counter()
-        returned = max(returned for returned, _ in self._ranks.ask("dcp", self._dcp_url))
-        ended = time.perf_counter()
-        return {"async_save, after it returned": ended - began - returned, "async_save, whole": ended - began}
+    def dcp(self) -> dict[str, Spent]:
+        with spending(self._ranks.pids) as whole:
+            returned = max(returned for returned, _ in self._ranks.ask("dcp", self._dcp_url))
+        return {"async_save until it returned": Spent(returned, math.nan), "async_save, whole": whole}
 
 
 @contextmanager
@@ -126,18 +126,18 @@ def has_dcp_writer() -> bool:
     return True
 
 
-def measure(rounds: int, width: int, to: str) -> tuple[dict[str, list[float]], int]:
-    found: dict[str, list[float]] = {}
+def measure(rounds: int, width: int, to: str) -> tuple[dict[str, list[Spent]], int]:
+    found: dict[str, list[Spent]] = {}
     with ExitStack() as stack:
         url, dcp_url, bucket = stack.enter_context(places(to, stack))
         nodes = stack.enter_context(cluster(WORLD, program=DURABLE))
         ranks = stack.enter_context(started(WORLD, width))
         ways = Ways(nodes, ranks, Checkpoints(nodes, url), dcp_url)
-        acts: list[Callable[[], dict[str, float]]] = [ways.outlast]
+        acts: list[Callable[[], dict[str, Spent]]] = [ways.outlast]
         if bucket:
             transfers = raw_s3.Transfers(WORLD)
             stack.callback(transfers.close)
-            acts.append(lambda: {"raw boto3": seconds(lambda: transfers.upload(bucket, ways.images))})
+            acts.append(lambda: raw(transfers, bucket, ways.images))
         if not bucket or has_dcp_writer():
             acts.append(ways.dcp)
         for number in range(rounds + 1):
@@ -149,10 +149,15 @@ def measure(rounds: int, width: int, to: str) -> tuple[dict[str, list[float]], i
     return found, ways.state_bytes
 
 
-def seconds(act: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    act()
-    return time.perf_counter() - began
+def raw(transfers: raw_s3.Transfers, bucket: str, images: list[pathlib.Path]) -> dict[str, Spent]:
+    with spending(transfers.pids) as uploads:
+        transfers.upload(bucket, images)
+    return {"raw boto3": uploads}
+
+
+def faster(base: list[Spent], mine: list[Spent]) -> float:
+    """The rate of ``mine`` over that of ``base``, median of rounds."""
+    return statistics.median(a.wall_s / b.wall_s for a, b in zip(base, mine, strict=True))
 
 
 def main() -> None:
@@ -163,22 +168,21 @@ def main() -> None:
     args = parser.parse_args()
     times, size = measure(args.rounds, args.width, args.to)
     print(f"{size / 1e6:.0f} MB of state on {WORLD} ranks, {args.rounds} rounds, load {os.getloadavg()[0]:.1f}\n")
-    print("| what | s, median | each round | MB/s |\n|---|---|---|---|")
-    middle = {what: statistics.median(each) for what, each in times.items()}
+    print("| what | s, median | each round | MB/s | core-s/GB |\n|---|---|---|---|---|")
     for what, each in times.items():
-        print(
-            f"| {what} | {middle[what]:.2f} | {', '.join(f'{s:.2f}' for s in each)} | {size / 1e6 / middle[what]:.0f} |"
-        )
+        middle = statistics.median(spent.wall_s for spent in each)
+        cores = statistics.median(spent.cpu_s for spent in each) / size * 1e9
+        shown = ", ".join(f"{spent.wall_s:.2f}" for spent in each)
+        print(f"| {what} | {middle:.2f} | {shown} | {size / 1e6 / middle:.0f} | {cores:.2f} |".replace("nan", ""))
     print()
-    if "raw boto3" in middle:
-        share = statistics.median(a / b for a, b in zip(times["raw boto3"], times["keepers' upload"], strict=True))
+    if "raw boto3" in times:
+        share = faster(times["raw boto3"], times["keepers' upload"])
         verdict = "met" if share >= TARGET else "missed"
         print(f"keepers' upload: {share:.0%} of raw boto3's rate, median of rounds (target >= {TARGET:.0%}: {verdict})")
-    if "async_save, whole" in middle:
-        faster = statistics.median(
-            a / b for a, b in zip(times["async_save, whole"], times["outlast, whole"], strict=True)
+    if "async_save, whole" in times:
+        print(
+            f"whole: {faster(times['async_save, whole'], times['outlast, whole']):.2f} times async_save's rate, median of rounds"
         )
-        print(f"whole: {faster:.2f} times async_save's rate, median of rounds")
 
 
 if __name__ == "__main__":
