@@ -43,7 +43,6 @@ def test_a_job_in_pods_trains_through_a_lost_head_and_a_restarted_node() -> None
         assert [node.wait(60) for node in nodes] == [0, 0]
         pods.ask("POST", "/stop", {})
         assert head.wait(30) == 0
-    assert "[rank 0 attempt 1] [rank0]: Traceback" in nodes[0].output, "what a rank wrote is on the container's output"
 
 
 def test_a_head_that_is_told_to_go_loses_no_step() -> None:
