@@ -25,7 +25,7 @@ DEFAULT_PRELOAD = (
     "torch.utils.data",
     "outlast.session",
     "outlast.snapshot.keeper",
-    "outlast.checkpoint.s3",
+    "outlast.checkpoint.ready",
 )
 """What ranks and keepers would import anyway."""
 

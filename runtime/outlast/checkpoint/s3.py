@@ -365,7 +365,8 @@ def _models() -> Loader:
     return create_loader()
 
 
-def _core() -> botocore.session.Session:
+def core_session() -> botocore.session.Session:
+    """A session of its own that shares what is parsed of services."""
     core = botocore.session.get_session()
     core.register_component("data_loader", _models())
     return core
@@ -382,7 +383,7 @@ def _client(options: StoreOptions) -> S3Client:
         response_checksum_validation="when_required",
     )
     with _making:
-        session: Session = boto3.session.Session(botocore_session=_core())
+        session: Session = boto3.session.Session(botocore_session=core_session())
         endpoint = session._session.get_config_variable("endpoint_url") if hasattr(session, "_session") else None
         return session.client("s3", config=config.merge(_addressing(session, endpoint)))
 
