@@ -180,7 +180,7 @@ def test_fewer_and_then_more_nodes_when_that_is_asked_for(tmp_path: pathlib.Path
         controller.until(lambda status: status["workers"]["size"] == 4, 60)
 
     workers = {"spares": 1, "minReplicas": None}
-    spec = elastic(tmp_path, "--pace", "0.4", workers=workers)
+    spec = elastic(tmp_path, "--pace", "0.6", workers=workers)
     outcome = trainctl_run(spec, tmp_path, during=resize)
     assert outcome.status == 0, outcome.output
     check_samples(outcome, tmp_path)

@@ -177,7 +177,7 @@ def _asked(wanted: int, **states: str) -> Board:
     [
         (_asked(1, a="active", b="spare"), []),
         (_asked(1, a="active", b="spare", c="left"), ["lose c", "remove c"]),
-        (_asked(1, a="active", b="lost", c="left"), ["lose b", "remove b", "add new-0", "lose c", "remove c"]),
+        (_asked(1, a="active", b="lost", c="left"), ["lose c", "remove c", "lose b", "remove b", "add new-0"]),
         (_asked(3, a="active", b="spare", c="left"), ["lose c", "remove c", "add new-0", "add new-1"]),
         (_asked(2, a="active", b="leaving"), ["add new-0", "add new-1"]),
         (Board({"nodes": {"a": {"state": "active"}, "b": {"state": "left"}}}), ["lose b", "remove b", "add new-0"]),

@@ -54,6 +54,10 @@ class Board:
         workers = self.status.get("workers") or {}
         return int(workers["wanted"]) + int(workers["wanted_spares"]) if workers.get("asked") else None
 
+    def left(self) -> set[str]:
+        """The nodes that have handed over and are gone."""
+        return {name for name, node in self.nodes.items() if node.get("state") == "left"}
+
     def here(self) -> set[str]:
         """The nodes that are there and stay."""
         return {name for name, node in self.nodes.items() if node.get("state") not in LOST | {"leaving"}}
@@ -87,9 +91,13 @@ class Replacements:
             return []
         return [node for node in sorted(lost) if now - self._since[node] >= self._after_s]
 
-    def open(self, lost: Iterable[str]) -> int:
+    def open(self, lost: Iterable[str]) -> set[str]:
+        """Those of ``lost`` that are not done with."""
+        return set(lost) - self._replaced
+
+    def coming(self, lost: Iterable[str]) -> int:
         """How many of ``lost`` will be replaced yet."""
-        return 0 if self._after_s is None else len(set(lost) - self._replaced)
+        return 0 if self._after_s is None else len(self.open(lost))
 
     def done(self, node: str) -> None:
         """``node`` has a replacement, or needs none, even if it comes back and is lost again."""

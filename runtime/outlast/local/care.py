@@ -39,12 +39,13 @@ class NodeCare:
         """Replace what has been gone for long enough, and let paused nodes go on."""
         await self._register_joining()
         lost = (board.lost() - self._nodes.leaving()) | self._nodes.lost()
+        if board.asked is not None:  # who has left since was too many, or is made up for below
+            await self._forget(self._replacements.open(lost & board.left()))
         for node in self._replacements.due(lost, time.monotonic()):
             if board.asked is None or self._count(board, lost) < board.asked:
                 await self._replace(node)
             else:
-                await self._remove(node)
-                self._replacements.done(node)
+                await self._forget({node})
         await self._add_asked(board, lost)
         for node, paused_at in self._nodes.paused().items():
             if node in lost and board.running and board.step > paused_at:
@@ -55,7 +56,7 @@ class NodeCare:
         """As many nodes as somebody has asked for since the start, as whoever runs a cluster would give them."""
         if board.asked is None:
             return
-        for _ in range(board.asked - self._count(board, lost) - self._replacements.open(lost)):
+        for _ in range(board.asked - self._count(board, lost) - self._replacements.coming(lost)):
             config = await self._nodes.create()
             self._added.add(config.node)
             await self.introduce(config)
@@ -94,6 +95,12 @@ class NodeCare:
         if node not in self._nodes.paused():
             await self._nodes.lose(node)
             await self._client.remove_node(node)
+
+    async def _forget(self, nodes: set[str]) -> None:
+        """Nodes that need no replacement."""
+        for node in sorted(nodes):
+            await self._remove(node)
+            self._replacements.done(node)
 
     async def _replace(self, node: str) -> None:
         await self._remove(node)
