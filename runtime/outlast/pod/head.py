@@ -22,7 +22,7 @@ from outlast.api import TrainingJob
 from outlast.config import ControllerConfig
 from outlast.errors import OutlastError, RequestError, TransferError
 from outlast.hosting import processes
-from outlast.hosting.client import ControllerClient, controller_pid, told_by
+from outlast.hosting.client import ControllerClient, ControllerRefused, controller_pid, told_by
 from outlast.hosting.launching import Launcher
 from outlast.hosting.raynode import RayHead, RaySite
 from outlast.pod.console import Console
@@ -172,17 +172,33 @@ class HeadPod:
         return 0
 
     async def _hold(self) -> None:
-        """Return when the ranks wait at a committed snapshot, or there is nothing to wait for."""
-        status = await self._client.status()
-        if worth_holding(status):
-            await self._client.hold(self._settings.grace_s)
-        while worth_holding(status) and not is_held(status):
+        """Return when the ranks wait at a committed snapshot, or there is nothing to wait for.
+
+        A controller that does not answer for a while may be busy, or be started again by Ray, and is asked anew.
+        """
+        asked = silent = False
+        while True:
+            try:
+                status = await self._client.status()
+                silent = False
+                if is_held(status):
+                    self._console.say("held", step=status["snapshot"].get("step"))
+                    return
+                if not worth_holding(status):
+                    self._console.say("not-held", reason="no ranks run on nodes that stay")
+                    return
+                if not asked:
+                    await self._client.hold(self._settings.grace_s)
+                    asked = True
+            except ControllerRefused:
+                raise
+            except TransferError as error:
+                if not self._ray.alive():
+                    raise
+                if not silent:
+                    self._console.say("controller-silent", reason=str(error))
+                asked, silent = False, True
             await asyncio.sleep(POLL_S)
-            status = await self._client.status()
-        if is_held(status):
-            self._console.say("held", step=status["snapshot"].get("step"))
-        else:
-            self._console.say("not-held", reason="no ranks run on nodes that stay")
 
     # --- how --------------------------------------------------------------------------------------------------------
 
