@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -48,8 +49,15 @@ def install(place: World, chart: list[dict[str, Any]]) -> str:
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM}}
     place.api.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all([namespace, *found]))
     account = next(obj["metadata"]["name"] for obj in found if obj["kind"] == "ServiceAccount")
+    for right in (("create", "pods"), ("create", "leases")):  # the API server learns of roles by a watch of its own
+        eventually(f"{account} may {' '.join(right)}", functools.partial(_may, place, account, *right), 60)
     token = place.api.kubectl("-n", SYSTEM, "create", "token", account).stdout.strip()
     return place.api.write_kubeconfig("chart", token)
+
+
+def _may(place: World, account: str, verb: str, resource: str) -> bool:
+    who = f"--as=system:serviceaccount:{SYSTEM}:{account}"
+    return place.api.kubectl("-n", SYSTEM, "auth", "can-i", verb, resource, who, check=False).returncode == 0
 
 
 def flags(chart: list[dict[str, Any]]) -> list[str]:

@@ -16,7 +16,7 @@ from support.runs import Outcome, job, trainctl_run
 
 pytestmark = pytest.mark.timeout(400)
 
-FSDP = ("--parallel", "fsdp", "--work", "3", "--global-batch", "256", "--steps", "40")
+FSDP = ("--parallel", "fsdp", "--pace", "0.1", "--global-batch", "256", "--steps", "40")
 EVERYTHING = tuple(f"node-loss@27:{seat}" for seat in range(4))
 QUICKLY = ("--replace-after", "1")
 

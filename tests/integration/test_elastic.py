@@ -36,7 +36,7 @@ def elastic(folder: pathlib.Path, *arguments: str, **spec: Any) -> dict[str, Any
     """A job of 4 nodes that may shrink to 2, and records its samples."""
     workers = {"replicas": 4, "minReplicas": 2, "spares": 0, **spec.pop("workers", {})}
     recovery = {"hangTimeout": "10s", "shrinkAfter": "4s", "growAfter": "1s"}
-    given = ("--parallel", "fsdp", "--work", "4", "--global-batch", str(BATCH), "--micro-batch", "8")
+    given = ("--parallel", "fsdp", "--pace", "0.1", "--global-batch", str(BATCH), "--micro-batch", "8")
     steps = () if "--steps" in arguments else ("--steps", str(STEPS))
     record = ("--record", str(folder / "samples"))
     return job("train.py", *given, *arguments, *steps, *record, workers=workers, recovery=recovery, **spec)

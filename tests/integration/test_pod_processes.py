@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -59,5 +61,25 @@ def test_a_head_that_is_told_to_go_loses_no_step() -> None:
         assert found["attempt"] == 2
         assert pods.restored_steps() == [held]
         for pod in (*pods.pods[-1:], *nodes):  # the job is deleted: nobody is left who could take over
+            pod.terminate()
+        assert [pod.wait(25) for pod in (*pods.pods[-1:], *nodes)] == [0, 0, 0]
+
+
+def test_a_head_that_is_told_to_go_asks_the_controller_that_is_started_again() -> None:
+    with world(short_job(1000)) as pods:
+        head = pods.head()
+        nodes = [pods.node(), pods.node()]
+        running_at(pods, 20)
+        before = pods.status()
+        os.kill(pods.controller_pid(), signal.SIGKILL)
+        head.terminate()
+        assert head.wait(60) == 0
+        assert "event=held" in head.output, head.output
+        held = int(head.output.rpartition("event=held")[2].partition("step=")[2].split()[0])
+        assert held > before["step"]
+        pods.head()
+        running_at(pods, held + 5)
+        assert pods.restored_steps() == [held]
+        for pod in (*pods.pods[-1:], *nodes):
             pod.terminate()
         assert [pod.wait(25) for pod in (*pods.pods[-1:], *nodes)] == [0, 0, 0]

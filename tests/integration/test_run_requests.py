@@ -18,7 +18,7 @@ from support.runs import Outcome, job, trainctl_run
 pytestmark = pytest.mark.timeout(400)
 
 STEPS = 60
-FSDP = ("--parallel", "fsdp", "--work", "3", "--pace", "0.15", "--global-batch", "256", "--steps", str(STEPS))
+FSDP = ("--parallel", "fsdp", "--pace", "0.2", "--global-batch", "256", "--steps", str(STEPS))
 SUSPENDED = 3
 
 

@@ -14,7 +14,7 @@ from support.runs import Outcome, job, trainctl_run
 
 pytestmark = pytest.mark.timeout(400)
 
-FSDP = ("--parallel", "fsdp", "--work", "3", "--global-batch", "256")
+FSDP = ("--parallel", "fsdp", "--pace", "0.1", "--global-batch", "256")
 STEPS = 40
 
 
@@ -102,18 +102,18 @@ CASES = [
          ("corrupt@17:1/data", "rank-crash@17:0", "keeper-crash@17.restart:2", "keeper-crash@17.restart:3"),
          (Expected("rank 0", 12, {"memory-local": 3, "memory-decode": 1}),)),
     Case("ddp", ("node-loss@17:1", "rank-crash@28:3"), (Expected("lost", 12, decoded(1)), Expected("rank 3", 12, LOCAL)),
-         arguments=("--parallel", "ddp", "--width", "384", "--work", "10", "--global-batch", "256")),
+         arguments=("--parallel", "ddp", "--width", "384", "--pace", "0.1", "--global-batch", "256")),
     Case("hsdp", ("node-loss@17:1", "rank-crash@28:3"), (Expected("lost", 12, decoded(1)), Expected("rank 3", 12, LOCAL)),
-         arguments=("--parallel", "hsdp", "--work", "6", "--global-batch", "256")),
+         arguments=("--parallel", "hsdp", "--pace", "0.1", "--global-batch", "256")),
     Case("a world of three, replicas by hand", ("node-loss@17:1",), (Expected("lost", 12, decoded(1, 3)),),
-         arguments=("--parallel", "plain", "--work", "3", "--micro-batch", "30", "--global-batch", "256"),
+         arguments=("--parallel", "plain", "--pace", "0.1", "--micro-batch", "30", "--global-batch", "256"),
          spec={"workers": {"replicas": 3}}),
     Case("two ranks a node, uneven shards", ("node-loss@17:1",), (Expected("lost", 12, decoded(2, 6)),),
          spec={"workers": {"replicas": 3, "procsPerWorker": 2}},
-         arguments=("--parallel", "fsdp", "--work", "3", "--global-batch", "256")),
+         arguments=("--parallel", "fsdp", "--pace", "0.1", "--global-batch", "256")),
     Case("dropout, BatchNorm, workers, fused, average", ("node-loss@17:1", "rank-crash@31:0"),
          (Expected("lost", 12, decoded(1)), Expected("rank 0", 12, LOCAL)),
-         arguments=("--parallel", "ddp", "--model", "rich", "--workers", "1", "--width", "512", "--work", "10", "--global-batch", "256")),
+         arguments=("--parallel", "ddp", "--model", "rich", "--workers", "1", "--width", "512", "--pace", "0.1", "--global-batch", "256")),
 ]  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def check_recoveries(outcome: Outcome, expected: tuple[Expected, ...]) -> None:
 def test_replicas_that_come_to_differ_are_kept_apart(
     tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]
 ) -> None:
-    arguments = ("--parallel", "plain", "--apart-from", "12", "--width", "384", "--work", "10", "--global-batch", "256")
+    arguments = ("--parallel", "plain", "--apart-from", "12", "--width", "384", "--pace", "0.1", "--global-batch", "256")
     spec = job("train.py", *arguments, "--steps", str(STEPS))
     reference = undisturbed(spec)
     outcome = trainctl_run(spec, tmp_path, ["node-loss@33:3"])

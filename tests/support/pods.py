@@ -115,6 +115,11 @@ class World:
         except OSError:
             return {}
 
+    def controller_pid(self) -> int:
+        """Of the newest controller."""
+        told = max(self.folder.glob("r*/**/http.json"), key=lambda path: path.stat().st_mtime)
+        return int(json.loads(told.read_text())["pid"])
+
     def states(self) -> dict[str, str]:
         return {name: node["state"] for name, node in self.status().get("nodes", {}).items()}
 

@@ -176,7 +176,7 @@ class HeadPod:
 
         A controller that does not answer for a while may be busy, or be started again by Ray, and is asked anew.
         """
-        asked = silent = False
+        asked = silent = restarted = False
         while True:
             try:
                 status = await self._client.status()
@@ -184,12 +184,12 @@ class HeadPod:
                 if is_held(status):
                     self._console.say("held", step=status["snapshot"].get("step"))
                     return
-                if not worth_holding(status):
-                    self._console.say("not-held", reason="no ranks run on nodes that stay")
-                    return
-                if not asked:
+                if worth_holding(status) and not asked:
                     await self._client.hold(self._settings.grace_s)
                     asked = True
+                elif not worth_holding(status) and not (restarted and status.get("stage") == "gathering"):
+                    self._console.say("not-held", reason="no ranks run on nodes that stay")
+                    return
             except ControllerRefused:
                 raise
             except TransferError as error:
@@ -197,7 +197,7 @@ class HeadPod:
                     raise
                 if not silent:
                     self._console.say("controller-silent", reason=str(error))
-                asked, silent = False, True
+                asked, silent, restarted = False, True, True
             await asyncio.sleep(POLL_S)
 
     # --- how --------------------------------------------------------------------------------------------------------
