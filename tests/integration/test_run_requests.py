@@ -118,7 +118,8 @@ def test_faults_on_request(tmp_path: pathlib.Path, reference: Outcome) -> None:
     injected = [event["text"] for event in outcome.events("fault-injected")]
     assert injected == [f"{fault}" for fault in faults]
     kinds = [recovery["kind"] for recovery in outcome.recoveries]
-    assert kinds == ["rank-exit", "agent-lost", "node-lost"]
+    # A busy machine may start an agent again so slowly that its node is given up.
+    assert kinds in (["rank-exit", kind, "node-lost"] for kind in ("agent-lost", "node-lost"))
     assert {event["text"].split(":")[0] for event in outcome.events("injured")} == {
         "rank-crash",
         "keeper-crash",
