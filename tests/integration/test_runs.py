@@ -43,6 +43,8 @@ class Expected:
     lost: int
     sources: dict[str, int]
     restored: int | None = None
+    or_sources: dict[str, int] | None = None
+    """On a busy machine: an agent that is slow to come back may cost its node's place."""
 
 
 LOCAL = {"memory-local": 4}
@@ -70,7 +72,7 @@ CASES = [
             Expected("rank 2", 7, LOCAL),
             Expected("rank 1", 8, LOCAL),
             Expected("hang", 9, LOCAL),
-            Expected("seat 0", 9, LOCAL),
+            Expected("seat 0", 9, LOCAL, or_sources=decoded(1)),
         ),
     ),
     Case("keeper and controller", ("keeper-crash@12:1", "controller-crash@20"), ()),
@@ -142,7 +144,8 @@ def check_recoveries(outcome: Outcome, expected: tuple[Expected, ...]) -> None:
     for recovery, wanted in zip(recoveries, expected, strict=True):
         assert wanted.cause in f"{recovery['cause']} {recovery.get('kind')}", recovery
         assert 0 <= recovery["lost_steps"] <= wanted.lost, recovery
-        assert {k: v for k, v in recovery["restore_sources"].items() if v} == wanted.sources, recovery
+        found = {source: count for source, count in recovery["restore_sources"].items() if count}
+        assert found in (wanted.sources, wanted.or_sources), recovery
         if wanted.restored is not None:
             assert recovery["restored_step"] == wanted.restored
 
@@ -150,7 +153,18 @@ def check_recoveries(outcome: Outcome, expected: tuple[Expected, ...]) -> None:
 def test_replicas_that_come_to_differ_are_kept_apart(
     tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]
 ) -> None:
-    arguments = ("--parallel", "plain", "--apart-from", "12", "--width", "384", "--pace", "0.1", "--global-batch", "256")
+    arguments = (
+        "--parallel",
+        "plain",
+        "--apart-from",
+        "12",
+        "--width",
+        "384",
+        "--pace",
+        "0.1",
+        "--global-batch",
+        "256",
+    )
     spec = job("train.py", *arguments, "--steps", str(STEPS))
     reference = undisturbed(spec)
     outcome = trainctl_run(spec, tmp_path, ["node-loss@33:3"])
