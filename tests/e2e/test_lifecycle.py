@@ -40,7 +40,7 @@ def test_made_suspended_resumed_suspended_and_resumed(
     assert not queued.pods(kube.NODE_ROLE) + queued.pods(kube.HEAD_ROLE)
 
     patch(queued, suspend=False)
-    queued.reach(50, seconds=180)
+    queued.reach(50, seconds=240)
     patch(queued, suspend=True)
     status = queued.until_phase("Suspended", 120)
     stopped_at = status["checkpoint"]["step"]
@@ -54,11 +54,11 @@ def test_made_suspended_resumed_suspended_and_resumed(
     assert status["weightsDigest"] == expected
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900, func_only=True)
 def test_scaled_down_and_up_and_gone_after_its_time(submit: Submit, release: Lab, bucket: str) -> None:
     resource = job(
         "elastic",
-        600,
+        420,
         replicas=3,
         workers={"template": template(), "minReplicas": 2},
         checkpoint={"url": bucket, "interval": 100},
@@ -67,7 +67,7 @@ def test_scaled_down_and_up_and_gone_after_its_time(submit: Submit, release: Lab
     )
     resource["spec"]["entrypoint"] += ["--global-batch", "48", "--micro-batch", "8"]
     elastic = submit(resource)
-    elastic.reach(50, seconds=180)
+    elastic.reach(50, seconds=240)
     scale(elastic, 2)
     size(elastic, 2)
     elastic.until("two Pods", 90, lambda _: len(elastic.pods(kube.NODE_ROLE)) == 2)
@@ -77,7 +77,7 @@ def test_scaled_down_and_up_and_gone_after_its_time(submit: Submit, release: Lab
     size(elastic, 3)
     resizes = elastic.ask()["resizes"]
     assert len(resizes) >= 2
-    elastic.until_phase("Succeeded", 360)
+    elastic.until_phase("Succeeded", 600)
     elastic.until_gone(60)
 
 

@@ -30,7 +30,7 @@ class Faults:
 
     def await_spare(self) -> None:
         """Three nodes train and one waits: the operator has replaced what was lost."""
-        self._job.watch_steps("whole again", 120, lambda s: s["stage"] == "running" and s["workers"]["spares"] >= 1)
+        self._job.watch_steps("whole again", 240, lambda s: s["stage"] == "running" and s["workers"]["spares"] >= 1)
 
     def repair(self) -> None:
         for machine in self._off:

@@ -248,13 +248,13 @@ class Job:
     def ask(self, seconds: float = 30) -> dict[str, Any]:
         return self.watch_steps("answering", seconds, lambda _: True)
 
-    def reach(self, step: int, seconds: float = 120) -> dict[str, Any]:
+    def reach(self, step: int, seconds: float = 240) -> dict[str, Any]:
         """The controller's status once so many steps are done by the attempt under way."""
         return self.watch_steps(
             f"at step {step}", seconds, lambda s: s["stage"] == "running" and (s["step"] or 0) >= step
         )
 
-    def cost_of(self, fault: Callable[[], object], seconds: float = 120) -> Cost:
+    def cost_of(self, fault: Callable[[], object], seconds: float = 240) -> Cost:
         """Inject ``fault`` into the running job, and see it go on in another attempt."""
         before = self.ask()
         top, base, restarted = before["best_step"] or 0, -1, 0.0
