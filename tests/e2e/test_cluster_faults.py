@@ -37,7 +37,7 @@ def test_a_job_goes_on(
     )
     began = time.monotonic()
     bytelm = submit(resource)
-    bytelm.reach(1, seconds=240)
+    bytelm.reach(1)
     timings["apply_to_first_step_s"] = round(time.monotonic() - began, 2)
     faults = Faults(bytelm)
     costs = timings["faults"] = {}
@@ -60,7 +60,7 @@ def test_a_job_goes_on(
 def test_pods_have_what_they_need_and_no_more(release: Lab, submit: Submit) -> None:
     """The namespace enforces restricted Pod security: that they run at all is a part of the proof."""
     small = submit(job("bounds", 100000, replicas=2, workers={"template": template()}))
-    small.reach(1, seconds=240)
+    small.reach(1)
     for pod in [*small.pods(kube.NODE_ROLE), small.head()]:
         (container,) = pod["spec"]["containers"]
         mounts = [mount["mountPath"] for mount in container["volumeMounts"]]

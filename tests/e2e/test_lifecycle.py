@@ -40,7 +40,7 @@ def test_made_suspended_resumed_suspended_and_resumed(
     assert not queued.pods(kube.NODE_ROLE) + queued.pods(kube.HEAD_ROLE)
 
     patch(queued, suspend=False)
-    queued.reach(50, seconds=240)
+    queued.reach(50)
     patch(queued, suspend=True)
     status = queued.until_phase("Suspended", 120)
     stopped_at = status["checkpoint"]["step"]
@@ -67,7 +67,7 @@ def test_scaled_down_and_up_and_gone_after_its_time(submit: Submit, release: Lab
     )
     resource["spec"]["entrypoint"] += ["--global-batch", "48", "--micro-batch", "8"]
     elastic = submit(resource)
-    elastic.reach(50, seconds=240)
+    elastic.reach(50)
     scale(elastic, 2)
     size(elastic, 2)
     elastic.until("two Pods", 90, lambda _: len(elastic.pods(kube.NODE_ROLE)) == 2)

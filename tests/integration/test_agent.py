@@ -8,33 +8,19 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from outlast import messages as m
-from outlast.agent.forkclient import ForkClient
 from outlast.agent.node_agent import HEARTBEAT_S, NodeAgent
 from outlast.errors import TransferError
 from outlast.snapshot.identity import Generation
 from outlast.snapshot.inventory import RankRestore, RestorePlan
 from outlast.snapshot.stored import StoredImage
 from support.keepers import flip, write_shard
-from support.sites import PRELUDE, Node, Site, alive, attempt, eventually, open_site, open_zygote
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[ForkClient]:
-    with open_zygote() as client:
-        yield client
-
-
-@pytest.fixture
-def site(zygote: ForkClient) -> Iterator[Site]:
-    with open_site(zygote) as site:
-        yield site
+from support.sites import PRELUDE, Node, Site, alive, attempt, eventually
 
 
 def test_a_new_node_joins_and_beats(site: Site) -> None:

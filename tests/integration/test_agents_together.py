@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from outlast import messages as m
-from outlast.agent.forkclient import ForkClient
 from outlast.agent.isolation import may_isolate
 from outlast.config import Isolation
 from outlast.snapshot.identity import Generation
 from outlast.snapshot.restore import plan_restore
 from support.keepers import write_shard
-from support.sites import PRELUDE, Node, Site, attempt, eventually, open_site, open_zygote
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[ForkClient]:
-    with open_zygote() as client:
-        yield client
-
-
-@pytest.fixture
-def site(zygote: ForkClient) -> Iterator[Site]:
-    with open_site(zygote) as site:
-        yield site
-
+from support.sites import PRELUDE, Node, Site, attempt, eventually
 
 UNMODIFIED = """
 import os, torch, torch.distributed as dist

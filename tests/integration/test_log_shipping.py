@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from outlast import messages as m
-from outlast.agent.forkclient import ForkClient
 from support.runs import job, trainctl_run
-from support.sites import PRELUDE, WAIT, WAITS, Node, Site, alive, attempt, eventually, open_site, open_zygote
+from support.sites import PRELUDE, WAIT, WAITS, Node, Site, alive, attempt, eventually
 
 TALKS = PRELUDE + "print('attempt', os.environ['OUTLAST_ATTEMPT'], 'rank', rank)\nhear()\ntime.sleep(100)\n"
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[ForkClient]:
-    with open_zygote() as client:
-        yield client
-
-
-@pytest.fixture
-def site(zygote: ForkClient) -> Iterator[Site]:
-    with open_site(zygote) as site:
-        yield site
 
 
 def durable(site: Site, url: str, script: str = TALKS, procs: int = 2) -> Node:

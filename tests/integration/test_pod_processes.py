@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from support.pods import World, until, world
+from support.pods import PodProcess, World, until, world
 from support.runs import job
 
 pytest.importorskip("ray", reason="needs outlast[train]")
@@ -26,6 +26,18 @@ def short_job(steps: int, pace: str = "0.05", **spec: Any) -> dict[str, Any]:
 def running_at(pods: World, step: int) -> dict[str, Any]:
     """The status once that step was done."""
     return until(lambda: (found := pods.status()).get("step", 0) >= step and found, START_S, f"step {step}")
+
+
+def held_step(head: PodProcess) -> int:
+    """The committed snapshot at which it said that the ranks wait."""
+    return int(head.output.rpartition("event=held")[2].partition("step=")[2].split()[0])
+
+
+def delete(*pods: PodProcess) -> None:
+    """The job is deleted: nobody is left who could take over."""
+    for pod in pods:
+        pod.terminate()
+    assert [pod.wait(25) for pod in pods] == [0] * len(pods)
 
 
 def test_a_job_in_pods_trains_through_a_lost_head_and_a_restarted_node() -> None:
@@ -55,14 +67,12 @@ def test_a_head_that_is_told_to_go_loses_no_step() -> None:
         head.terminate()
         assert head.wait(30) == 0
         assert "event=held" in head.output, "the ranks waited at a committed snapshot"
-        held = int(head.output.rpartition("event=held")[2].partition("step=")[2].split()[0])
+        held = held_step(head)
         pods.head()
         found = running_at(pods, held + 5)
         assert found["attempt"] == 2
         assert pods.restored_steps() == [held]
-        for pod in (*pods.pods[-1:], *nodes):  # the job is deleted: nobody is left who could take over
-            pod.terminate()
-        assert [pod.wait(25) for pod in (*pods.pods[-1:], *nodes)] == [0, 0, 0]
+        delete(pods.pods[-1], *nodes)
 
 
 def test_a_head_that_is_told_to_go_asks_the_controller_that_is_started_again() -> None:
@@ -75,11 +85,9 @@ def test_a_head_that_is_told_to_go_asks_the_controller_that_is_started_again() -
         head.terminate()
         assert head.wait(60) == 0
         assert "event=held" in head.output, head.output
-        held = int(head.output.rpartition("event=held")[2].partition("step=")[2].split()[0])
+        held = held_step(head)
         assert held > before["step"]
         pods.head()
         running_at(pods, held + 5)
         assert pods.restored_steps() == [held]
-        for pod in (*pods.pods[-1:], *nodes):
-            pod.terminate()
-        assert [pod.wait(25) for pod in (*pods.pods[-1:], *nodes)] == [0, 0, 0]
+        delete(pods.pods[-1], *nodes)

@@ -21,6 +21,7 @@ from typing import Any
 
 from outlast import kube
 from outlast.hosting import processes
+from outlast.hosting.client import controller_pid
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
@@ -118,7 +119,9 @@ class World:
     def controller_pid(self) -> int:
         """Of the newest controller."""
         told = max(self.folder.glob("r*/**/http.json"), key=lambda path: path.stat().st_mtime)
-        return int(json.loads(told.read_text())["pid"])
+        pid = controller_pid(told)
+        assert pid is not None, f"no controller in {told}"
+        return pid
 
     def states(self) -> dict[str, str]:
         return {name: node["state"] for name, node in self.status().get("nodes", {}).items()}

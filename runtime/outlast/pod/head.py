@@ -184,10 +184,11 @@ class HeadPod:
                 if is_held(status):
                     self._console.say("held", step=status["snapshot"].get("step"))
                     return
-                if worth_holding(status) and not asked:
-                    await self._client.hold(self._settings.grace_s)
-                    asked = True
-                elif not worth_holding(status) and not (restarted and status.get("stage") == "gathering"):
+                if worth_holding(status):
+                    if not asked:
+                        await self._client.hold(self._settings.grace_s)
+                        asked = True
+                elif not (restarted and status.get("stage") == "gathering"):
                     self._console.say("not-held", reason="no ranks run on nodes that stay")
                     return
             except ControllerRefused:

@@ -133,7 +133,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--depth", type=int, default=6)
-    parser.add_argument("--work", type=int, default=1, help="repeat the forward: makes a step longer")
     parser.add_argument("--pace", type=float, default=0.0, help="seconds that a step takes at least")
     parser.add_argument("--pace-until", default="", help="a file that, once it is there, ends that")
     parser.add_argument("--global-batch", type=int, default=64)
@@ -166,8 +165,7 @@ def main() -> None:
 
     record = Record(args.record, run) if args.record else None
     for x, y, indices in run.steps(loader, total=args.steps):
-        for _ in range(args.work):
-            loss = (wrapped(x) - y).square().mean()
+        loss = (wrapped(x) - y).square().mean()
         (loss * run.weight).backward()
         if record is not None:
             record.take(indices, loss)
