@@ -181,6 +181,20 @@ def test_a_node_that_was_paused_and_given_up_changes_nothing() -> None:
                 node.call("encode", index=0, **args)
 
 
+def test_a_keeper_answers_unless_it_is_stopped_or_gone() -> None:
+    with cluster(1) as nodes:
+        keeper = nodes.nodes[0]
+        host, port = keeper.address["host"], keeper.address["port"]
+        assert KeeperClient.answers(host, port, TOKEN, 10.0)
+        assert not KeeperClient.answers(host, port, TOKEN[::-1], 10.0)
+        keeper.signal(signal.SIGSTOP)
+        assert not KeeperClient.answers(host, port, TOKEN, 0.3), "only its system took the call"
+        keeper.signal(signal.SIGCONT)
+        assert KeeperClient.answers(host, port, TOKEN, 10.0)
+        keeper.kill()
+        assert not KeeperClient.answers(host, port, TOKEN, 10.0)
+
+
 def test_who_has_not_the_token_is_refused() -> None:
     with cluster(1) as nodes:
         address = nodes.nodes[0].address

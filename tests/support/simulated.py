@@ -205,6 +205,10 @@ class Cluster:
                 self.at(0.0, self.restart_controller)
             case m.GiveUp():
                 self.given_up.add(instruction.node)
+            case m.AskKeeper():
+                node = self.nodes[instruction.node]
+                if node.alive and not node.paused and node.keeper_up:
+                    self.say(m.KeeperAnswered(node.name), 0.02)
             case m.Claim():
                 self._claim(instruction, self.epoch)
             case m.CommitCheckpoint():

@@ -69,18 +69,47 @@ def test_the_watch_names_who_is_overdue_once() -> None:
         watch.add(name, 0.0)
     watch.beat("a", 1.0)
     watch.remove("c")
-    assert watch.overdue(1.4) == []
-    assert watch.overdue(1.6) == [("b", 1.6)]
-    assert watch.overdue(2.4) == []
-    assert watch.overdue(60.0) == [("a", 59.0)]
+    assert watch.judge(1.4) == (["b"], [])
+    assert watch.judge(1.6) == ([], [("b", 1.6)])
+    assert watch.judge(2.4) == (["a"], [])
+    assert watch.judge(60.0) == ([], [("a", 59.0)])
     watch.add("b", 61.0)
     assert watch.silence("b", 61.5) == 0.5
     assert watch.silence("a", 61.5) is None
-    assert watch.overdue(64.0) == [("b", 3.0)]
+    assert watch.judge(64.0) == ([], [("b", 3.0)])
+
+
+def test_a_node_whose_keeper_answers_is_waited_for_longer_in_that_silence_alone() -> None:
+    watch = Watch(CONFIG)
+    watch.add("a", 0.0)
+    watch.excuse("a")  # of nobody's doubt
+    assert watch.judge(1.0) == (["a"], [])
+    watch.excuse("a")
+    assert watch.judge(5.9) == ([], [])
+    watch.beat("a", 5.95)
+    assert watch.judge(6.1) == ([], [])
+    watch.remove("a")
+    watch.add("b", 20.0)
+    assert watch.judge(21.0) == (["b"], [])
+    watch.excuse("b")
+    assert watch.judge(26.1) == ([], [("b", pytest.approx(6.1))])
+
+
+def test_a_node_that_was_excused_is_soon_missed_when_it_falls_silent_again() -> None:
+    watch = Watch(CONFIG)
+    watch.add("a", 0.0)
+    assert watch.judge(1.0).doubtful == ["a"]
+    watch.excuse("a")
+    now = 1.2
+    for _ in range(1000):
+        watch.beat("a", now)
+        assert watch.judge(now) == ([], [])
+        now += 0.25
+    assert watch.judge(now - 0.25 + CONFIG.base_s + 0.01).overdue
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["add", "remove", "beat"]), st.floats(0.0, 1.0))),
+    st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["add", "remove", "beat", "excuse"]), st.floats(0, 2))),
 )
 def test_the_watch_agrees_with_looking_at_everybody(events: list[tuple[str, str, float]]) -> None:
     watch, plain, now = Watch(CONFIG), dict[str, Heartbeats](), 0.0
@@ -92,10 +121,19 @@ def test_the_watch_agrees_with_looking_at_everybody(events: list[tuple[str, str,
         elif what == "remove":
             watch.remove(name)
             plain.pop(name, None)
+        elif what == "excuse":
+            watch.excuse(name)
+            if name in plain and plain[name].doubted:
+                plain[name].excused = True
         else:
             watch.beat(name, now)
             if name in plain:
                 plain[name].beat(now)
         lost = {name for name, beats in plain.items() if beats.deadline <= now}
-        assert {name for name, _ in watch.overdue(now)} == lost
         plain = {name: beats for name, beats in plain.items() if name not in lost}
+        doubtful = {name for name, beats in plain.items() if not beats.doubted and beats.due <= now}
+        found = watch.judge(now)
+        assert {name for name, _ in found.overdue} == lost
+        assert set(found.doubtful) == doubtful
+        for name in doubtful:
+            plain[name].doubted = True

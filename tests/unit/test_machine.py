@@ -207,6 +207,28 @@ def test_a_paused_node_is_given_up_and_changes_nothing_when_it_wakes() -> None:
     assert found["attempt"] == 2
 
 
+@pytest.mark.parametrize(("away_s", "lost"), [(4.0, False), (9.0, True)])
+def test_an_agent_that_is_slow_to_come_back_costs_no_node_while_the_keeper_answers(away_s: float, lost: bool) -> None:
+    world = cluster()
+    world.run_to_step(12)
+    node = world.seated(2)
+    world.crash_agent(node, back_after=away_s)
+    world.run_to("recovered")
+    assert ("node-lost" in world.kinds()) == lost
+    assert (world.seated(2) is node) != lost
+
+
+def test_a_node_whose_keeper_is_down_too_is_not_waited_for() -> None:
+    world = cluster()
+    world.run_to_step(12)
+    node = world.seated(2)
+    world.crash_keeper(node, back_after=60.0)
+    world.crash_agent(node, back_after=60.0)
+    began = world.now
+    world.run_to("node-lost")
+    assert world.now - began < 2.0
+
+
 def test_a_zombie_serves_as_a_spare_later() -> None:
     world = cluster(total=200)
     world.run_to_step(12)

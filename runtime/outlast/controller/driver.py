@@ -17,6 +17,7 @@ import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, get_args
 
 from outlast import __version__
@@ -33,6 +34,7 @@ from outlast.controller.registry import NodeRegistry, write_private_json
 from outlast.controller.requests import Request
 from outlast.errors import RequestError, TransferError
 from outlast.snapshot.identity import Attempt
+from outlast.snapshot.wire import KeeperClient
 from outlast.telemetry.events import EventLog, LogEvent
 from outlast.telemetry.metrics_log import MetricsLog, StepMetrics
 
@@ -42,6 +44,8 @@ HEARD_S = 3.0
 """A node that was heard this lately is waited for when the job ends."""
 END_S = 20.0
 """Seconds that the nodes have to confirm, at the job's end, that no rank lives."""
+ASK_S = 0.6
+"""Seconds for a keeper to answer: its node is given up some 0.75 s after it was asked."""
 REMOVE_S = 10.0
 """Seconds that ending an agent may take."""
 
@@ -120,6 +124,7 @@ class Driver:
         self._final = read_final(config.final_file)
         self._forgotten: set[str] = set()
         self._news = asyncio.Event()
+        self._asking: set[asyncio.Task[None]] = set()
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -330,6 +335,10 @@ class Driver:
                 os.kill(os.getpid(), signal.SIGKILL)
             case m.GiveUp():
                 self._lines.drop_pending(instruction.node)
+            case m.AskKeeper():
+                asking = asyncio.get_running_loop().create_task(self._ask_keeper(instruction))
+                self._asking.add(asking)
+                asking.add_done_callback(self._asking.discard)
             case m.Claim() | m.CommitCheckpoint() | m.Quarantine():
                 if self._archivist is not None:
                     self._archivist.submit(instruction)
@@ -340,6 +349,10 @@ class Driver:
                 if isinstance(instruction, (m.Stop, m.Start)):
                     self._attempt = instruction.attempt
                 self._lines.send(instruction.node, instruction)
+
+    async def _ask_keeper(self, instruction: m.AskKeeper) -> None:
+        if await asyncio.to_thread(_answers, self.config.token_file, instruction.keeper):
+            self._inbox.put_nowait(m.KeeperAnswered(instruction.node))
 
     def _finish(self, instruction: m.Finish) -> None:
         """Fence every node at an attempt that will never start, so that no rank is left, nor comes back."""
@@ -381,6 +394,15 @@ class Driver:
         self.log(kind, f"{node}: {text}", {"node": node})
         if kind == "agent-gone":
             self._inbox.put_nowait(m.NodeGone(node, text))
+
+
+def _answers(token_file: str, keeper: m.Address) -> bool:
+    """Whether a keeper answers at once."""
+    try:
+        token = Path(token_file).read_text().strip()
+    except OSError:
+        return False
+    return KeeperClient.answers(*keeper, token, ASK_S)
 
 
 def _for_node(instruction: m.Load | m.Permit | m.Proceed | m.Abort | m.Commit | m.Upload, node: str) -> m.Instruction:

@@ -25,7 +25,7 @@ from outlast.controller.requests import Request
 from outlast.controller.settings import MachineConfig
 from outlast.controller.status import status_of
 from outlast.messages import events as e
-from outlast.messages.instructions import Instruction, Register
+from outlast.messages.instructions import AskKeeper, Instruction, Register
 from outlast.messages.kept import Kept
 from outlast.snapshot.identity import Attempt
 
@@ -161,6 +161,9 @@ class Machine:
         if job.preparation is not None:
             job.preparation.waiting.discard(node.name)
             preparing.advance(job, now)
+
+    def _keeper_answered(self, event: e.KeeperAnswered, _now: float) -> None:
+        self.job.members.watch.excuse(event.node)
 
     def _keeper_lost(self, event: e.KeeperLost, now: float) -> None:
         node = self._alive(event.node, now)
@@ -326,11 +329,18 @@ class Machine:
 
     def _tick(self, _: e.Tick, now: float) -> None:
         job = self.job
-        for name, silent_s in job.members.watch.overdue(job.awake.now) if job.outcome is None else ():
-            job.lose(job.members.nodes[name], f"no heartbeat for {silent_s:.1f} s", silent_s, now)
+        if job.outcome is None:
+            self._judge_silent(now)
         if job.phase is Phase.GATHERING:
             gathered(job, self._gathering, now)
         due(job, now)
+
+    def _judge_silent(self, now: float) -> None:
+        members = self.job.members
+        doubtful, overdue = members.watch.judge(self.job.awake.now)
+        self.job.out += [AskKeeper(name, members.nodes[name].keeper) for name in doubtful]
+        for name, silent_s in overdue:
+            self.job.lose(members.nodes[name], f"no heartbeat for {silent_s:.1f} s", silent_s, now)
 
     def _stop_requested(self, event: e.StopRequested, now: float) -> None:
         self.job.finish("stopped", event.reason, now)
@@ -342,6 +352,7 @@ class Machine:
         e.Joined: _joined,
         e.Heartbeat: _heartbeat,
         e.NodeGone: _node_gone,
+        e.KeeperAnswered: _keeper_answered,
         e.KeeperLost: _keeper_lost,
         e.KeeperBack: _keeper_back,
         e.Stopped: _stopped,

@@ -35,6 +35,7 @@ from outlast.messages.events import (
     HoldRequested,
     Idle,
     Joined,
+    KeeperAnswered,
     KeeperBack,
     KeeperLost,
     Leaving,
@@ -59,6 +60,7 @@ from outlast.messages.events import (
 )
 from outlast.messages.instructions import (
     Abort,
+    AskKeeper,
     Claim,
     Commit,
     CommitCheckpoint,
@@ -130,6 +132,7 @@ __all__ = [
     "Release",
     "Upload",
     "Abort",
+    "AskKeeper",
     "Address",
     "Busy",
     "Capacity",
@@ -150,6 +153,7 @@ __all__ = [
     "Idle",
     "Instruction",
     "Joined",
+    "KeeperAnswered",
     "KeeperBack",
     "KeeperLost",
     "Load",

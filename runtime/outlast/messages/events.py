@@ -109,6 +109,13 @@ class KeeperBack:
 
 
 @dataclass(frozen=True, slots=True)
+class KeeperAnswered:
+    """From the driver: the keeper that it was told to ask answers, so the node lives and only its agent is away."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stopped:
     """The answer to ``Stop``: no rank of the node lives, or those that do are named in ``dirty``.
 
@@ -428,6 +435,7 @@ Event = (
     | Heartbeat
     | NodeGone
     | KeeperLost
+    | KeeperAnswered
     | KeeperBack
     | Stopped
     | RestoreReady

@@ -164,6 +164,14 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class AskKeeper:
+    """To the driver: a node's agent is silent; say ``KeeperAnswered`` if its keeper is not."""
+
+    node: str
+    keeper: Address
+
+
+@dataclass(frozen=True, slots=True)
 class GiveUp:
     """To the driver: this node counts as lost. Drop it (and see to a replacement); it may come back as ``Joined``."""
 
@@ -242,6 +250,7 @@ Instruction = (
     | Quarantine
     | Release
     | GiveUp
+    | AskKeeper
     | Register
     | DumpStacks
     | Injure

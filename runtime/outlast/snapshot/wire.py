@@ -249,6 +249,16 @@ class KeeperClient:
             self.close()
             raise
 
+    @classmethod
+    def answers(cls, host: str, port: int, token: str, timeout: float) -> bool:
+        """Whether a keeper greets a caller within ``timeout`` seconds: one of a stopped process is never heard."""
+        try:
+            with cls(host, port, token, timeout) as client:
+                client._greet(Deadline.after(timeout, "the greeting"))
+        except OutlastError:
+            return False
+        return True
+
     def call(self, op: str, *, timeout: float | None = None, **args: Any) -> dict[str, Any]:
         """One operation; the reply's fields. Raises what the keeper raised, TransferError when it does not answer.
 
@@ -310,8 +320,11 @@ class KeeperClient:
         self.close()
 
     def _ask(self, message: dict[str, Any], deadline: Deadline) -> dict[str, Any]:
+        self._greet(deadline)
+        self._channel.send(message, deadline)
+        return checked(self._channel.recv(deadline), self.peer)
+
+    def _greet(self, deadline: Deadline) -> None:
         if not self._greeted:
             checked(self._channel.recv(deadline), self.peer)
             self._greeted = True
-        self._channel.send(message, deadline)
-        return checked(self._channel.recv(deadline), self.peer)
