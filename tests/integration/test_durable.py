@@ -12,27 +12,35 @@ from typing import Any
 import pytest
 
 from support.plain_python import run_plain
-from support.runs import Outcome, job, trainctl_run
+from support.runs import Interrupt, Outcome, job, trainctl_run
 
 pytestmark = pytest.mark.timeout(400)
 
-FSDP = ("--parallel", "fsdp", "--pace", "0.1", "--global-batch", "256", "--steps", "40")
-EVERYTHING = tuple(f"node-loss@27:{seat}" for seat in range(4))
+FSDP = ("--parallel", "fsdp", "--pace", "0.1", "--global-batch", "256", "--steps", "90")
 QUICKLY = ("--replace-after", "1")
+
+Undisturbed = Callable[[dict[str, Any]], Outcome]
 
 
 def durable(folder: pathlib.Path, *arguments: str, **spec: Any) -> dict[str, Any]:
     """The job with a store in a folder, a checkpoint every 10 steps and a snapshot every 5."""
     checkpoint = {"url": f"file://{folder}/store", "interval": 10, **spec.pop("checkpoint", {})}
-    return job("train.py", *(arguments or FSDP), checkpoint=checkpoint, **spec)
+    return job("train.py", *FSDP, *arguments, checkpoint=checkpoint, **spec)
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def reference(undisturbed: Undisturbed) -> Outcome:
     """Without faults and without a store: what everything else must end with."""
-    outcome = trainctl_run(job("train.py", *FSDP), tmp_path_factory.mktemp("reference"))
+    return undisturbed(job("train.py", *FSDP))
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Outcome]:
+    """A run with a store, and the folder of both."""
+    folder = tmp_path_factory.mktemp("stored")
+    outcome = trainctl_run(durable(folder), folder)
     assert outcome.status == 0, outcome.output
-    return outcome
+    return folder, outcome
 
 
 def manifests(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -46,17 +54,16 @@ def images(folder: pathlib.Path, manifest: pathlib.Path) -> list[pathlib.Path]:
 
 
 def test_a_run_with_a_store_ends_the_same_and_leaves_its_last_step_there(
-    tmp_path: pathlib.Path, reference: Outcome
+    stored: tuple[pathlib.Path, Outcome], tmp_path: pathlib.Path, reference: Outcome
 ) -> None:
-    outcome = trainctl_run(durable(tmp_path), tmp_path)
-    assert outcome.status == 0, outcome.output
+    folder, outcome = stored
     assert outcome.digest == reference.digest
-    assert outcome.report["checkpoints"]["last_step"] == 40
-    assert manifests(tmp_path)[-1].stem.endswith("-40")
-    assert len(manifests(tmp_path)) <= 3, "keepLast"
+    assert outcome.report["checkpoints"]["last_step"] == 90
+    assert manifests(folder)[-1].stem.endswith("-90")
+    assert len(manifests(folder)) <= 3, "keepLast"
     for form, script in (("safetensors", "load_safetensors.py"), ("dcp", "load_dcp_weights.py")):
         to = str(tmp_path / form)
-        done = checkpoints("export", f"file://{tmp_path}/store/default/test", "--format", form, "--to", to)
+        done = checkpoints("export", f"file://{folder}/store/default/test", "--format", form, "--to", to)
         assert done.returncode == 0, done.stderr
         assert run_plain(tmp_path / "plain", script, to)["weights"] == reference.digest
 
@@ -66,22 +73,22 @@ def checkpoints(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("faults", [EVERYTHING[:3], EVERYTHING, ("head-loss@27", *EVERYTHING)], ids=["3", "4", "all"])
-def test_losses_beyond_the_parity_go_on_from_the_store(
-    tmp_path: pathlib.Path, reference: Outcome, faults: tuple[str, ...]
-) -> None:
-    outcome = trainctl_run(durable(tmp_path), tmp_path, faults, QUICKLY)
+def test_losses_beyond_the_parity_go_on_from_the_store(tmp_path: pathlib.Path, reference: Outcome) -> None:
+    """Three of four nodes, then all, then all and the head."""
+    lost = [f"node-loss@{step}:{seat}" for step, seats in ((27, 3), (52, 4), (77, 4)) for seat in range(seats)]
+    outcome = trainctl_run(durable(tmp_path), tmp_path, [*lost, "head-loss@77"], QUICKLY)
     assert outcome.status == 0, outcome.output
     assert outcome.digest == reference.digest
-    recovery = outcome.recoveries[-1]
-    assert recovery["restored_step"] >= 10, recovery
-    assert recovery["restore_sources"].get("object", 0) >= 1, recovery
+    recoveries = [outcome.recoveries[0], outcome.recoveries[1], outcome.recoveries[-1]]
+    for recovery, step in zip(recoveries, (10, 30, 50), strict=True):
+        assert recovery["restored_step"] >= step, outcome.recoveries
+        assert recovery["restore_sources"].get("object", 0) >= 1, outcome.recoveries
 
 
 def test_a_job_that_lost_everything_is_resumed_elsewhere(tmp_path: pathlib.Path, reference: Outcome) -> None:
     """Its store has even lost the head: that is refused with the remedy, and the repaired store is gone on from."""
     spec = durable(tmp_path)
-    first = trainctl_run(spec, tmp_path / "a", interrupt=("checkpoint-committed", 1))
+    first = trainctl_run(spec, tmp_path / "a", interrupt=Interrupt("checkpoint-committed"))
     assert first.status == 130, first.output
     refused = trainctl_run(spec, tmp_path / "b")
     assert refused.status == 2, refused.output
@@ -102,16 +109,26 @@ def test_a_job_that_lost_everything_is_resumed_elsewhere(tmp_path: pathlib.Path,
     assert resumed.digest == reference.digest
 
 
-def test_another_job_starts_from_a_checkpoint(tmp_path: pathlib.Path, reference: Outcome) -> None:
-    first = trainctl_run(durable(tmp_path, checkpoint={"keepLast": 10}), tmp_path / "a")
-    assert first.status == 0, first.output
-    step = int(manifests(tmp_path)[1].stem.rsplit("-", 1)[1])
-    spec = durable(tmp_path, checkpoint={"restoreFrom": f"file://{tmp_path}/store/default/test@{step}"})
+def test_another_job_starts_from_a_checkpoint(
+    stored: tuple[pathlib.Path, Outcome], tmp_path: pathlib.Path, reference: Outcome
+) -> None:
+    folder, _ = stored
+    step = int(manifests(folder)[0].stem.rsplit("-", 1)[1])
+    assert step < 90
+    spec = durable(tmp_path, checkpoint={"restoreFrom": f"file://{folder}/store/default/test@{step}"})
     spec["metadata"]["name"] = "branch"
-    branch = trainctl_run(spec, tmp_path / "b")
+    branch = trainctl_run(spec, tmp_path)
     assert branch.status == 0, branch.output
     assert min(branch.losses()) == step + 1 or min(branch.losses()) == step
     assert branch.digest == reference.digest
+
+
+def lose(path: pathlib.Path) -> None:
+    path.unlink()
+
+
+def truncate(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
 
 
 def flip(path: pathlib.Path) -> None:
@@ -121,24 +138,18 @@ def flip(path: pathlib.Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1000]), flip],
-    ids=["missing", "truncated", "flipped"],
-)
-def test_a_damaged_checkpoint_is_passed_over_for_the_older(
-    tmp_path: pathlib.Path, reference: Outcome, damage: Callable[[pathlib.Path], None]
-) -> None:
-    spec = durable(tmp_path)
-    first = trainctl_run(spec, tmp_path / "a", interrupt=("checkpoint-committed: step 20", 1))
-    newest = manifests(tmp_path)[-1]
-    damage(images(tmp_path, newest)[1])
+def test_damaged_checkpoints_are_passed_over_for_older_ones(tmp_path: pathlib.Path, reference: Outcome) -> None:
+    """The newest lost an object, the one before it is truncated, and bytes of the one before that are flipped."""
+    spec = durable(tmp_path, checkpoint={"interval": 10, "keepLast": 10})
+    first = trainctl_run(spec, tmp_path / "a", interrupt=Interrupt("checkpoint-committed", events=4))
+    oldest, *damaged = manifests(tmp_path)[-4:]
+    for manifest, damage in zip(damaged, (flip, truncate, lose), strict=True):
+        damage(images(tmp_path, manifest)[1])
     resumed = trainctl_run(spec, tmp_path / "b", options=("--resume",))
     assert resumed.status == 0, first.output + resumed.output
-    step = int(newest.stem.rsplit("-", 1)[1])
-    assert resumed.events("restored")[-1]["fields"]["step"] < step
-    assert resumed.events("checkpoint-quarantined"), resumed.output
-    assert images(tmp_path, newest), "what is damaged is kept for people"
+    assert resumed.events("restored")[-1]["fields"]["step"] == int(oldest.stem.rsplit("-", 1)[1])
+    assert len(resumed.events("checkpoint-quarantined")) == 3, resumed.output
+    assert all(images(tmp_path, manifest) for manifest in damaged), "what is damaged is kept for people"
     assert resumed.digest == reference.digest
 
 
@@ -153,7 +164,7 @@ def test_a_full_store_holds_nothing_up(tmp_path: pathlib.Path, reference: Outcom
     watcher.join()
     assert outcome.status == 0, outcome.output
     assert outcome.events("checkpoint-failed"), outcome.output
-    assert outcome.report["checkpoints"]["last_step"] == 40
+    assert outcome.report["checkpoints"]["last_step"] == 90
     assert outcome.digest == reference.digest
 
 

@@ -127,19 +127,8 @@ def hurry(folder: pathlib.Path) -> None:
     (folder / "hurry").touch()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
-    """Runs without faults and without a store, once for each kind of job: what the others must end with."""
-    known: dict[tuple[str, ...], Outcome] = {}
-
-    def run(*arguments: str) -> Outcome:
-        if arguments not in known:
-            spec = job("train.py", *FSDP, *arguments)
-            known[arguments] = trainctl_run(spec, tmp_path_factory.mktemp("undisturbed"))
-            assert known[arguments].status == 0, known[arguments].output
-        return known[arguments]
-
-    return run
+Undisturbed = Callable[[dict[str, Any]], Outcome]
+PLAIN = job("train.py", *FSDP)
 
 
 def check_run(outcome: Outcome, reference: Outcome) -> None:
@@ -160,9 +149,7 @@ def training_goes_on(story: Story, least: int) -> Iterator[None]:
     assert {event["attempt"] for event in story.events()} == attempts
 
 
-def test_a_store_that_is_away_breaks_off_stalls_and_is_slow(
-    tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]
-) -> None:
+def test_a_store_that_is_away_breaks_off_stalls_and_is_slow(tmp_path: pathlib.Path, undisturbed: Undisturbed) -> None:
     """One after the other in one run; after each the next checkpoint is complete."""
     with site(tmp_path) as place:
         story = Story(tmp_path / "run")
@@ -177,7 +164,7 @@ def test_a_store_that_is_away_breaks_off_stalls_and_is_slow(
 
         with meanwhile(break_it):
             outcome = trainctl_run(durable(place, tmp_path, 1.2), tmp_path)
-        check_run(outcome, undisturbed())
+        check_run(outcome, undisturbed(PLAIN))
         place.check_end(outcome.digest, tmp_path)
 
 
@@ -231,9 +218,7 @@ def is_slow(place: Site, story: Story, step: int) -> None:
     story.committed(beyond=step)
 
 
-def test_a_bucket_that_is_full(
-    tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome], small_disk: pathlib.Path
-) -> None:
+def test_a_bucket_that_is_full(tmp_path: pathlib.Path, undisturbed: Undisturbed, small_disk: pathlib.Path) -> None:
     """The server's disk has no room until somebody frees some, after the failure was told."""
     with site(tmp_path, small_disk) as place:
         story = Story(tmp_path / "run")
@@ -255,16 +240,14 @@ def test_a_bucket_that_is_full(
 
         with meanwhile(fill_and_free):
             outcome = trainctl_run(durable(place, tmp_path, 0.5), tmp_path)
-        check_run(outcome, undisturbed())
+        check_run(outcome, undisturbed(PLAIN))
         place.check_end(outcome.digest, tmp_path)
 
 
 # --- what is in the store is not what was put there -------------------------------------------------------------------
 
 
-def test_a_lost_object_and_flipped_bytes_are_passed_over(
-    tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]
-) -> None:
+def test_a_lost_object_and_flipped_bytes_are_passed_over(tmp_path: pathlib.Path, undisturbed: Undisturbed) -> None:
     """All nodes are lost twice: after the newest checkpoint lost an object, and while bytes of the newest are flipped
     on their way. Each time the one before it is used; the other is in quarantine, and its objects are kept."""
     everything = [f"node-loss@{step}:{seat}" for step in (28, 58) for seat in range(4)]
@@ -290,7 +273,7 @@ def test_a_lost_object_and_flipped_bytes_are_passed_over(
         with meanwhile(spoil):
             outcome = trainctl_run(spec, tmp_path, everything, ("--replace-after", "1"))
         assert place.door.flipped > 0
-        check_run(outcome, undisturbed())
+        check_run(outcome, undisturbed(PLAIN))
         place.check_end(outcome.digest, tmp_path)
 
 
@@ -339,7 +322,7 @@ POINTS = (
 
 
 def test_keepers_and_controllers_are_killed_at_each_point_of_a_checkpoint(
-    tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]
+    tmp_path: pathlib.Path, undisturbed: Undisturbed
 ) -> None:
     """Seat 1's keeper at each point; then the controller between manifest and head, where its request for the head goes
     nowhere the first time, and has been sent already, arriving after its sender's death, the second time."""
@@ -357,7 +340,7 @@ def test_keepers_and_controllers_are_killed_at_each_point_of_a_checkpoint(
 
         with meanwhile(kill_at_each):
             outcome = trainctl_run(durable(place, tmp_path, 0.5, *LARGE), tmp_path)
-        check_run(outcome, undisturbed(*LARGE))
+        check_run(outcome, undisturbed(job("train.py", *FSDP, *LARGE)))
         place.check_end(outcome.digest, tmp_path)
 
 
@@ -388,7 +371,7 @@ def killed_controller(place: Site, story: Story, deliver: bool, step: int) -> in
 
 
 def test_a_controller_that_was_paused_at_the_commit_moves_nothing(
-    tmp_path: pathlib.Path, undisturbed: Callable[..., Outcome]
+    tmp_path: pathlib.Path, undisturbed: Undisturbed
 ) -> None:
     """Stopped when its manifest is written, it wakes after another machine has gone on from the checkpoint before."""
     with site(tmp_path) as place:
@@ -406,7 +389,7 @@ def test_a_controller_that_was_paused_at_the_commit_moves_nothing(
             with meanwhile(lambda: wake(paused)):
                 resumed = trainctl_run(spec, tmp_path / "second", options=("--resume",), alone=False)
             assert resumed.events("restored")[0]["fields"]["step"] == step
-            check_run(resumed, undisturbed())
+            check_run(resumed, undisturbed(PLAIN))
 
         def wake(paused: list[int]) -> None:
             second.next("restored")
@@ -419,7 +402,7 @@ def test_a_controller_that_was_paused_at_the_commit_moves_nothing(
             outcome = trainctl_run(spec, tmp_path / "first", alone=False)
         assert outcome.status == 1, outcome.output
         assert "taken over" in outcome.output
-        place.check_end(undisturbed().digest, tmp_path)
+        place.check_end(undisturbed(PLAIN).digest, tmp_path)
 
 
 @pytest.fixture

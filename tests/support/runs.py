@@ -36,6 +36,19 @@ def job(script: str = "train.py", *arguments: str, **spec: Any) -> dict[str, Any
     return {"apiVersion": "outlast.dev/v1alpha1", "kind": "TrainingJob", "metadata": {"name": "test"}, "spec": content}
 
 
+def undisturbed_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What must end with the same weights as ``spec``, the soonest: the same script on as many ranks, without its
+    waits, with no store, no spares and nothing that may happen to it."""
+    given = spec["spec"]
+    arguments = list(given["entrypoint"][2:])
+    for waits in ("--pace", "--pace-until"):
+        while waits in arguments:
+            at = arguments.index(waits)
+            del arguments[at : at + 2]
+    workers = {key: value for key, value in given["workers"].items() if key in ("replicas", "procsPerWorker")}
+    return job(pathlib.Path(given["entrypoint"][1]).name, *arguments, workers={**workers, "spares": 0})
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run left behind."""
@@ -72,13 +85,31 @@ class Outcome:
         return list(self.report["recoveries"])
 
 
+@dataclass(frozen=True)
+class Interrupt:
+    """Ctrl-C, ``signals`` times, once the run has told ``events`` times of an event called ``after``."""
+
+    after: str
+    events: int = 1
+    signals: int = 1
+
+    def send(self, process: subprocess.Popen[bytes], output: pathlib.Path) -> None:
+        deadline = time.monotonic() + 120
+        while output.read_text().count(f" {self.after}: ") < self.events:
+            assert process.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, f"no {self.after} in 120 s:\n{tail(output)}"
+            time.sleep(0.05)
+        for _ in range(self.signals):
+            process.send_signal(signal.SIGINT)
+
+
 def trainctl_run(
     spec: Mapping[str, Any],
     folder: pathlib.Path,
     faults: Sequence[str] = (),
     options: Sequence[str] = (),
     timeout: float = 240,
-    interrupt: tuple[str, int] | None = None,
+    interrupt: Interrupt | None = None,
     alone: bool = True,
     within: Sequence[str] = (),
     during: Callable[[pathlib.Path], None] | None = None,
@@ -103,7 +134,7 @@ def trainctl_run(
         )
         try:
             if interrupt is not None:
-                _interrupt(process, folder / "output.txt", *interrupt)
+                interrupt.send(process, folder / "output.txt")
             if during is not None:
                 during(run)
             status = process.wait(timeout)
@@ -123,17 +154,6 @@ def trainctl_run(
     return Outcome(
         run, status, (folder / "output.txt").read_text(), json.loads(report.read_text()) if report.exists() else {}
     )
-
-
-def _interrupt(process: subprocess.Popen[bytes], output: pathlib.Path, after: str, times: int) -> None:
-    """Ctrl-C, as often as said, once the run has told of an event called ``after``."""
-    deadline = time.monotonic() + 120
-    while after not in output.read_text():
-        assert process.poll() is None, output.read_text()
-        assert time.monotonic() < deadline, f"no {after} in 120 s:\n{tail(output)}"
-        time.sleep(0.05)
-    for _ in range(times):
-        process.send_signal(signal.SIGINT)
 
 
 def tail(path: pathlib.Path, lines: int = 40) -> str:

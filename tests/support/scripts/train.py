@@ -185,7 +185,7 @@ def main() -> None:
         notes["losses"] = notes["losses"][-5:]
         if record is not None:
             record.step()
-        if args.pace and not pathlib.Path(args.pace_until).exists():
+        if args.pace and not (args.pace_until and pathlib.Path(args.pace_until).exists()):
             time.sleep(args.pace)
         run.report(loss=loss.detach(), noise=random.random())
 
