@@ -14,6 +14,7 @@ from outlast_operator.progress import emptied
 from outlast_operator.replacing import Roster, empty_roster, full_roster, next_index
 from outlast_operator.sight import Sight
 from outlast_operator.starting import Course, Gathering, gather, obstacle
+from outlast_operator.timestamps import written
 from outlast_operator.verdict import Decision, Truth, Word
 from outlast_operator.versions import skew
 
@@ -36,7 +37,13 @@ def run(sight: Sight, status: TrainingJobStatus) -> Decision:
     if gathering.course in (Course.GIVE_BACK, Course.WAIT):
         return _without_pods(sight, status, gathering)
     roster = full_roster(sight)
-    known = {"start": gathering.start, "head": roster.head, "next_pod": roster.next_pod, "suspending_since": None}
+    known = {
+        "start": gathering.start,
+        "head": roster.head,
+        "next_pod": roster.next_pod,
+        "suspending_since": None,
+        "active_since": status.active_since or status.start_time or written(sight.now),
+    }
     phase = _phase(sight, status)
     waits = [gathering.until, roster.again_at, deadline(sight, status), _silence_ends(sight)]
     return Decision(
@@ -128,6 +135,8 @@ def _why(sight: Sight, status: TrainingJobStatus, phase: Phase, gathering: Gathe
         return gathering.why
     if _is_silent(sight):
         return Word("ControllerSilent", f"{sight.old.head} does not answer the operator: {sight.controller.trouble}")
+    if sight.objection:
+        return Word("ResizeRefused", f"the job goes on as before: its controller objects to {sight.objection}")
     apart = skew(sight.settings.version, status.controller.version)
     if apart:
         return Word("VersionSkew", apart)

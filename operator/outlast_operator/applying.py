@@ -25,10 +25,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Done:
-    """How far a plan's actions came: ``error`` ended them; ``calls_failed`` did not."""
+    """How far a plan's actions came: ``error`` ended them; ``calls_failed`` did not. ``objection``: why the job's
+    controller will not do what it was asked, "" when it objects to nothing."""
 
     error: ApiError | None = None
     calls_failed: int = 0
+    objection: str = ""
 
 
 class Applier:
@@ -48,18 +50,19 @@ class Applier:
 
     def do(self, key: Key, raw: Object, actions: Sequence[Action]) -> Done:
         """All of them, until one is not taken."""
-        calls_failed = 0
+        calls_failed, objection = 0, ""
         for action in actions:
             self.may_write()
             try:
                 self._one(key, raw, action)
             except CallFailed as error:
                 calls_failed += 1
+                objection = error.objection or objection
                 log.warning("call-failed job=%s cause=%s", key, error)
             except ApiError as error:
                 if verdict(error) is not Verdict.DONE:
-                    return Done(error, calls_failed)
-        return Done(None, calls_failed)
+                    return Done(error, calls_failed, objection)
+        return Done(None, calls_failed, objection)
 
     def _one(self, key: Key, raw: Object, action: Action) -> None:
         if isinstance(action, Create):

@@ -96,7 +96,7 @@ class Caches:
         if raw is None:
             return None
         uid = raw["metadata"]["uid"]
-        pods = [pod for pod in self.stores[POD].by(BY_JOB, key) if owner_uid(pod) == uid]
+        pods = list(self.stores[POD].by(BY_JOB, key))
         owned = {
             (kind.name, obj["metadata"]["name"]): obj
             for kind in OWNED
@@ -104,7 +104,8 @@ class Caches:
             if owner_uid(obj) == uid
         }
         job, invalid = parse(raw)
-        return Observed(key, raw, job, invalid, pods, dict(self._machines(pods)), owned)
+        own = [pod for pod in pods if owner_uid(pod) == uid]
+        return Observed(key, raw, job, invalid, pods, dict(self._machines(own)), owned)
 
     def _machines(self, pods: list[Object]) -> Iterator[tuple[str, Object]]:
         for pod in pods:

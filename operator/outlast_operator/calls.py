@@ -34,14 +34,15 @@ def _size(sight: Sight) -> Iterator[Call]:
     if sight.heard is None or not sight.heard.workers:
         return
     told, workers = sight.heard.workers, sight.job.spec.workers
-    wanted = {"wanted": workers.replicas, "least": sight.least}
+    least = workers.replicas if workers.min_replicas is None else workers.min_replicas
+    wanted = {"wanted": workers.replicas, "least": least}
     if "wanted_spares" in told:
         wanted["wanted_spares"] = workers.spares
     differs = any(sight.heard.count(told, name) != number for name, number in wanted.items())
     states = sight.heard.states
     live = [pod for pod in sight.live if pod.is_node and pod.name in states]
     staying = [pod for pod in live if states[pod.name] != "leaving"]
-    if differs or len(staying) > sight.wanted:
+    if differs or len(staying) > workers.replicas + workers.spares:
         body = {"replicas": workers.replicas, "minReplicas": workers.min_replicas, "spares": workers.spares}
         yield Call("POST", "/resize", body)
 

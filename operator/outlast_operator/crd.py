@@ -2,7 +2,7 @@
 
 Pydantic's JSON schema becomes a structural one (Kubernetes, "Specifying a structural schema"): references are put in
 place, ``null`` goes (an absent field is absent), what only a PodTemplateSpec knows is kept as it is. What a schema
-cannot say is said in CEL (``RULES``).
+cannot say, or cannot say in words, is said in CEL: here (``RULES``), and by the types of ``outlast.quantities``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from outlast.api import API_VERSION, KIND, LARGEST_CHOSEN_GROUP, TrainingJob
+from outlast.api import API_VERSION, ENV_NAME, KIND, LARGEST_CHOSEN_GROUP, SET_BY_OUTLAST, TrainingJob
 from outlast.kube import LONGEST_JOB_NAME
 
 Schema = dict[str, Any]
@@ -33,12 +33,14 @@ _KEPT = (
     "maxItems",
     "pattern",
     "x-kubernetes-int-or-string",
+    "x-kubernetes-validations",
 )
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A CEL rule at ``path`` below the resource ("": of the whole), and what it tells people when it does not hold."""
+    """A CEL rule at ``path`` below the resource ("": of the whole; ``[]``: of each entry of a list), and what it tells
+    people when it does not hold."""
 
     path: str
     rule: str
@@ -55,19 +57,48 @@ _SMALLEST_GROUP = f"(self.workers.replicas / ({_COUNT} > 1 ? {_COUNT} : 1))"
 _ERASURE = "self.snapshot.erasure"
 
 
-def _fixed(path: str, field: str) -> Rule:
-    """A field that may change only while the job is suspended (or finished and started anew)."""
-    new, old = f"self.{field}", f"oldSelf.{field}"
-    parts = field.split(".")
-    present = " && ".join(f"has(%s.{'.'.join(parts[: i + 1])})" for i in range(len(parts)))
-    same = f"(({present % (('self',) * len(parts))}) == ({present % (('oldSelf',) * len(parts))}))"
-    equal = f"(!({present % (('self',) * len(parts))}) || {new} == {old})"
+WITHOUT_PODS = ("Suspended", "Succeeded", "Failed")
+"""Phases in which no Pod is made or left to run; of a phase that another version wrote nobody knows that."""
+
+
+def _fixed(field: str) -> Rule:
+    """A field of the spec that may change only while the job is suspended and has no Pods. ``spec.suspend`` alone does
+    not tell: it can be set and taken back before the Pods have gone. A job without a status has none yet."""
+    new, old = f"self.spec.{field}", f"oldSelf.spec.{field}"
+    parts = ["spec", *field.split(".")]
+    present = " && ".join(f"has(%s.{'.'.join(parts[: i + 1])})" for i in range(1, len(parts)))
+    places = len(parts) - 1
+    same = f"(({present % (('self',) * places)}) == ({present % (('oldSelf',) * places)}))"
+    equal = f"(!({present % (('self',) * places)}) || {new} == {old})"
+    suspended = "(self.spec.suspend || oldSelf.spec.suspend)"
+    phases = ", ".join(f"'{phase}'" for phase in WITHOUT_PODS)
+    bare = f"(!has(oldSelf.status) || !has(oldSelf.status.phase) || oldSelf.status.phase in [{phases}])"
     return Rule(
-        path,
-        f"self.suspend || oldSelf.suspend || ({same} && {equal})",
-        f"spec.{field} cannot change while the job runs: set spec.suspend to true first",
+        "",
+        f"({suspended} && {bare}) || ({same} && {equal})",
+        f"spec.{field} cannot change while the job runs: set spec.suspend to true, and wait for the phase Suspended",
     )
 
+
+def _store(path: str, wanted: str) -> tuple[Rule, ...]:
+    """What ``outlast.storeurl`` refuses of a URL, in its words; ``wanted``: what to write."""
+    return (
+        Rule(path, "self.matches('^(s3://|file:///+[^/]).*')", f"write {wanted}"),
+        Rule(
+            path,
+            "!self.startsWith('s3://') || self.matches('^s3://[a-z0-9][-.a-z0-9]{1,61}[a-z0-9](/|$)')",
+            "a bucket's name has 3 to 63 of a-z, 0-9, - and .: write it after s3://",
+        ),
+        Rule(path, r"!self.matches(r'[?#\s\p{Z}\x00-\x1f\x7f\x{85}]')", "?, # and blanks may not stand in it"),
+        Rule(
+            path,
+            r"!self.matches(r'^(s3://|file:///)(.*/)?(/+[^/]|\.\.?(/|$))')",
+            "must be written out: without //, . and .. in its path",
+        ),
+    )
+
+
+_CHECKPOINT = "s3://bucket/prefix/<namespace>/<name> or file:///folder/<namespace>/<name>, and @STEP behind it"
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -107,8 +138,30 @@ RULES: tuple[Rule, ...] = (
         "snapshot.erasure.parity must be less than the nodes of a redundancy group: lower it, or raise groupSize or "
         "workers.replicas",
     ),
+    Rule(
+        "spec.env[].name",
+        f"self.matches('^{ENV_NAME.pattern}$')",
+        "cannot name a variable: write letters, digits and _ . -, and no digit first",
+    ),
+    Rule(
+        "spec.env[].name",
+        f"!self.matches('^({SET_BY_OUTLAST.pattern})$')",
+        "is set by Outlast for each rank: remove it here",
+    ),
+    *_store("spec.checkpoint.url", "s3://bucket/prefix or file:///folder"),
+    *_store("spec.checkpoint.restoreFrom", _CHECKPOINT),
+    Rule(
+        "spec.checkpoint.restoreFrom",
+        "!self.startsWith('s3://') || self.matches('^s3://[^/]*/+[^/@]')",
+        f"names a bucket, not a job: write {_CHECKPOINT}",
+    ),
+    Rule(
+        "spec.checkpoint.restoreFrom",
+        "!self.matches('@[^/]*/*$') || self.matches('/[^/@]+@[0-9]+/*$')",
+        "what follows @ is no step: write @12000, or leave it out for the newest",
+    ),
     *(
-        _fixed("spec", field)
+        _fixed(field)
         for field in (
             "entrypoint",
             "env",
@@ -122,6 +175,14 @@ RULES: tuple[Rule, ...] = (
         )
     ),
 )
+
+LIMITS: Mapping[str, Mapping[str, int]] = {
+    "spec.env": {"maxItems": 1000},
+    "spec.env[].name": {"maxLength": 256},
+    "spec.checkpoint.url": {"maxLength": 1024},
+    "spec.checkpoint.restoreFrom": {"maxLength": 1024},
+}
+"""Sizes that nobody comes near: without them the API server has to expect rules to cost more than it allows."""
 
 COLUMNS: tuple[Mapping[str, Any], ...] = (
     {"name": "Phase", "type": "string", "jsonPath": ".status.phase"},
@@ -175,11 +236,21 @@ def resource_schema() -> Schema:
     schema["properties"]["kind"] = {"type": "string"}
     schema["properties"]["metadata"] = {"type": "object"}
     schema["required"] = ["spec"]
+    for path, limits in LIMITS.items():
+        _at(schema, path).update(limits)
     for rule in RULES:
-        place = schema
-        for name in rule.path.split(".") if rule.path else ():
-            place = place["properties"][name]
-        place.setdefault("x-kubernetes-validations", []).append({"rule": rule.rule, "message": rule.message})
+        rules = _at(schema, rule.path).setdefault("x-kubernetes-validations", [])
+        rules.append({"rule": rule.rule, "message": rule.message})
+    return schema
+
+
+def _at(schema: Schema, path: str) -> Schema:
+    """The schema of the field at ``path``, as in ``Rule``."""
+    for step in path.split(".") if path else ():
+        name = step.removesuffix("[]")
+        schema = schema["properties"][name]
+        if name != step:
+            schema = schema["items"]
     return schema
 
 
@@ -187,6 +258,8 @@ def _structural(node: Mapping[str, Any], known: Mapping[str, Any]) -> Schema:
     """One schema without references, titles and nulls."""
     node = _resolved(node, known)
     kept = {key: node[key] for key in _KEPT if key in node and node[key] is not None}
+    if "description" in kept:
+        kept["description"] = kept["description"].split("\n\nRaises ")[0]  # is for who calls Python
     if node.get("x-kubernetes-int-or-string"):
         return {**kept, "anyOf": [{"type": "integer"}, {"type": "string"}]}
     if "const" in node:

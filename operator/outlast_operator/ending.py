@@ -36,16 +36,17 @@ def outcome(sight: Sight, status: TrainingJobStatus) -> Decision | None:
                 sight, status, "Succeeded", Word("Succeeded", reason or "all ranks have done all their steps")
             )
         return finish(sight, status, "Failed", _failure(said, reason, sight))
-    limit, started = sight.job.spec.active_deadline_seconds, read_or_none(status.start_time)
-    if limit is not None and started is not None and sight.now - started >= limit:
-        text = f"the job was not done {limit} s after its start (spec.activeDeadlineSeconds)"
+    ends = deadline(sight, status)
+    if ends is not None and sight.now >= ends:
+        limit = sight.job.spec.active_deadline_seconds
+        text = f"the job was not done {limit} s after it was first given Pods (spec.activeDeadlineSeconds)"
         return finish(sight, status, "Failed", Word(DEADLINE, text))
     return None
 
 
 def deadline(sight: Sight, status: TrainingJobStatus) -> float | None:
     """When activeDeadlineSeconds will be over; None: never."""
-    limit, started = sight.job.spec.active_deadline_seconds, read_or_none(status.start_time)
+    limit, started = sight.job.spec.active_deadline_seconds, read_or_none(status.active_since)
     return None if limit is None or started is None else started + limit
 
 

@@ -37,6 +37,13 @@ class Heard:
         """The nodes that the controller knows, and how they are."""
         return {name: str(_mapping(node).get("state", "")) for name, node in self.part("nodes").items()}
 
+    @cached_property
+    def lost_since(self) -> dict[str, float]:
+        """The nodes that it has given up, and when, in wall seconds, as far as it says so."""
+        nodes = {name: _mapping(node) for name, node in self.part("nodes").items()}
+        ages = {name: node.get("gone_s") for name, node in nodes.items() if node.get("state") == LOST}
+        return {name: self.at - age for name, age in ages.items() if isinstance(age, int | float)}
+
     @property
     def joined(self) -> int:
         return self.count(self.workers, "ready")

@@ -75,6 +75,7 @@ def _matters(status: TrainingJobStatus) -> tuple[object, ...]:
         _start(status.start),
         status.suspending_since,
         status.start_time,
+        status.active_since,
         status.completion_time,
         status.weights_digest,
         status.controller.identity,

@@ -67,7 +67,16 @@ class PollSettings:
 
 
 class CallFailed(TransferError):
-    """The controller did not do what it was asked to, or did not say so in time."""
+    """The controller did not do what it was asked to, or did not say so in time. ``objection``: its own words, when it
+    understood and will not."""
+
+    def __init__(self, text: str, objection: str = "") -> None:
+        super().__init__(text)
+        self.objection = objection
+
+
+class _Objection(ValueError):
+    """A request that the controller understood and will not do (400)."""
 
 
 def matters(status: Mapping[str, Any]) -> object:
@@ -156,7 +165,8 @@ class Poller:
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             asked.cancel()
             why = str(error) or type(error).__name__
-            raise CallFailed(f"{call.method} {call.path} at {line.target.pod}: {why}") from error
+            objection = str(error) if isinstance(error, _Objection) else ""
+            raise CallFailed(f"{call.method} {call.path} at {line.target.pod}: {why}", objection) from error
 
     @property
     def following(self) -> int:
@@ -249,6 +259,8 @@ class Poller:
                     raise ValueError(f"{path}: the answer is larger than {LARGEST_ANSWER} bytes")
             if answer.status == 404 and method == "DELETE":
                 return {}
+            if answer.status == 400:
+                raise _Objection(f"{path}: {_said(text)}")
             if answer.status >= 300:
                 raise ValueError(f"{path}: {answer.status} {text[:200].decode(errors='replace')}")
             return json.loads(text)
@@ -274,3 +286,11 @@ class Poller:
         if before.failing_since is None:
             log.info("controller-silent job=%s pod=%s cause=%s", key, line.target.pod, why[:200])
             self._changed(key)
+
+
+def _said(text: bytes) -> str:
+    """Why a request was refused: the answer's ``error``, or all of it."""
+    try:
+        return str(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        return text[:200].decode(errors="replace")

@@ -1,8 +1,8 @@
 """One pass over one job: observe, plan, apply, one status write if it changed, then events.
 
 ``Reconciler.reconcile`` is the loop; it is called by the work queue's threads, for one job by one thread at a time.
-Nothing it keeps between passes is needed by a successor: ``_Memory`` holds when a status was written last and since
-when something is refused.
+Nothing it keeps between passes is needed by a successor: ``_Memory`` holds when a status was written last, since when
+something is refused, and what the job's controller objected to.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from outlast_operator.cluster import Cluster
 from outlast_operator.expectations import Expectations
 from outlast_operator.kinds import JOB, POD
 from outlast_operator.model import Happening, Key, Object, Observed, Plan, Trouble
+from outlast_operator.pods import owner_uid
 from outlast_operator.poller import Poller, Target
 from outlast_operator.refusals import ApiError, Verdict, reason_of, verdict
 from outlast_operator.statuswrite import Pace, patch_of
@@ -44,17 +45,18 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True)
 class Passed:
-    """How a pass ended. ``again_in_s``: look again then, if nothing makes it happen before; ``failed``: not everything
+    """How a pass ended. ``again_in_s``: look again then, if nothing makes it happen before; ``refused``: not everything
     was taken, so it is repeated with back-off."""
 
     again_in_s: float | None = None
-    failed: bool = False
+    refused: bool = False
 
 
 @dataclass
 class _Memory:
     pace: Pace
     trouble: Trouble | None = None
+    objection: str = ""
 
 
 class Reconciler:
@@ -89,11 +91,12 @@ class Reconciler:
         done = self._applier.do(key, observed.raw, plan.actions)
         if done.error is not None and verdict(done.error) is not Verdict.REFUSED:
             raise done.error
+        self._memory(key).objection = done.objection
         plan = self._with_trouble(observed, plan, done)
         wait_s = self._write_status(observed, plan)
         self._recorder.tell(observed.raw, plan.happenings)
         again_in_s = min((seconds for seconds in (wait_s, plan.again_in_s) if seconds is not None), default=None)
-        return Passed(again_in_s, failed=done.error is not None or done.calls_failed > 0)
+        return Passed(again_in_s, refused=done.error is not None or done.calls_failed > 0)
 
     def progress_due_in_s(self, key: Key) -> float:
         """How long until the job's progress may be written; called from any thread."""
@@ -106,12 +109,15 @@ class Reconciler:
             return None
         self._poller.aim(key, self._target(observed))
         heard = self._poller.heard(key)
-        return replace(observed, controller=heard, new_token=secrets.token_urlsafe(32))
+        objection = self._memory(key).objection
+        return replace(observed, controller=heard, objection=objection, new_token=secrets.token_urlsafe(32))
 
     def _target(self, observed: Observed) -> Target | None:
         """The head Pod in force, if it can be asked."""
         head = (observed.raw.get("status") or {}).get("head")
-        pod = next((pod for pod in observed.pods if pod["metadata"]["name"] == head), None)
+        uid = observed.raw["metadata"]["uid"]
+        own = (pod for pod in observed.pods if owner_uid(pod) == uid)
+        pod = next((pod for pod in own if pod["metadata"]["name"] == head), None)
         token = self._caches.token(observed.raw)
         status = pod.get("status", {}) if pod else {}
         if pod is None or not token or not status.get("podIP") or status.get("phase") != "Running":

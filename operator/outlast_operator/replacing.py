@@ -75,6 +75,7 @@ def full_roster(sight: Sight) -> Roster:
     _let_go(sight, draft, head)
     if begins and draft.creates:
         draft.happenings = [Happening("Normal", "PodsMade", _made_text(sight, draft))]
+    draft.waits += [at for at in sight.silent.values() if at > sight.now]
     if sight.doubt_ends is not None:
         draft.waits.append(sight.doubt_ends)
     return Roster(

@@ -28,6 +28,9 @@ from outlast_operator.pods import Pod, index_of, owner_uid, pod_of
 
 DOUBT_S = 40.0
 """How long it is not believed that all of a job's machines are lost at once."""
+SILENT_S = 10.0
+"""A node that its controller gave up so long ago is not waited for, whatever its machine says: that a kubelet is cut off
+shows after 40 s, that a node is after 1.5 s. One whose container starts again is not ready meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Sight:
     controller: Controller
     heard: Heard | None
     trouble: Trouble | None
+    objection: str
     settings: Settings
     new_token: str
     highest_index: int
@@ -62,14 +66,19 @@ class Sight:
 
     @property
     def wanted(self) -> int:
-        """Node Pods that the job shall have."""
-        return self.job.spec.workers.replicas + self.job.spec.workers.spares
+        """Node Pods that the job shall have: as many as the controller goes on with while it objects to fewer."""
+        return max(self.job.spec.workers.replicas, self._insisted("wanted")) + self.job.spec.workers.spares
 
     @property
     def least(self) -> int:
         """Nodes without which no rank starts."""
         workers = self.job.spec.workers
-        return workers.replicas if workers.min_replicas is None else workers.min_replicas
+        own = workers.replicas if workers.min_replicas is None else workers.min_replicas
+        return max(own, self._insisted("least"))
+
+    def _insisted(self, number: str) -> int:
+        """A number of the controller's that an objection of its makes count; 0: there is none."""
+        return self.heard.count(self.heard.workers, number) if self.objection and self.heard is not None else 0
 
     @cached_property
     def lost(self) -> dict[str, str]:
@@ -97,6 +106,16 @@ class Sight:
         until = doubted_until(self.machines.values(), self.heard.at if self.heard else None, DOUBT_S)
         return until if until is not None and until > self.now else None
 
+    @cached_property
+    def silent(self) -> dict[str, float]:
+        """Nodes whose controller has given them up while Kubernetes calls them ready, and when they are no more waited
+        for. None when they are half of those it knows, or more: then it may be the controller that is cut off."""
+        if self.heard is None or self.controller.failing_since is not None:
+            return {}
+        since, known = self.heard.lost_since, len(self.heard.states)
+        found = {pod.name: since[pod.name] + SILENT_S for pod in self.nodes if pod.ready and pod.name in since}
+        return found if 2 * len(found) < known else {}
+
     def _why_lost(self, pod: Pod) -> str:
         if pod.deleting:
             return "is being deleted"
@@ -105,6 +124,8 @@ class Sight:
         state = self.heard.states.get(pod.name, "") if self.heard is not None and pod.is_node else ""
         if state == LEFT:
             return "has left the job"
+        if self.silent.get(pod.name, self.now + 1) <= self.now:
+            return "its controller does not hear any more"
         if not pod.machine or self.doubt_ends is not None:
             return ""
         machine = self.machines.get(pod.machine)
@@ -177,6 +198,7 @@ def sight_of(
         controller=observed.controller,
         heard=heard,
         trouble=observed.trouble,
+        objection=observed.objection if heard is not None else "",
         settings=settings,
         new_token=observed.new_token,
         highest_index=max(_indices(observed.pods, heard, observed.key.name), default=-1),

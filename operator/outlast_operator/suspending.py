@@ -1,7 +1,8 @@
 """A job that shall have no nodes for now: told to take its last checkpoint, then without Pods, then started anew. Pure.
 
-``status.suspendingSince`` holds since when it is told. The suspension goes on after the controller's patience and 15 s
-more whatever the controller and the store do; only an upload that is under way, to a store that has not complained, is
+``status.suspendingSince`` holds since when it is told. The suspension goes on after the controller's patience (where
+steps are long, six of them: the next snapshot is some steps away) and 15 s more whatever the controller and the store
+do; only an upload that is under way, to a store that has not complained, is
 waited for as long as the controller itself waits for one. The condition says what is kept and what is lost.
 """
 
@@ -18,8 +19,12 @@ from outlast_operator.verdict import Decision, Word
 SUSPENDED = "suspended"
 """The controller's outcome of a suspension."""
 REASON = "spec.suspend"
+NONE_YET = {"start_time": None, "active_since": None}
+"""What the status of a job without Pods does not say."""
 EXTRA_S = 15.0
 """What the operator waits beyond the controller's patience."""
+STEPS = 6
+"""In so many steps the controller takes a snapshot (``outlast.controller.suspending.STEPS``)."""
 LONGEST_UPLOAD_S = 900.0
 """How long the controller waits for an upload without complaint (``outlast.controller.settings.Patience.final_s``)."""
 
@@ -32,13 +37,19 @@ def suspend(sight: Sight, status: TrainingJobStatus) -> Decision:
         return _take_away(sight, status)
     since = read_or_none(status.suspending_since) or sight.now
     uploading = sight.answering and sight.heard is not None and sight.heard.uploading
-    patience = LONGEST_UPLOAD_S if uploading else sight.settings.suspend_patience_s
-    ends = since + patience + EXTRA_S
+    ends = since + (LONGEST_UPLOAD_S if uploading else _patience_s(sight)) + EXTRA_S
     if sight.heard is not None and sight.heard.outcome == SUSPENDED:
         return _take_away(sight, status)
     if sight.now >= ends:
         return _take_away(sight, status)
     return _wait(sight, status.model_copy(update={"suspending_since": written(since)}), ends)
+
+
+def _patience_s(sight: Sight) -> float:
+    """How long a controller that answers may take until the store has answered."""
+    step_s = sight.heard.status.get("step_s") if sight.answering and sight.heard is not None else None
+    least = sight.settings.suspend_patience_s
+    return max(least, STEPS * float(step_s)) if isinstance(step_s, int | float) else least
 
 
 def start_anew(sight: Sight, status: TrainingJobStatus) -> Decision:
@@ -69,7 +80,7 @@ def _take_away(sight: Sight, status: TrainingJobStatus) -> Decision:
     """All Pods go; what is said of them is said from now on of none."""
     why = _what_is_kept(sight, status)
     kept = status.checkpoint.step if status.checkpoint is not None else 0
-    bare = emptied(status).model_copy(update={"start_time": None, "step": kept, "next_pod": next_index(sight)})
+    bare = emptied(status).model_copy(update={**NONE_YET, "step": kept, "next_pod": next_index(sight)})
     return Decision("Suspended", why, bare, empty_roster(sight))
 
 
@@ -77,7 +88,7 @@ def _stay(sight: Sight, status: TrainingJobStatus) -> Decision:
     """Suspended already; what was said stays said. Pods that are still there go."""
     known = next((condition for condition in sight.old.conditions if condition.type == "Suspended"), None)
     why = Word(known.reason, known.message) if known is not None else _what_is_kept(sight, status)
-    bare = emptied(status).model_copy(update={"start_time": None, "next_pod": next_index(sight)})
+    bare = emptied(status).model_copy(update={**NONE_YET, "next_pod": next_index(sight)})
     return Decision("Suspended", why, bare, empty_roster(sight))
 
 

@@ -12,7 +12,7 @@ from outlast_operator.metrics import Metrics
 from outlast_operator.model import Key
 from outlast_operator.reconciler import Passed
 from outlast_operator.refusals import ApiError, verdict
-from outlast_operator.workqueue import WorkQueue
+from outlast_operator.workqueue import Ended, WorkQueue
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +67,11 @@ class Workers:
                 self._metrics.reconciles.inc()
 
     def _handle(self, key: Key) -> None:
-        failed, again_in_s, at_least_s = True, None, 0.0
+        ended, again_in_s, at_least_s = Ended.FAILED, None, 0.0
         try:
             passed = self._reconcile(key)
-            failed, again_in_s = passed.failed, passed.again_in_s
-            if failed:
+            ended, again_in_s = Ended.REFUSED if passed.refused else Ended.WELL, passed.again_in_s
+            if passed.refused:
                 self._metrics.errors.labels("refused").inc()
         except ApiError as error:
             kind = verdict(error).value
@@ -84,6 +84,6 @@ class Workers:
         except Exception:  # one job that is not understood must not take the other jobs' thread with it
             self._metrics.errors.labels("bug").inc()
             log.exception("pass-broken job=%s", key)
-        self._queue.done(key, failed, at_least_s)
+        self._queue.done(key, ended, at_least_s)
         if again_in_s is not None:
             self._queue.add_in(key, again_in_s)

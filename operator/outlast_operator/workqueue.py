@@ -1,5 +1,9 @@
 """Which job is looked at next: each waits at most once, is handled by one thread at a time, and later after failures.
 
+A pass that failed holds its job for all of its back-off, also when something happens meanwhile. One that was refused
+something is repeated with the same back-off, but what happens is looked at soon: a quota that is used up must not keep
+a lost node from being replaced.
+
 ``Backlog`` is the whole of it, pure and with ``now`` (monotonic seconds) as an argument; ``WorkQueue`` adds the lock
 that threads wait on.
 """
@@ -10,6 +14,7 @@ import heapq
 import threading
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from enum import Enum
 from random import Random
 from typing import Generic, TypeVar
 
@@ -18,6 +23,16 @@ from outlast.clock import Clock
 K = TypeVar("K", bound=Hashable)
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 300.0
+REFUSED_HOLD_S = 2.0
+"""A job of which something was refused is not looked at again sooner, whatever happens."""
+
+
+class Ended(Enum):
+    """How the handling of a key ended."""
+
+    WELL = "well"
+    REFUSED = "refused"
+    FAILED = "failed"
 
 
 def backoff_s(failures: int, chance: Random) -> float:
@@ -84,16 +99,17 @@ class Backlog(Generic[K]):
         entry.ready_since, entry.busy = None, True
         return key
 
-    def done(self, key: K, now: float, failed: bool, at_least_s: float = 0.0) -> None:
-        """It was handled; after a failure it is again when its back-off, or ``at_least_s``, is over."""
+    def done(self, key: K, now: float, ended: Ended, at_least_s: float = 0.0) -> None:
+        """It was handled; unless that ended well it is again when its back-off, or ``at_least_s``, is over."""
         entry = self._entries[key]
         entry.busy = False
-        if failed:
-            entry.failures += 1
-            entry.held_until = now + max(at_least_s, backoff_s(entry.failures, self.chance))
-            entry.again = True
-        else:
+        if ended is Ended.WELL:
             entry.failures, entry.held_until = 0, 0.0
+        else:
+            entry.failures += 1
+            wait_s = max(at_least_s, backoff_s(entry.failures, self.chance))
+            entry.held_until = now + (min(wait_s, REFUSED_HOLD_S) if ended is Ended.REFUSED else wait_s)
+            self._at(key, entry, now + wait_s)
         if entry.again:
             entry.again = False
             self.add(key, now)
@@ -183,10 +199,10 @@ class WorkQueue(Generic[K]):
                 self._changed.wait(None if due is None else max(0.001, due - now))
             return None
 
-    def done(self, key: K, failed: bool = False, at_least_s: float = 0.0) -> None:
+    def done(self, key: K, ended: Ended = Ended.WELL, at_least_s: float = 0.0) -> None:
         """See ``Backlog.done``."""
         with self._changed:
-            self._backlog.done(key, self._clock.monotonic(), failed, at_least_s)
+            self._backlog.done(key, self._clock.monotonic(), ended, at_least_s)
             self._changed.notify()
 
     def close(self) -> None:

@@ -83,15 +83,16 @@ def show_logs(where: Where, name: str, asked: LogRequest) -> None:
         if asked.head:
             _show_head(job, resource, asked)
         else:
-            _check_rank(resource, asked.rank)
+            _check_rank(resource, asked)
             _RankLogs(job, resource, asked).show()
 
 
-def _check_rank(resource: Object, rank: int | None) -> None:
+def _check_rank(resource: Object, asked: LogRequest) -> None:
+    """Raises RequestError for a rank that the job does not have. An attempt that is over may have had more."""
     workers = resource["spec"].get("workers") or {}
     world = int(workers.get("replicas", 1)) * int(workers.get("procsPerWorker", 1))
-    if rank is not None and rank >= world:
-        raise RequestError(f"there is no rank {rank}: the job has ranks 0 to {world - 1}")
+    if asked.rank is not None and asked.rank >= world and asked.attempt is None and not asked.back:
+        raise RequestError(f"there is no rank {asked.rank}: the job has ranks 0 to {world - 1}")
 
 
 class _RankLogs:

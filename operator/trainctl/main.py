@@ -6,6 +6,10 @@ need when they are called, so that ``trainctl --help`` answers at once.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -98,6 +102,24 @@ def run() -> None:
     except OutlastError as error:
         _complain(error)
         sys.exit(1)
+
+
+def complete() -> None:
+    """The console script by which kubectl completes ``kubectl outlast ...``.
+
+    It gets the words, the last of them the one that is being typed, and prints what that could be and, at the end,
+    whether the shell may offer files (":0") or not (":4"), as cobra's commands do. What it could be is asked for as a
+    shell asks ``trainctl``.
+    """
+    words = sys.argv[1:] or [""]
+    os.environ["_TRAINCTL_COMPLETE"] = "complete_bash"
+    os.environ["COMP_WORDS"] = shlex.join(["trainctl", *words[:-1]]) + " " + words[-1]
+    os.environ["COMP_CWORD"] = str(len(words))
+    found = io.StringIO()
+    with contextlib.redirect_stdout(found), contextlib.suppress(SystemExit):
+        app(prog_name="trainctl")
+    said = found.getvalue().strip()
+    print(f"{said}\n:4" if said else ":0")
 
 
 def _complain(error: OutlastError) -> None:

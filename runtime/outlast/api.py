@@ -27,10 +27,12 @@ LARGEST_CHOSEN_GROUP = 8
 """Nodes in a redundancy group, at most, when ``groupSize`` is absent."""
 
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
-_SET_BY_OUTLAST = re.compile(
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+"""The whole name of an environment variable; RE2 reads it alike."""
+SET_BY_OUTLAST = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|OUTLAST_.*|PYTHONHASHSEED"
 )
+"""The whole names of those that each rank is given; RE2 reads it alike."""
 
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
@@ -89,9 +91,9 @@ class EnvVar(Part):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        if not _ENV_NAME.fullmatch(name):
+        if not ENV_NAME.fullmatch(name):
             raise ValueError(f'"{name}" cannot name a variable: write letters, digits and _ . -, and no digit first')
-        if _SET_BY_OUTLAST.fullmatch(name):
+        if SET_BY_OUTLAST.fullmatch(name):
             raise ValueError(f'"{name}" is set by Outlast for each rank; remove it here')
         return name
 
@@ -215,7 +217,10 @@ class Recovery(Part):
         "doubles, up to 10m, each time a node is lost soon after it grew.",
     )
     start_timeout: PositiveSeconds = Field(
-        default=900.0, description="How long to wait for enough nodes before the job fails."
+        default=900.0,
+        description="How long to wait for enough nodes. Then a job on a cluster gives back its Pods and asks for them "
+        "again later; it fails if what hinders them does not pass by itself, or if its only state is in its nodes' "
+        "memory. With `trainctl run` the job fails.",
     )
 
 
@@ -250,7 +255,9 @@ class TrainingJobSpec(Part):
         default=False, description="Whether the job shall have no nodes for now; it goes on when unset."
     )
     active_deadline_seconds: PositiveCount | None = Field(
-        default=None, description="Seconds from the start after which the job fails; absent: no limit."
+        default=None,
+        description="Seconds after which the job fails, counted from when it was first given Pods, and anew when it is "
+        "resumed; with `trainctl run` from its start. Absent: no limit.",
     )
     ttl_seconds_after_finished: Count | None = Field(
         default=None, description="Seconds after its end when the job is deleted; absent: it is kept."

@@ -120,6 +120,11 @@ class TrainingJobStatus(Part):
     start_time: str | None = Field(
         default=None, description="When the first rank started, since the job was resumed (RFC 3339)."
     )
+    active_since: str | None = Field(
+        default=None,
+        description="When the job was first given Pods, since it was resumed; activeDeadlineSeconds counts from it "
+        "(RFC 3339).",
+    )
     suspending_since: str | None = Field(
         default=None,
         description="Since when the job has been told to make room, its last checkpoint first (RFC 3339).",

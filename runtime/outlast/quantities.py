@@ -152,44 +152,69 @@ def _enough_memory(count: int) -> int:
     return count
 
 
-def _schema(pattern: str) -> WithJsonSchema:
-    """What Kubernetes calls int-or-string: a number or text of this form."""
+def _schema(number: str, text: str, message: str) -> WithJsonSchema:
+    """What Kubernetes calls int-or-string: a whole number of which the CEL expression ``number`` holds, or text of
+    which ``text`` does; ``message``: what to write instead.
+    """
     return WithJsonSchema(
         {
             "anyOf": [{"type": "integer"}, {"type": "string"}],
-            "pattern": f"^({pattern})$",
+            "maxLength": _LONGEST,
             "x-kubernetes-int-or-string": True,
+            "x-kubernetes-validations": [{"rule": f"type(self) == int ? {number} : {text}", "message": message}],
         }
     )
 
 
-_DURATION_PATTERN = r"([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+"
-_BYTES_PATTERN = r"[0-9]+(\.[0-9]+)?([kMGTPE]|[KMGTPE]i)?"
+_LONGEST = 64
+"""Characters of an amount in a resource: far more than any needs, and no number of so many overflows."""
+_IS_DURATION = r"self.matches(r'^([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+$')"
+_IS_POSITIVE_DURATION = f"({_IS_DURATION} && self.matches('[1-9]'))"
+_IS_BYTES = r"self.matches(r'^[0-9]+(\.[0-9]+)?([kMGTPE]|[KMGTPE]i)?$')"
+_IS_ENOUGH_MEMORY = f"({_IS_BYTES} && !quantity(self).isLessThan(quantity('{format_bytes(_MIN_MEMORY)}')))"
+_POSITIVE = "a duration of more than 0s, such as 90s, 10m or 1h30m"
 
 Seconds = Annotated[
-    float, PlainValidator(parse_duration), PlainSerializer(format_duration, return_type=str), _schema(_DURATION_PATTERN)
+    float,
+    PlainValidator(parse_duration),
+    PlainSerializer(format_duration, return_type=str),
+    _schema("self >= 0", _IS_DURATION, "write 90s, 10m or 1h30m"),
 ]
 """A duration of 0 or more, in seconds."""
 
-PositiveSeconds = Annotated[Seconds, AfterValidator(_positive)]
+PositiveSeconds = Annotated[
+    float,
+    PlainValidator(parse_duration),
+    AfterValidator(_positive),
+    PlainSerializer(format_duration, return_type=str),
+    _schema("self > 0", _IS_POSITIVE_DURATION, f"write {_POSITIVE}"),
+]
 """A duration of more than 0, in seconds."""
 
 SecondsOrAuto = Annotated[
     float | Auto,
     PlainValidator(_duration_or_auto),
     PlainSerializer(_write_duration_or_auto, return_type=str),
-    _schema(f"auto|{_DURATION_PATTERN}"),
+    _schema("self > 0", f"self == 'auto' || {_IS_POSITIVE_DURATION}", f"write {_POSITIVE}, or auto"),
 ]
 """A duration of more than 0, in seconds, or ``"auto"``: chosen by measurement."""
 
-StepsOrAuto = Annotated[int | Auto, PlainValidator(_steps_or_auto), _schema("auto")]
+StepsOrAuto = Annotated[
+    int | Auto,
+    PlainValidator(_steps_or_auto),
+    _schema("self >= 1", "self == 'auto'", "write auto or a whole number of steps, at least 1"),
+]
 """A number of steps, at least 1, or ``"auto"``: chosen by measurement."""
 
 IntervalOrAuto = Annotated[
     int | float | Auto,
     PlainValidator(_interval_or_auto),
     PlainSerializer(_write_interval_or_auto, return_type=int | str),
-    _schema(f"auto|{_DURATION_PATTERN}"),
+    _schema(
+        "self >= 1",
+        f"self == 'auto' || {_IS_POSITIVE_DURATION}",
+        "write a whole number of steps, at least 1, a duration of more than 0s, such as 10m, or auto",
+    ),
 ]
 """An ``int`` of steps, a ``float`` of seconds, or ``"auto"``: chosen by measurement."""
 
@@ -198,6 +223,10 @@ MemoryBytes = Annotated[
     PlainValidator(parse_bytes),
     AfterValidator(_enough_memory),
     PlainSerializer(format_bytes, return_type=str),
-    _schema(_BYTES_PATTERN),
+    _schema(
+        f"self >= {_MIN_MEMORY}",
+        _IS_ENOUGH_MEMORY,
+        f"write {format_bytes(_MIN_MEMORY)} or more, such as 8Gi, 512Mi or 8G",
+    ),
 ]
 """An amount of memory of at least 1Mi, in bytes."""

@@ -183,6 +183,7 @@ def test_a_template_that_the_api_server_refuses_is_told_in_its_words(place: Worl
     tries = operator.calls()["create", "pods", "422"]
     assert tries <= 5, "retries back off"
     place.cluster.patch(JOB, place.namespace, "job", {"spec": {"suspend": True}})
+    place.cluster.patch(JOB, place.namespace, "job", {"status": {"phase": "Suspended"}}, "status")
     place.cluster.patch(JOB, place.namespace, "job", {"spec": {"workers": {"template": None}}})
     place.wait_for_pods("head-0", "node-1", "node-2", "node-3")
 

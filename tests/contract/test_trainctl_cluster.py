@@ -497,3 +497,18 @@ def test_job_names_are_completed(cluster: Lab, trainctl: Trainctl) -> None:
     began = time.monotonic()
     assert completed(cluster, "trainctl status al", KUBECONFIG="/nowhere") == []
     assert time.monotonic() - began < 5
+
+
+def test_kubectl_completes_its_plugin(cluster: Lab, trainctl: Trainctl) -> None:
+    """By the script of that name beside trainctl's."""
+    trainctl.ok("submit", "job.yaml", "--name", "gamma")
+    scripts = f"PATH={pathlib.Path(sys.executable).parent}:{cluster.variables['PATH']}"
+
+    def offered(*words: str) -> list[str]:
+        done = cluster.run("env", scripts, "kubectl", "__complete", "outlast", *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert offered("status", "ga") == ["gamma", ":4"]
+    assert offered("sus") == ["suspend", ":4"]
+    assert offered("submit", "no-su") == [":0"], "names of files are the shell's to offer"

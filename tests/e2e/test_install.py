@@ -55,11 +55,21 @@ def test_explain_reads_like_documentation(release: Lab) -> None:
         ("edit", "patch", "trainingjobs/scale", True),
         ("edit", "patch", "trainingjobs/status", False),
         ("edit", "create", "pods/portforward", True),
+        ("edit", "get", "pods/portforward", True),
+        ("view", "get", "pods/portforward", False),
+        ("outlast-edit", "get", "pods/portforward", True),
+        ("outlast-edit", "create", "pods/portforward", True),
+        ("outlast-edit", "delete", "pods", True),
+        ("outlast-edit", "create", "pods", False),
+        ("outlast-edit", "delete", "configmaps", True),
+        ("outlast-edit", "list", "secrets", False),
+        ("outlast-view", "delete", "pods", False),
     ],
 )
-def test_people_have_rights_through_the_clusters_own_roles(
+def test_people_have_rights_through_the_clusters_own_roles_and_the_charts(
     release: Lab, who: str, verb: str, what: str, allowed: bool
 ) -> None:
+    """The cluster's roles have much by themselves: that the chart's are enough for trainctl, they alone tell."""
     release.run("kubectl", "-n", "train", "create", "rolebinding", f"{who}-tester", f"--clusterrole={who}", f"--user={who}-tester")  # fmt: skip
     resource, _, part = what.partition("/")
     asked = [

@@ -90,7 +90,7 @@ def size(target: Job, nodes: int) -> None:
 
 
 def test_an_image_that_cannot_be_pulled(submit: Submit) -> None:
-    """The reason is in the status within seconds, and after the stated time the job does not hang."""
+    """The reason is in the status within seconds, and after the stated time the job fails for it."""
     resource = job(
         "unpullable",
         10,
@@ -106,6 +106,9 @@ def test_an_image_that_cannot_be_pulled(submit: Submit) -> None:
 
     seen = unpullable.until("told why", 30, told)
     assert "Pull" in unpullable.condition(seen, "Ready")["message"] + unpullable.condition(seen, "Ready")["reason"]
+    unpullable.until_phase("Failed", 90)
+    failed = unpullable.condition(unpullable.resource(), "Failed")
+    assert "images.example.com/no/such:1" in failed["message"], failed
 
 
 def test_too_little_memory_is_refused_with_the_sum(submit: Submit) -> None:

@@ -128,6 +128,24 @@ def test_with_namespaces_nothing_but_nodes_is_readable_elsewhere() -> None:
 
 
 @needs_helm
+@pytest.mark.parametrize(
+    ("resource", "verbs"),
+    [
+        ("pods", {"get", "list", "watch", "delete"}),
+        ("pods/portforward", {"get", "create"}),
+        ("pods/log", {"get"}),
+        ("configmaps", {"get", "create", "update", "patch", "delete"}),
+        ("secrets", {"get"}),
+    ],
+)
+def test_people_who_edit_have_what_trainctl_needs(resource: str, verbs: set[str]) -> None:
+    """A port-forward over a WebSocket is a GET; faults delete Pods, and ``submit`` what it left over."""
+    (role,) = (role for role in objects({}, "ClusterRole") if role["metadata"]["name"] == "outlast-edit")
+    granted = {verb for rule in role["rules"] if resource in rule["resources"] for verb in rule["verbs"]}
+    assert granted == verbs
+
+
+@needs_helm
 @pytest.mark.parametrize("name", VALUE_SETS)
 def test_no_wildcards_and_no_rights_to_rise(name: str) -> None:
     for role in objects(dict(VALUE_SETS[name]), "ClusterRole") + objects(dict(VALUE_SETS[name]), "Role"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -29,6 +30,19 @@ def test_install_is_whole_and_of_one_namespace() -> None:
     assert {"CustomResourceDefinition", "Deployment", "ServiceAccount", "ClusterRole", "Role"} <= kinds
     places = {part["metadata"]["namespace"] for part in parts if "namespace" in part["metadata"]}
     assert places == {parts[0]["metadata"]["name"]}
+
+
+def test_the_readme_puts_the_images_that_are_built_into_install() -> None:
+    """By its sed, and it warns of taking it back."""
+    readme = (ROOT / "README.md").read_text()
+    (script,) = re.findall(r"`sed '(.*)' manifests/install.yaml \| kubectl apply -f -`", readme)
+    made = subprocess.run(["sed", script, str(MANIFESTS / "install.yaml")], capture_output=True, text=True, check=True)
+    (deployment,) = [part for part in split(made.stdout) if part["kind"] == "Deployment"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "outlast-operator:dev"
+    assert "--training-image=outlast-training:dev" in container["args"]
+    for page in (readme, (ROOT / "docs" / "operations.md").read_text()):
+        assert "**" in page.partition("`kubectl delete -f manifests/install.yaml`")[2][:30]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

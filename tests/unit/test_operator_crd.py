@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, get_args
 
+import pytest
 import yaml
 
-from outlast.jobstatus import TrainingJobStatus
+from outlast.jobstatus import Phase, TrainingJobStatus
 from outlast.kube import LONGEST_JOB_NAME
 from outlast.resource import fields_of
-from outlast_operator.crd import definition, resource_schema, to_yaml
+from outlast_operator.crd import RULES, WITHOUT_PODS, definition, resource_schema, to_yaml
 from support.charts import ROOT
+
+FIXED = [rule.message.split()[0].removeprefix("spec.") for rule in RULES if "oldSelf" in rule.rule]
 
 
 def version() -> dict[str, Any]:
@@ -66,6 +70,47 @@ def test_printer_columns_point_at_what_there_is() -> None:
 def test_the_status_has_the_fields_of_the_contract() -> None:
     status = resource_schema()["properties"]["status"]
     assert set(status["properties"]) == set(fields_of(TrainingJobStatus))
+
+
+def test_descriptions_say_nothing_to_who_calls_python() -> None:
+    assert resource_schema()["description"] == "One training job: the custom resource, or the same YAML run locally."
+    assert "Raises" not in to_yaml()
+
+
+def test_amounts_say_what_to_write_instead() -> None:
+    """Where there is a pattern, the API server prints the pattern."""
+
+    def amounts(schema: dict[str, Any]) -> list[dict[str, Any]]:
+        inner = [found for part in schema.get("properties", {}).values() for found in amounts(part)]
+        return [schema, *inner] if "x-kubernetes-int-or-string" in schema else inner
+
+    found = amounts(resource_schema()["properties"]["spec"])
+    assert len(found) == 9
+    for schema in found:
+        assert "pattern" not in schema
+        assert [rule["message"].startswith("write ") for rule in schema["x-kubernetes-validations"]] == [True]
+
+
+def test_only_phases_without_pods_let_fixed_fields_change() -> None:
+    """Those that are not known, as of another version, do not."""
+    rules = [rule.rule for rule in RULES if "oldSelf" in rule.rule]
+    assert len(rules) == len(FIXED)
+    assert all("oldSelf.status.phase in ['Suspended', 'Succeeded', 'Failed']" in rule for rule in rules)
+    assert set(WITHOUT_PODS) <= set(get_args(Phase))
+
+
+@pytest.mark.parametrize("field", FIXED)
+def test_the_operations_page_names_what_is_fixed(field: str) -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith("| `entrypoint`") and "refused" in line]
+    names = re.findall(r"`([a-zA-Z.]+)`", row)
+    assert field in names or field.partition(".")[2] in names
+
+
+def test_explanations_are_true_of_a_cluster() -> None:
+    spec = resource_schema()["properties"]["spec"]["properties"]
+    assert "asks for them again" in spec["recovery"]["properties"]["startTimeout"]["description"]
+    assert "first given Pods" in spec["activeDeadlineSeconds"]["description"]
 
 
 def test_every_field_is_described() -> None:

@@ -187,29 +187,37 @@ def _put(caches: Caches, obj: dict[str, Any]) -> None:
         caches.changed(kind, obj)
 
 
-def test_pods_of_another_job_of_the_same_name_are_not_this_jobs(caches: Caches) -> None:
-    for obj in (_raw_job(uid="new"), _pod("bytelm-node-1", uid="old"), _pod("bytelm-node-2", uid="new")):
-        _put(caches, obj)
+def _machine(name: str) -> dict[str, Any]:
+    return {
+        "metadata": {"name": name, "uid": name, "resourceVersion": "1"},
+        "status": {"conditions": [{"type": "Ready", "status": "True", "lastHeartbeatTime": "1"}]},
+    }
+
+
+def test_a_job_sees_the_pods_and_not_the_machines_of_another_of_the_same_name(caches: Caches) -> None:
+    """Their names are taken until they are gone."""
+    for number, uid in ((1, "old"), (2, "new")):
+        _put(caches, pruned(MACHINE, _machine(f"m{number}")))
+        _put(caches, _pod(f"bytelm-node-{number}", uid=uid, node=f"m{number}"))
+    _put(caches, _raw_job(uid="new"))
     observed = caches.observe(JOB_KEY)
     assert observed is not None
-    assert [pod["metadata"]["name"] for pod in observed.pods] == ["bytelm-node-2"]
+    assert [pod["metadata"]["name"] for pod in observed.pods] == ["bytelm-node-1", "bytelm-node-2"]
+    assert list(observed.machines) == ["m2"]
 
 
 def test_a_machine_concerns_the_jobs_with_pods_on_it(caches: Caches, touched: list[tuple[str, Key]]) -> None:
     _put(caches, _raw_job())
     _put(caches, _pod("bytelm-node-1", node="m1"))
     touched.clear()
-    machine = {
-        "metadata": {"name": "m1", "uid": "m", "resourceVersion": "1"},
-        "status": {"conditions": [{"type": "Ready", "status": "True", "lastHeartbeatTime": "1"}]},
-    }
+    machine = _machine("m1")
     _put(caches, pruned(MACHINE, machine))
     assert touched == [("touched", JOB_KEY)]
     observed = caches.observe(JOB_KEY)
     assert observed is not None
     assert set(observed.machines) == {"m1"}
-    machine["status"]["conditions"][0]["lastHeartbeatTime"] = "2"  # type: ignore[index]
-    _put(caches, pruned(MACHINE, {**machine, "metadata": {**machine["metadata"], "resourceVersion": "2"}}))  # type: ignore[dict-item]
+    machine["status"]["conditions"][0]["lastHeartbeatTime"] = "2"
+    _put(caches, pruned(MACHINE, {**machine, "metadata": {**machine["metadata"], "resourceVersion": "2"}}))
     assert touched == [("touched", JOB_KEY)], "a heartbeat is no change"
 
 

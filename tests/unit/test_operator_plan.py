@@ -240,6 +240,36 @@ def test_a_machine_that_cannot_be_seen_is_not_lost_by_itself() -> None:
     assert kinds(world.step()) == []
 
 
+def test_a_node_that_its_controller_has_not_heard_for_long_is_replaced_before_its_machine_is_missed() -> None:
+    world = World.training()
+    assert world.said is not None
+    world.said["nodes"][node(2)] |= {"state": "lost", "gone_s": 4.0}
+    decided = world.step()
+    assert created(decided) == []
+    assert decided.again_in_s == pytest.approx(6.0, abs=0.1)
+    world.now += 6.0
+    world.said["nodes"][node(2)]["gone_s"] = 10.0
+    decided = world.step()
+    assert (created(decided), deletes(decided)) == ([node(5)], [node(2)])
+    assert "does not hear any more" in decided.happenings[0].message
+
+
+def test_a_node_whose_container_starts_again_is_waited_for() -> None:
+    world = World.training()
+    assert world.said is not None
+    world.said["nodes"][node(2)] |= {"state": "lost", "gone_s": 60.0}
+    world.pods[node(2)]["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+    assert created(world.step()) == []
+
+
+def test_a_controller_that_hears_only_half_of_its_nodes_may_be_cut_off_itself() -> None:
+    world = World.training()
+    assert world.said is not None
+    for index in (2, 3):
+        world.said["nodes"][node(index)] |= {"state": "lost", "gone_s": 60.0}
+    assert created(world.step()) == []
+
+
 def test_a_pod_that_waits_for_a_machine_is_not_lost() -> None:
     world = World.training()
     world.pods[node(3)] = pod(node(3), "Pending", machine="")
@@ -408,6 +438,23 @@ def test_fewer_nodes_wait_for_the_controller_to_name_who_left() -> None:
     del world.said["nodes"][node(4)]
     assert kinds(world.step()) == []
     assert world.names("node") == [node(1), node(2), node(3)]
+
+
+def test_while_the_controller_objects_to_fewer_nodes_it_keeps_as_many_and_says_why() -> None:
+    """With one of its nodes lost it would wait for ever: three are left, and it goes on with four."""
+    world = World.training(resource(workers={"replicas": 4, "spares": 0}))
+    world.edit(workers={"replicas": 1, "spares": 0})
+    assert [call.path for call in calls(world.step())] == ["/resize"]
+    assert world.said is not None
+    world.said["nodes"][node(4)]["state"] = "lost"
+    world.pods.pop(node(4))
+    text = "/resize: 1 nodes are too small for the job"
+    decided = plan(replace(world.observed(), objection=text), SETTINGS, NOW)
+    assert created(decided) == [node(5)]
+    assert ready(decided).reason == "ResizeRefused"
+    assert text in ready(decided).message
+    assert "/resize" in [call.path for call in calls(decided)], "it is asked again"
+    assert created(plan(world.observed(), SETTINGS, NOW)) == []
 
 
 def test_fewer_spares_are_told_though_no_other_number_changes() -> None:
@@ -754,6 +801,16 @@ def test_a_silent_controller_is_not_waited_for_any_longer() -> None:
     assert len(deletes(world.step())) == 5
 
 
+def test_a_snapshot_of_long_steps_is_waited_for() -> None:
+    world = World.training(resource({"checkpoint": STORE}), step_s=60.0)
+    world.edit(suspend=True)
+    world.step()
+    world.now += 370
+    assert deletes(world.step()) == []
+    world.now += 10
+    assert len(deletes(world.step())) == 5
+
+
 def test_while_it_is_suspended_nothing_is_replaced() -> None:
     world = World.training(resource({"checkpoint": STORE}))
     world.edit(suspend=True)
@@ -889,7 +946,20 @@ def test_a_job_is_deleted_when_its_time_has_come() -> None:
     assert world.deleted
 
 
-def test_the_deadline_counts_from_the_first_start_across_controllers() -> None:
+def test_the_deadline_ends_a_job_that_never_gets_its_nodes() -> None:
+    world = starved({"activeDeadlineSeconds": 5000}, joined=0)
+    for _ in range(60):
+        decided = world.step()
+        if decided.status is not None and decided.status.phase == "Failed":
+            break
+        world.let_go()
+        assert decided.again_in_s is not None
+        world.now += decided.again_in_s
+    assert world.condition("Failed").reason == "DeadlineExceeded"
+    assert world.now - NOW == pytest.approx(5000, abs=2)
+
+
+def test_the_deadline_counts_across_controllers() -> None:
     world = World.training(resource({"activeDeadlineSeconds": 500}))
     world.now += 499
     assert world.said is not None
@@ -932,6 +1002,46 @@ def test_an_invalid_job_is_not_started_until_it_is_mended() -> None:
     assert not world.step().happenings
     world.edit(workers={"replicas": 3, "spares": 1})
     assert len(created(world.step())) == 5
+
+
+def test_an_invalid_job_has_all_conditions() -> None:
+    world = World(resource(workers={"template": COMMAND}))
+    world.step()
+    fresh = World(resource({"suspend": False}))
+    fresh.step()
+    told = [(one.type, one.status, one.reason) for one in world.status.conditions]
+    assert told[0] == ("Ready", "False", "InvalidSpec")
+    assert told[1:] == [(one.type, one.status, one.reason) for one in fresh.status.conditions][1:]
+    assert {one.observed_generation for one in world.status.conditions} == {1}
+    since = [one.last_transition_time for one in world.status.conditions]
+    world.now += 60
+    world.edit(workers={"replicas": 2, "template": COMMAND})
+    world.step()
+    assert [one.last_transition_time for one in world.status.conditions] == since
+    assert {one.observed_generation for one in world.status.conditions} == {2}
+    assert world.look().urgent is False
+
+
+def test_an_invalid_job_that_is_suspended_is_suspended() -> None:
+    """Fields that are fixed while Pods run can be corrected only in that phase (``crd.WITHOUT_PODS``)."""
+    world = World(resource(workers={"template": COMMAND}))
+    world.step()
+    world.edit(suspend=True)
+    decided = world.step()
+    assert decided.urgent
+    assert [told.reason for told in decided.happenings] == ["Suspended"]
+    assert (world.status.phase, world.condition("Ready").reason) == ("Suspended", "InvalidSpec")
+    assert (world.condition("Suspended").status, world.condition("Suspended").reason) == ("True", "Suspended")
+    world.edit(suspend=False, workers={"replicas": 3, "spares": 1})
+    assert len(created(world.step())) == 5
+
+
+def test_an_invalid_job_that_has_pods_is_not_said_to_be_suspended() -> None:
+    world = World.training()
+    world.owned.clear()  # nothing to go on with: the Secret is gone
+    world.edit(suspend=True, workers={"replicas": 3, "spares": 1, "template": COMMAND})
+    world.step()
+    assert (world.status.phase, world.condition("Suspended").status) == ("Pending", "False")
 
 
 def test_what_cannot_be_read_at_all_is_told_too() -> None:

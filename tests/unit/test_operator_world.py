@@ -6,6 +6,7 @@ In a small world in memory (``support.operator_world``): it shows that the plan 
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from outlast import kube
+from outlast.api import TrainingJob
 from outlast_operator.model import Create
-from support.operator_world import World, machine, resource, word
+from outlast_operator.objects import kept_job
+from support.operator_world import NAME, World, machine, resource, word
 
 STORE = {"url": "s3://bucket/training"}
 MACHINES = ("m1", "m2", "m3")
@@ -129,8 +133,10 @@ class History(RuleBasedStateMachine):
 
     def wanted(self) -> int:
         """The greater of what is asked for and what was last asked for in a way that can be obeyed."""
-        workers = self.world.spec["workers"]
-        return int(workers["replicas"] + workers["spares"])
+        kept = kept_job(self.world.owned.get(("Secret", kube.secret_name(NAME))))
+        asked = self.world.spec["workers"]
+        known = [TrainingJob.model_validate(json.loads(kept)).spec.workers] if kept else []
+        return max(asked["replicas"] + asked["spares"], *(one.replicas + one.spares for one in known), 0)
 
     @invariant()
     def passes_settle(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from outlast.errors import RequestError
-from trainctl.logs import log_request
+from trainctl.logs import _check_rank, log_request
 from trainctl.merging import Ended, Merged
 from trainctl.podlogs import container_of
 from trainctl.ranklines import (
@@ -159,6 +159,15 @@ def test_without_a_rank_it_is_the_first() -> None:
 def test_options_that_contradict_each_other(rank: int | None, given: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestError, match=said):
         log_request(rank, **{**PLAIN, **given})
+
+
+@pytest.mark.parametrize("given", [{"attempt": 1}, {"previous": True}])
+def test_an_attempt_that_is_over_may_have_had_more_ranks(given: dict[str, Any]) -> None:
+    """The job was scaled down since."""
+    small = {"spec": {"workers": {"replicas": 1, "procsPerWorker": 2}}}
+    with pytest.raises(RequestError, match="there is no rank 2: the job has ranks 0 to 1"):
+        _check_rank(small, log_request(2, **PLAIN))  # type: ignore[arg-type]
+    _check_rank(small, log_request(2, **{**PLAIN, **given}))
 
 
 # --- several sources as one -----------------------------------------------------------------------------------------

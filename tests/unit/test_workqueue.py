@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outlast.clock import ManualClock, SystemClock
-from outlast_operator.workqueue import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, Backlog, WorkQueue, backoff_s
+from outlast_operator.workqueue import (
+    FIRST_BACKOFF_S,
+    LONGEST_BACKOFF_S,
+    REFUSED_HOLD_S,
+    Backlog,
+    Ended,
+    WorkQueue,
+    backoff_s,
+)
 
 
 @pytest.fixture
@@ -31,9 +39,9 @@ def test_a_key_that_is_being_handled_is_handled_once_more_afterwards(backlog: Ba
     backlog.add("a", 1.0)
     backlog.add("a", 1.0)
     assert backlog.take(1.0) is None
-    backlog.done("a", 2.0, failed=False)
+    backlog.done("a", 2.0, Ended.WELL)
     assert backlog.take(2.0) == "a"
-    backlog.done("a", 3.0, failed=False)
+    backlog.done("a", 3.0, Ended.WELL)
     assert backlog.take(9.0) is None
 
 
@@ -44,7 +52,7 @@ def test_the_earliest_of_several_times_counts(backlog: Backlog[str]) -> None:
     assert backlog.next_due() == 5.0
     assert backlog.take(4.9) is None
     assert backlog.take(5.0) == "a"
-    backlog.done("a", 5.0, failed=False)
+    backlog.done("a", 5.0, Ended.WELL)
     assert backlog.next_due() is None
 
 
@@ -52,7 +60,7 @@ def test_handling_a_key_early_makes_its_time_void(backlog: Backlog[str]) -> None
     backlog.add_in("a", 30.0, 0.0)
     backlog.add("a", 1.0)
     assert backlog.take(1.0) == "a"
-    backlog.done("a", 1.0, failed=False)
+    backlog.done("a", 1.0, Ended.WELL)
     assert backlog.take(31.0) is None
 
 
@@ -61,7 +69,7 @@ def test_failures_double_the_wait_and_success_forgets_them(backlog: Backlog[str]
     backlog.add("a", now)
     for _ in range(14):
         assert backlog.take(now) == "a"
-        backlog.done("a", now, failed=True)
+        backlog.done("a", now, Ended.FAILED)
         due = backlog.next_due()
         assert due is not None
         waits.append(due - now)
@@ -71,20 +79,37 @@ def test_failures_double_the_wait_and_success_forgets_them(backlog: Backlog[str]
         assert most / 2 <= wait <= most
     assert waits[-1] >= LONGEST_BACKOFF_S / 2
     assert backlog.take(now) == "a"
-    backlog.done("a", now, failed=False)
+    backlog.done("a", now, Ended.WELL)
     assert backlog.failures("a") == 0
 
 
 def test_events_do_not_cut_a_back_off_short_but_another_spec_does(backlog: Backlog[str]) -> None:
     backlog.add("a", 0.0)
     backlog.take(0.0)
-    backlog.done("a", 0.0, failed=True, at_least_s=20.0)
+    backlog.done("a", 0.0, Ended.FAILED, at_least_s=20.0)
     backlog.add("a", 1.0)
     assert backlog.take(1.0) is None
     backlog.add_in("a", 2.0, 1.0)
     assert backlog.take(4.0) is None
     backlog.renew("a", 5.0)
     assert backlog.take(5.0) == "a"
+
+
+def test_what_is_refused_is_tried_again_as_late_but_does_not_keep_events_waiting(backlog: Backlog[str]) -> None:
+    now = 0.0
+    backlog.add("a", now)
+    for _ in range(14):
+        assert backlog.take(now) == "a"
+        backlog.done("a", now, Ended.REFUSED)
+        due = backlog.next_due()
+        assert due is not None
+        now = due
+    assert backlog.take(now) == "a"
+    backlog.done("a", now, Ended.REFUSED)
+    assert backlog.next_due() - now >= LONGEST_BACKOFF_S / 2  # type: ignore[operator]
+    backlog.add("a", now + 0.1)
+    assert backlog.take(now + 0.1) is None
+    assert backlog.take(now + REFUSED_HOLD_S) == "a"
 
 
 def test_the_oldest_wait_is_known(backlog: Backlog[str]) -> None:
@@ -99,6 +124,9 @@ def test_back_off_is_bounded(failures: int) -> None:
     assert FIRST_BACKOFF_S / 2 <= backoff_s(failures, Random(failures)) <= LONGEST_BACKOFF_S
 
 
+_ENDS = {"done": Ended.WELL, "fail": Ended.FAILED, "refuse": Ended.REFUSED}
+
+
 class _Model:
     """What a backlog owes: every key that was touched since it was last taken must come again."""
 
@@ -108,7 +136,11 @@ class _Model:
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(["add", "add_in", "renew", "take", "done", "fail", "wait"]), st.integers(0, 3)))
+    st.lists(
+        st.tuples(
+            st.sampled_from(["add", "add_in", "renew", "take", "done", "fail", "refuse", "wait"]), st.integers(0, 3)
+        )
+    )
 )
 def test_nothing_is_lost_and_nothing_is_handled_twice_at_once(steps: list[tuple[str, int]]) -> None:
     backlog: Backlog[int] = Backlog(Random(0))
@@ -120,11 +152,11 @@ def test_nothing_is_lost_and_nothing_is_handled_twice_at_once(steps: list[tuple[
                 assert taken not in model.busy
                 model.busy.add(taken)
                 model.owed.discard(taken)
-        elif what in ("done", "fail"):
+        elif what in _ENDS:
             if key in model.busy:
                 model.busy.discard(key)
-                backlog.done(key, now, failed=what == "fail")
-                if what == "fail":
+                backlog.done(key, now, _ENDS[what])
+                if what != "done":
                     model.owed.add(key)
         elif what == "wait":
             now += key
@@ -134,12 +166,12 @@ def test_nothing_is_lost_and_nothing_is_handled_twice_at_once(steps: list[tuple[
             )
             model.owed.add(key)
     for key in model.busy:
-        backlog.done(key, now, failed=False)
+        backlog.done(key, now, Ended.WELL)
     now += 2 * LONGEST_BACKOFF_S
     seen = set()
     while (taken := backlog.take(now)) is not None:
         seen.add(taken)
-        backlog.done(taken, now, failed=False)
+        backlog.done(taken, now, Ended.WELL)
     assert model.owed <= seen
 
 

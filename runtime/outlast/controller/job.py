@@ -240,7 +240,7 @@ class Job:
     def lose(self, node: Node, reason: str, silent_s: float, now: float) -> None:
         """Give a node up."""
         seat, needed = node.seat, self.needs(node) and not self._handed_over(node)
-        self.members.lose(node, reason)
+        self.members.lose(node, reason, now)
         self.out.append(GiveUp(node.name, reason))
         if node.leaving is not None and not needed:
             self.emit("node-left", f"{node.name} has left: {reason}", node=node.name)

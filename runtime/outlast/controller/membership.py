@@ -42,9 +42,9 @@ class Departure:
 
 @dataclass(slots=True)
 class Node:
-    """One node as it is known. ``gone``: why it was given up; ``stopped``: the attempt for which it has answered
-    ``Stop``, with ``inventory``; ``dirty``: (local rank, slot) of files that a rank may still write; ``leaving``: that
-    it was told to go; ``memory``: bytes that its images may take in all, where known.
+    """One node as it is known. ``gone``: why it was given up, at ``gone_at``; ``stopped``: the attempt for which it has
+    answered ``Stop``, with ``inventory``; ``dirty``: (local rank, slot) of files that a rank may still write;
+    ``leaving``: that it was told to go; ``memory``: bytes that its images may take in all, where known.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Node:
     seat: int | None = None
     keeper_up: bool = True
     gone: str | None = None
+    gone_at: float = 0.0
     stopped: Attempt | None = None
     inventory: Inventory | None = None
     held: tuple[HeldImage, ...] = ()
@@ -110,9 +111,9 @@ class Membership:
         self.watch.add(event.node, awake)
         return node
 
-    def lose(self, node: Node, reason: str) -> None:
+    def lose(self, node: Node, reason: str, now: float) -> None:
         """Give a node up. Its seat stays with it in ``seats`` until the next attempt is seated."""
-        node.gone = reason
+        node.gone, node.gone_at = reason, now
         node.seat = None
         node.stopped = None
         node.inventory = None

@@ -34,7 +34,7 @@ def status_of(job: Job, now: float) -> dict[str, Any]:
         "incarnation": job.attempt.incarnation if job.attempt else None,
         "restarts": dict(story.restarts),
         "start_time": None if job.started is None else round(job.started, 3),
-        "nodes": {node.name: _node(job, node) for node in job.members.nodes.values()},
+        "nodes": {node.name: _node(job, node, now) for node in job.members.nodes.values()},
         "seats": [{"seat": seat, "node": name} for seat, name in sorted(job.members.seats.items())],
         "workers": _workers(job),
         "ranks": {"ready": len(progress.ready), "done": len(progress.done), "world": _world(job)},
@@ -60,7 +60,7 @@ def _shown(job: Job) -> str:
     return SHOWN[job.phase]
 
 
-def _node(job: Job, node: Node) -> dict[str, Any]:
+def _node(job: Job, node: Node, now: float) -> dict[str, Any]:
     heard = job.members.watch.silence(node.name, job.awake.now)
     return {
         "node": node.name,
@@ -71,6 +71,7 @@ def _node(job: Job, node: Node) -> dict[str, Any]:
         "keeper": "up" if node.keeper_up else "down",
         "heartbeat_age_s": None if heard is None else round(heard, 3),
         "reason": node.gone,
+        "gone_s": None if node.gone is None else round(now - node.gone_at, 1),
     }
 
 
