@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from safetensors import safe_open
@@ -65,9 +65,8 @@ def upload(nodes: Cluster, seat: int, url: str, generation: Generation = OLD, **
 
 
 def from_store(url: str, image: StoredImage, node: str, slot: int = 0) -> RankRestore:
-    return RankRestore(
-        image.rank, image.seat, image.local_rank, node, slot, "object", image.size, None, url=url, key=image.key
-    )
+    place = (image.rank, image.seat, image.local_rank, node, slot, "object", image.size, None)
+    return RankRestore(*place, url=url, key=image.key, checksum=image.checksum)
 
 
 def fetch(nodes: Cluster, url: str, image: StoredImage, generation: Generation = OLD, slot: int = 0) -> dict[str, Any]:
@@ -143,6 +142,10 @@ def _of_another_generation(path: Path) -> None:
     write_shard(path, 0, 0, NEW, 2 * MIB)
 
 
+def _of_other_bytes(path: Path) -> None:
+    write_shard(path, 0, 0, OLD, 2 * MIB, seed=99)
+
+
 @pytest.mark.parametrize(
     ("damage", "kind", "says"),
     [
@@ -152,6 +155,7 @@ def _of_another_generation(path: Path) -> None:
         (_unsealed, ImageError, "generation None"),
         (_of_another_rank, ImageError, "'seat': '1'"),
         (_of_another_generation, ImageError, f"generation {NEW}"),
+        (_of_other_bytes, ImageError, "not the one that its manifest names"),
         (Path.unlink, ObjectMissing, "no such object"),
     ],
 )
@@ -196,14 +200,17 @@ def test_a_store_that_refuses_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small tmpfs")
-def test_a_full_store_is_told_and_keeps_nothing(tmp_path: Path) -> None:
+def test_a_full_store_is_told_and_waited_for(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(tmp_path)], check=True)
     try:
         with cluster(1, program=DURABLE) as nodes:
             nodes.write_shards(OLD, [PIECES])
-            with pytest.raises(StoreUnavailable, match="full"):
-                upload(nodes, 0, f"file://{tmp_path}")
-        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+            node, done = nodes.nodes[0], in_thread(lambda: upload(nodes, 0, f"file://{tmp_path}"))
+            wait_until(lambda: "full" in str(node.call("waiting")["trouble"]), "the keeper does not say why it waits")
+            subprocess.run(["mount", "-o", "remount,size=30m", str(tmp_path)], check=True)
+            (image,) = cast(list[StoredImage], done())
+            assert node.call("waiting")["trouble"] is None
+            assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / image.key]
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 

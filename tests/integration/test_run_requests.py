@@ -122,4 +122,5 @@ def test_faults_on_request(tmp_path: pathlib.Path, reference: Outcome) -> None:
         "rank-crash",
         "keeper-crash",
         "corrupt",
+        "node-leave",
     }

@@ -189,13 +189,14 @@ def write_shard(
     nbytes: int,
     procs: int = 1,
     world: int | None = None,
+    seed: int = 0,
 ) -> int:
     """Write a sealed image of random data, as a rank would; gives its length. ``world`` None: its header says none."""
     meta = {"kind": "shard", "seat": str(seat), "local_rank": str(local_rank)}
     meta |= {"rank": str(seat * procs + local_rank)} | ({} if world is None else {"world": str(world)})
     image = ImageFile.create(path, plan_layout([Entry("weights", "U8", (nbytes,), nbytes)], meta))
     image.begin(generation)
-    random = np.random.default_rng([seat, local_rank, generation.step])
+    random = np.random.default_rng([seat, local_rank, generation.step, seed])
     image.entry_view("weights")[:] = random.bytes(nbytes)
     image.seal(block_checksums(image.view(0, image.layout.trailer_offset)))
     image.close()

@@ -174,6 +174,10 @@ def test_an_object_that_is_no_whole_image_is_refused(large: bytes, harm: Callabl
 def test_an_object_of_another_generation_or_none_is_refused(large: bytes) -> None:
     with pytest.raises(CheckpointError, match=f"holds generation {GENERATION}, not 2-cd-7"):
         ObjectShard(Objects(key=large), "key", Generation(2, 7, "cd")).layout()
+    checksum = ObjectShard(Objects(key=large), "key").checksum
+    ObjectShard(Objects(key=large), "key", checksum=checksum).layout()
+    with pytest.raises(CheckpointError, match=f"another image than its manifest names: checksum {checksum}, not 00"):
+        ObjectShard(Objects(key=large), "key", checksum="0" * 16).layout()
     with pytest.raises(ObjectMissing, match="bucket/key is not there"):
         ObjectShard(Objects(), "key").layout()
 

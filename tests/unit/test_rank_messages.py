@@ -45,7 +45,11 @@ DURABLE = {"checkpoint": {"url": "file:///store"}}
 
 
 def restore(rank: int, node: str, slot: int, source: Origin) -> RankRestore:
-    stored = {"url": "file:///store/default/j", "key": f"{GENERATION}/rank-{rank:05d}.safetensors"}
+    stored = {
+        "url": "file:///store/default/j",
+        "key": f"{GENERATION}/rank-{rank:05d}.safetensors",
+        "checksum": "ab" * 8,
+    }
     more = stored if source == "object" else {}
     return RankRestore(rank, rank // 2, rank % 2, node, slot, source, 100, None, **more)
 
@@ -112,7 +116,11 @@ def test_of_another_world_images_are_where_they_are_kept_decoded_or_stored() -> 
         "0": {"host": "10.0.0.2", "port": 7002, "local_rank": 0, "seat": 0, "path": "/memory/node-1/slot-0-1.img"},
         "1": {"host": "10.0.0.9", "port": 7009, "local_rank": 1, "seat": 0},
         "6": {"host": "10.0.0.1", "port": 7001, "local_rank": 0, "seat": 3},
-        "7": {"url": "file:///store/default/j", "key": f"{GENERATION}/rank-00007.safetensors"},
+        "7": {
+            "url": "file:///store/default/j",
+            "key": f"{GENERATION}/rank-00007.safetensors",
+            "checksum": "ab" * 8,
+        },
     }
 
 

@@ -186,8 +186,14 @@ def test_a_store_without_checkpoints_lets_a_job_start_afresh(tmp_path: Path) -> 
     _put_head(tmp_path, [])
     assert identity_of(_stored_job(tmp_path), True, said.append) == "theirs"
     assert all(line.endswith("starting afresh") for line in said)
-    assert identity_of(_stored_job(tmp_path), False, said.append) == "theirs", "nothing of theirs would be lost"
     assert len(said) == 2
+
+
+def test_a_run_that_has_no_checkpoint_yet_is_not_stopped_by_another(tmp_path: Path) -> None:
+    _put_head(tmp_path, [])
+    with pytest.raises(RequestError, match=r"has no checkpoint yet.*take its place with --resume"):
+        identity_of(_stored_job(tmp_path), False, lambda _: None)
+    assert identity_of(_stored_job(tmp_path, "of-kubernetes"), False, lambda _: None) == "of-kubernetes"
 
 
 @pytest.mark.parametrize("resume", [True, False])

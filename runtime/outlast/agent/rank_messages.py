@@ -148,7 +148,7 @@ def _where_it_is(node: str, memory_dir: Path, start: m.Start, restore: RankResto
 def _where_to_read(node: str, memory_dir: Path, start: m.Start, restore: RankRestore) -> dict[str, Any]:
     """An image of an old world: in the store, or at the keeper of the node that has it (or had it decoded)."""
     if restore.source == "object":
-        return {"url": restore.url, "key": restore.key}
+        return {"url": restore.url, "key": restore.key, "checksum": restore.checksum}
     told = _at_keeper(start.keepers[restore.node], restore)
     return {**told, "path": _path(memory_dir, restore)} if restore.node == node else told
 

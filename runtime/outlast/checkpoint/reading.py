@@ -58,12 +58,20 @@ class _Job:
 class ObjectShard:
     """One rank's image in ``store`` under ``key``. Nothing is read before it is asked for. For any thread.
 
-    ``generation``: which it must hold (None: any). Raises CheckpointError that names object and block for bytes that
-    are not right, and what the store raises (ObjectMissing, StoreUnavailable, StoreDenied).
+    ``generation`` and ``checksum``: which image it must be (None: any). Raises CheckpointError that names object and
+    block for bytes that are not right, and what the store raises (ObjectMissing, StoreUnavailable, StoreDenied).
     """
 
-    def __init__(self, store: Store, key: str, generation: Generation | None = None, parallel: int = PARALLEL) -> None:
+    def __init__(
+        self,
+        store: Store,
+        key: str,
+        generation: Generation | None = None,
+        parallel: int = PARALLEL,
+        checksum: str | None = None,
+    ) -> None:
         self._store, self._key, self._wanted, self._parallel = store, key, generation, parallel
+        self._wanted_checksum = checksum
         self._lock = threading.Lock()
         self._opened: _Opened | None = None
 
@@ -139,6 +147,9 @@ class ObjectShard:
         packed = self._checksums(size, covered, n_blocks, tail)
         if xxhash.xxh64_intdigest(packed) != sums_digest:
             raise CheckpointError(f"{self}: the checksums at its end are damaged")
+        if self._wanted_checksum not in (None, f"{sums_digest:016x}"):
+            text = f"checksum {sums_digest:016x}, not {self._wanted_checksum}"
+            raise CheckpointError(f"{self} is another image than its manifest names: {text}")
         sums = np.frombuffer(packed, "<u8").astype(np.uint64)
         header = self._header(size, covered, sums)
         generation = self._generation(header, generation_digest)

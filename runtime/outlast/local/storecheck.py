@@ -20,8 +20,8 @@ def identity_of(job: TrainingJob, resume: bool, say: Callable[[str], None]) -> s
     """The mark that this run's controllers put on the job's checkpoints.
 
     The object's own where Kubernetes gave it one; going on, that of the checkpoints; else one that is new. Raises
-    RequestError when there are checkpoints and ``resume`` was not asked for, or ones whose head was lost, and what the
-    store raises.
+    RequestError when a run of the job has left checkpoints there, or may be about to, and ``resume`` was not asked for,
+    or ones whose head was lost, and what the store raises.
     """
     own = job.metadata.uid or secrets.token_hex(16)
     if job.spec.checkpoint is None:
@@ -37,6 +37,11 @@ def identity_of(job: TrainingJob, resume: bool, say: Callable[[str], None]) -> s
         raise RequestError(
             f"{url} holds checkpoints of this job already, {_what(head)}: go on from them with --resume, or give the "
             "job another name or spec.checkpoint.url"
+        )
+    if not resume and head is not None and not job.metadata.uid:
+        raise RequestError(
+            f"{url} belongs to a run of this job that has no checkpoint yet, and that would be stopped: when it has "
+            "ended, take its place with --resume, or give the job another name or spec.checkpoint.url"
         )
     if resume:
         there = head is not None and head.line

@@ -145,7 +145,9 @@ class _Opener:
         where = self._restore.images[rank]
         if "url" in where:
             store = self._store(where["url"])
-            return ObjectShard(store, where["key"], self._restore.generation, REQUESTS_PER_OBJECT)
+            return ObjectShard(
+                store, where["key"], self._restore.generation, REQUESTS_PER_OBJECT, where.get("checksum")
+            )
         if "path" in where:
             return self._local(LocalPieces, where["path"])
         client = KeeperClient(where["host"], where["port"], self._token, KEEPER_SECONDS)

@@ -96,7 +96,8 @@ class Objects:
         image = self._images.get((wanted.seat, wanted.local_rank))
         if image is None:
             return None
-        return replace(wanted.at(node, slot, "object", image.size), url=self._url, key=image.key)
+        there = wanted.at(node, slot, "object", image.size)
+        return replace(there, url=self._url, key=image.key, checksum=image.checksum)
 
 
 @dataclass(frozen=True)

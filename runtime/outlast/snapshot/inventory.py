@@ -144,8 +144,9 @@ class RankRestore:
     ``holder`` is the node with a copy of the image: ``node`` itself for memory-local, another for memory-peer. For
     memory-decode that copy is damaged (fetch it unless it is the node's own, then repair its bad blocks) or, when
     ``holder`` is None, there is none; ``group`` (its ``index`` is the wanted member) and ``sources`` are given for
-    decoding alone and include the damaged copy. For object ``url`` and ``key`` say where it is in the store. The slot
-    may be a guest's: an image that lies in one stays there, and so does one whose slot holds another seat's image.
+    decoding alone and include the damaged copy. For object ``url`` and ``key`` say where it is in the store, and
+    ``checksum`` which image its manifest means. The slot may be a guest's: an image that lies in one stays there, and so
+    does one whose slot holds another seat's image.
 
     In a direct plan ``rank``, ``seat`` and ``local_rank`` are those of the old world, ``node`` is where ranks read it
     ("" for object), and a memory-peer is read where it lies: ``holder`` is ``node``.
@@ -163,6 +164,7 @@ class RankRestore:
     sources: tuple[DecodeSource, ...] = ()
     url: str | None = None
     key: str | None = None
+    checksum: str | None = None
 
     def shard_availability(self) -> list[Bad | None]:
         """For ``decode_ranges``: the bad blocks of each member's image, None where it is lost."""
@@ -194,6 +196,7 @@ class RankRestore:
             "sources": [source.to_json() for source in self.sources],
             "url": self.url,
             "key": self.key,
+            "checksum": self.checksum,
         }
 
     @classmethod
@@ -212,6 +215,7 @@ class RankRestore:
             sources=tuple(DecodeSource.from_json(source) for source in data["sources"]),
             url=data.get("url"),
             key=data.get("key"),
+            checksum=data.get("checksum"),
         )
 
 

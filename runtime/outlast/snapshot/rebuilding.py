@@ -160,7 +160,10 @@ class Rebuilding:
         image = ImageFile.open(draft)
         self._check_identity(image)
         bad = [block for block, good in enumerate(image.verify()) if not good]
+        wanted, found = self._request.restore.checksum, image.digest
         image.close()
+        if wanted not in (None, found):
+            raise ImageError(f"{self._request.name}: the stored image is not the one that its manifest names: {found}")
         if bad:
             raise ImageError(f"{self._request.name}: {len(bad)} blocks do not verify after the rebuild, first {bad[0]}")
 
