@@ -77,11 +77,12 @@ class Trouble:
 @dataclass(frozen=True)
 class Observed:
     """One pass's input. ``job`` is the resource as it is in the cache (``raw``), parsed, with its status; ``invalid``
-    says why it cannot be parsed (then ``job`` is None). ``pods`` are all that bear the job's name: terminating ones too,
-    and those of an earlier job of that name; ``machines`` the cluster's Nodes by name, as far as they carry Pods of the
-    job. ``owned``: the job's other objects by (kind, name). ``trouble``: why actions of the last pass could not be done;
-    the plan has them done again all the same (with back-off), and its status says why there are none yet. ``objection``:
-    why the controller would not do what it was asked in the last pass. Objects come pruned (``pruning``).
+    says why it cannot be parsed (then ``job`` is None). ``pods`` are all that bear the job's name: terminating ones
+    too, and those of an earlier job of that name; ``machines`` the cluster's Nodes by name, as far as they carry Pods
+    of the job. ``owned``: the job's other objects by (kind, name). ``trouble``: why actions of the last pass could not
+    be done; the plan has them done again all the same (with back-off), and its status says why there are none yet.
+    ``objection``: why the controller would not do what it was asked in the last pass. Objects come pruned
+    (``pruning``).
 
     What earlier passes wrote must be seen here: a cache that is behind the operator's own writes would have Pods made
     and Events told twice. ``new_token``: a random text of 32 characters or more, drawn for this pass; it becomes the

@@ -29,8 +29,8 @@ from outlast_operator.pods import Pod, index_of, owner_uid, pod_of
 DOUBT_S = 40.0
 """How long it is not believed that all of a job's machines are lost at once."""
 SILENT_S = 10.0
-"""A node that its controller gave up so long ago is not waited for, whatever its machine says: that a kubelet is cut off
-shows after 40 s, that a node is after 1.5 s. One whose container starts again is not ready meanwhile."""
+"""A node that its controller gave up so long ago is not waited for, whatever its machine says: that a kubelet is cut
+off shows after 40 s, that a node is after 1.5 s. One whose container starts again is not ready meanwhile."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ Step = Annotated[
     int | None, typer.Argument(metavar="[STEP]", help="Which checkpoint [the newest].", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
+GRACE = "1d"
+"""As ``outlast.checkpoint.archive.GRACE_S``, which is not imported for ``--help``: an upload may take hours."""
 
 
 class Format(StrEnum):
@@ -103,7 +105,7 @@ def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Remove it; without this it is only shown.")] = False,
     grace: Annotated[
         str, typer.Option(metavar="DURATION", help="Leave alone what was written so recently: it may be in use.")
-    ] = "1h",
+    ] = GRACE,
     json: Json = False,
     namespace: Namespace = None,
     context: Context = None,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import http.server
 import multiprocessing
 import os
 import pathlib
@@ -10,10 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
 
 import pytest
+from botocore import exceptions as b
 
-from outlast.checkpoint.store import Store, StoreOptions, open_store
+from outlast.checkpoint import folder, s3
+from outlast.checkpoint.s3errors import Where, told
+from outlast.checkpoint.store import Store, StoreOptions, Unfinished, open_store
 from outlast.errors import (
     CheckpointError,
     ObjectMissing,
@@ -29,6 +37,8 @@ pytestmark = pytest.mark.timeout(120)
 
 PART = 5 << 20
 """The least that S3 takes as a part."""
+
+KEYS = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @pytest.fixture(scope="module", params=["folder", "moto", "s3"])
@@ -197,6 +207,43 @@ def test_an_upload_that_is_called_off_leaves_nothing(store: Store) -> None:
     assert list(store.unfinished()) == []
 
 
+def test_an_upload_that_somebody_else_calls_off_begins_anew(
+    store: Store, url: str, request: pytest.FixtureRequest
+) -> None:
+    """As a gc with a short grace does: no image is missing or damaged for that."""
+    if request.node.callspec.params["place"] == "moto":
+        pytest.skip("moto answers with 500 where others say NoSuchUpload")
+    data, asked, other = os.urandom(8 * PART), 0, open_store(url)
+
+    def call_off_once() -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == 4:
+            for upload in other.unfinished():
+                other.call_off(upload)
+        return False
+
+    store.upload("x", memoryview(data), call_off_once)
+    assert asked > 8, "it went through once"
+    target = bytearray(len(data))
+    store.read_into("x", 0, memoryview(target))
+    assert target == data
+    assert list(store.unfinished()) == []
+
+
+def test_an_upload_that_is_always_called_off_is_no_missing_object(url: str) -> None:
+    store, other = open_store(url, StoreOptions(part_bytes=PART, patience_s=0.1)), open_store(url)
+
+    def call_off() -> bool:
+        for upload in other.unfinished():
+            other.call_off(upload)
+        return False
+
+    with pytest.raises(StoreUnavailable):
+        store.upload("x", memoryview(bytes(2 * PART)), call_off)
+    assert list(store.list()) == []
+
+
 def test_uploads_that_nobody_ended_are_found(store: Store, url: str) -> None:
     code = (
         "import os, sys; from outlast.checkpoint.store import *\n"
@@ -306,6 +353,188 @@ def test_a_conditional_put_whose_answer_was_lost_is_ours(
     assert store.get("head") == (b"2", newer)
 
 
+NO_UPLOAD = {"Error": {"Code": "NoSuchUpload"}, "ResponseMetadata": {"HTTPStatusCode": 404}}
+
+
+def test_a_part_of_an_upload_that_is_gone_makes_it_begin_anew(
+    proxied: tuple[Proxy, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, url = proxied
+    store = open_store(f"{url}/anew", StoreOptions(part_bytes=PART, patience_s=10, parallel=1))
+    client, sent = store._client, []  # type: ignore[attr-defined]
+    part = client.upload_part
+
+    def first(**arguments: object) -> object:
+        sent.append(arguments["UploadId"])
+        if len(sent) == 1:
+            raise b.ClientError(NO_UPLOAD, "UploadPart")
+        return part(**arguments)
+
+    monkeypatch.setattr(client, "upload_part", first)
+    store.upload("x", memoryview(bytes(2 * PART)))
+    assert [upload == sent[0] for upload in sent] == [True, False, False]
+    assert store.head("x").size == 2 * PART
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_completion_is_looked_up_before_an_upload_begins_anew(
+    proxied: tuple[Proxy, str], monkeypatch: pytest.MonkeyPatch, heard: bool
+) -> None:
+    """Its answer is lost, or somebody called the upload off before: an object of that size is there both times."""
+    _, url = proxied
+    store = open_store(f"{url}/completed-{heard}", StoreOptions(part_bytes=PART, patience_s=10))
+    client = store._client  # type: ignore[attr-defined]
+    complete, sent, completed = client.complete_multipart_upload, [], []
+    store.upload("x", memoryview(bytes(2 * PART)))
+    part = client.upload_part
+    monkeypatch.setattr(client, "upload_part", lambda **arguments: (sent.append(1), part(**arguments))[1])
+
+    def first(**arguments: object) -> object:
+        completed.append(arguments)
+        if len(completed) > 1:
+            return complete(**arguments)
+        if heard:
+            complete(**arguments)
+            raise ConnectionResetError("the answer was lost")
+        store.call_off(next(store.unfinished()))
+        raise b.ClientError(NO_UPLOAD, "CompleteMultipartUpload")
+
+    monkeypatch.setattr(client, "complete_multipart_upload", first)
+    data = os.urandom(2 * PART)
+    store.upload("x", memoryview(data))
+    assert len(sent) == (2 if heard else 4)
+    target = bytearray(len(data))
+    store.read_into("x", 0, memoryview(target))
+    assert target == data
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_what_is_sent_again_keeps_the_bandwidth_too(
+    proxied: tuple[Proxy, str], monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    """And waiting for it takes nothing of the patience with the store."""
+    _, url = proxied
+    store = open_store(f"{url}/paced", StoreOptions(part_bytes=PART, patience_s=0.5, bandwidth=PART, parallel=1))
+    client, paced = store._client, []  # type: ignore[attr-defined]
+    wait = store._pace.wait  # type: ignore[attr-defined]
+    monkeypatch.setattr(store._pace, "wait", lambda n, cancelled: (paced.append(n), wait(n, cancelled))[1])  # type: ignore[attr-defined]
+    call = "put_object" if parts == 1 else "upload_part"
+    real, calls = getattr(client, call), []
+
+    def lose_first(**arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise ConnectionResetError("lost")
+        return real(**arguments)
+
+    monkeypatch.setattr(client, call, lose_first)
+    began = time.monotonic()
+    store.upload("x", memoryview(bytes(parts * PART)))
+    assert paced == [PART] * (parts + 1)
+    assert time.monotonic() - began > parts + 1 - 0.5
+
+
+def test_a_service_without_conditional_writes_is_refused() -> None:
+    with pretended(501, "NotImplemented") as variables, environment(variables):
+        store = open_store("s3://bucket/x")
+        began = time.monotonic()
+        with pytest.raises(StoreDenied, match=r"has no conditional writes .*: use an S3 service that has"):
+            store.put("head", b"1", if_absent=True)
+        with pytest.raises(StoreDenied, match="has no ListObjectsV2"):
+            list(store.list())
+        assert time.monotonic() - began < 3
+
+
+@contextmanager
+def pretended(status: int, code: str) -> Iterator[dict[str, str]]:
+    """The variables that lead to a server that answers everything with this."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = f"<Error><Code>{code}</Code><Message>because</Message></Error>".encode() if code else b"hello"
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_PUT = do_POST = do_DELETE = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}
+        server.shutdown()
+
+
+def test_what_is_no_s3_service_is_told() -> None:
+    with pretended(200, "") as variables, environment(variables):
+        store = open_store("s3://bucket/x", StoreOptions(patience_s=0.1))
+        with pytest.raises(StoreDenied, match="AWS_ENDPOINT_URL"):
+            store.get("head")
+        with pytest.raises(StoreUnavailable):
+            list(store.list())
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("AWS_ENDPOINT_URL", "localhost:9000"),
+        ("AWS_ENDPOINT_URL", "http://[::1"),
+        ("AWS_PROFILE", "nope"),
+        ("AWS_DEFAULT_REGION", "no such region"),
+        ("AWS_CONFIG_FILE", "damaged"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_told_when_a_store_is_opened(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    (tmp_path / "damaged").write_text("[profile\nx")
+    monkeypatch.chdir(tmp_path)
+    with environment({**KEYS, variable: value}), pytest.raises(StoreDenied, match="check the S3 configuration"):
+        open_store("s3://bucket/x")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (b.EndpointConnectionError(endpoint_url="http://x"), StoreUnavailable),
+        (b.ReadTimeoutError(endpoint_url="http://x"), StoreUnavailable),
+        (b.CredentialRetrievalError(provider="container-role", error_msg="timed out"), StoreUnavailable),
+        (b.MetadataRetrievalError(error_msg="503"), StoreUnavailable),
+        (b.NoCredentialsError(), StoreDenied),
+        (b.InvalidS3AddressingStyleError(s3_addressing_style="x"), StoreDenied),
+        (b.UnauthorizedSSOTokenError(), StoreDenied),
+        (ValueError("no URL"), StoreDenied),
+        (TimeoutError("no answer"), StoreUnavailable),
+    ],
+)
+def test_whatever_the_library_raises_is_an_error_of_a_store(error: Exception, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="s3://bucket/x"), told(Where("s3://bucket/x", "bucket", "http://x")):
+        raise error
+
+
+def test_whoever_gives_out_credentials_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Pod's identity agent that starts after the Pod."""
+    made: list[int] = []
+
+    def make(options: StoreOptions) -> object:
+        made.append(1)
+        if len(made) < 3:
+            raise b.CredentialRetrievalError(provider="container-role", error_msg="connection refused")
+        return real(options)
+
+    real = s3._new_client
+    monkeypatch.setattr(s3, "_new_client", make)
+    with moto_s3() as variables, environment(variables):
+        store = open_store(f"s3://{new_bucket()}/x")
+        store.put("a", b"1")
+        assert store.get("a")[0] == b"1"
+    assert len(made) == 3
+
+
 def test_refusals_are_told_at_once(proxied: tuple[Proxy, str]) -> None:
     proxy, _ = proxied
     proxy.mode = "pass"
@@ -313,6 +542,13 @@ def test_refusals_are_told_at_once(proxied: tuple[Proxy, str]) -> None:
     with pytest.raises(StoreDenied, match=r"no-such-bucket-here.*spec\.checkpoint\.url"):
         open_store("s3://no-such-bucket-here/x").get("head")
     assert time.monotonic() - began < 3
+
+
+def test_a_region_counts_by_either_name() -> None:
+    known = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
+    for given, region in (({"AWS_REGION": "x-1"}, "x-1"), ({"AWS_REGION": "x-1", "AWS_DEFAULT_REGION": "y-2"}, "y-2")):
+        with environment({**known, **given}), closing(open_store("s3://bucket/prefix")) as store:
+            assert store._client.meta.region_name == region  # type: ignore[attr-defined]
 
 
 def test_wrong_credentials_are_told_at_once() -> None:
@@ -323,20 +559,151 @@ def test_wrong_credentials_are_told_at_once() -> None:
         assert time.monotonic() - began < 3
 
 
-def test_a_full_folder_is_told(tmp_path: pathlib.Path) -> None:
+@pytest.fixture
+def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file system of 1 MiB."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("no small file system can be mounted here")
-    try:
-        store = open_store(f"file://{tmp_path}/store")
-        with pytest.raises(StoreUnavailable, match="full"):
-            store.upload("x", memoryview(bytes(2 << 20)))
-        assert list(store.list()) == []
-        assert list(store.unfinished()) == []
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_folder_is_told(small_disk: pathlib.Path) -> None:
+    heard: list[str | None] = []
+    store = open_store(f"file://{small_disk}/store", StoreOptions(patience_s=1.0, on_wait=heard.append))
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable, match="full"):
+        store.upload("x", memoryview(bytes(2 << 20)))
+    assert 0.9 < time.monotonic() - began < 5
+    assert "full" in str(heard[0])
+    assert heard[-1] is None
+    assert list(store.list()) == []
+    assert list(store.unfinished()) == []
+
+
+def test_a_full_folder_is_waited_for(small_disk: pathlib.Path) -> None:
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes((1 << 20) - 65536))
+    timer = later(0.5, filler.unlink)
+    store = open_store(f"file://{small_disk}/store", StoreOptions(patience_s=30))
+    store.upload("x", memoryview(bytes(1 << 19)))
+    timer.join()
+    assert store.head("x").size == 1 << 19
+    assert list(store.unfinished()) == []
+
+
+PASSING = OSError(errno.EIO, "it failed")
+REFUSED = PermissionError(errno.EACCES, "not you")
+
+
+def failing(real: Callable[..., Any], errors: list[OSError], where: str = "") -> Callable[..., Any]:
+    """``real``, of which the first calls (about a path with ``where`` in it) end with these errors."""
+
+    def call(*arguments: Any, **more: Any) -> Any:
+        if errors and where in str(arguments[0]):
+            raise errors.pop(0)
+        return real(*arguments, **more)
+
+    return call
+
+
+@pytest.mark.parametrize("point", ["write", "fsync", "replace", "preadv", "open"])
+def test_a_folder_that_fails_is_asked_again(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    store = open_store(f"file://{tmp_path}", StoreOptions(patience_s=10))
+    data, errors = os.urandom(100), [PASSING, PASSING]
+    owner: Any = pathlib.Path if point in ("replace", "open") else os
+    monkeypatch.setattr(owner, point, failing(getattr(owner, point), errors))
+    store.upload("a/x", memoryview(data))
+    target = bytearray(100)
+    store.read_into("a/x", 0, memoryview(target))
+    assert target == data
+    assert errors == []
+    assert list(store.unfinished()) == []
+
+
+def test_a_folder_that_refuses_is_not_asked_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(f"file://{tmp_path}")
+    monkeypatch.setattr(pathlib.Path, "open", failing(pathlib.Path.open, [REFUSED]))
+    with pytest.raises(StoreDenied):
+        store.upload("x", memoryview(b"1"))
+
+
+@pytest.mark.parametrize("condition", ["if_absent", "if_match"])
+def test_a_put_that_failed_after_it_had_moved_into_place_is_ours(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, condition: str
+) -> None:
+    store = open_store(f"file://{tmp_path}", StoreOptions(patience_s=10))
+    conditions = {"if_absent": True} if condition == "if_absent" else {"if_match": store.put("x", b"0")}
+    errors = [PASSING]
+    monkeypatch.setattr(folder, "_sync_folder", failing(folder._sync_folder, errors))
+    etag = store.put("x", b"1", **conditions)  # type: ignore[arg-type]
+    assert errors == []
+    assert store.get("x") == (b"1", etag)
+    with pytest.raises(PreconditionFailed):
+        store.put("x", b"1", **conditions)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(PASSING, StoreUnavailable), (REFUSED, StoreDenied), (FileNotFoundError(errno.ENOENT, "gone"), None)],
+)
+def test_what_a_folder_cannot_list_is_not_missing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: OSError, raised: type[Exception] | None
+) -> None:
+    store = open_store(f"file://{tmp_path}", StoreOptions(patience_s=0))
+    store.put("a/x", b"1")
+    store.put("b/x", b"1")
+    monkeypatch.setattr(os, "scandir", failing(os.scandir, [error], str(tmp_path / "a")))
+    if raised is None:
+        assert [found.key for found in store.list()] == ["b/x"]
+    else:
+        with pytest.raises(raised):
+            list(store.list())
+    assert [found.key for found in store.list()] == ["a/x", "b/x"]
+
+
+def test_a_lock_that_is_held_is_waited_for_and_given_up(tmp_path: pathlib.Path) -> None:
+    store = open_store(f"file://{tmp_path}", StoreOptions(patience_s=0.5))
+    store.put("x", b"0")
+    with (tmp_path / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable, match=rf"holds the lock {tmp_path}/\.lock"):
+            store.put("x", b"1")
+        assert 0.4 < time.monotonic() - began < 5
+        timer = later(0.2, lambda: fcntl.flock(held, fcntl.LOCK_UN))
+        store.put("x", b"2")
+        timer.join()
+    assert store.get("x")[0] == b"2"
+
+
+@pytest.mark.parametrize(("error", "raised"), [(FileNotFoundError(errno.ENOENT, "gone"), None), (REFUSED, StoreDenied)])
+def test_drafts_that_are_moved_away_meanwhile_are_skipped(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: OSError, raised: type[Exception] | None
+) -> None:
+    store = open_store(f"file://{tmp_path}")
+    drafts = tmp_path / ".drafts"
+    drafts.mkdir()
+    for name in ("0+gone", "1+left"):
+        (drafts / name).write_bytes(b"")
+    monkeypatch.setattr(pathlib.Path, "stat", failing(pathlib.Path.stat, [error], "+gone"))
+    if raised is None:
+        assert [found.key for found in store.unfinished()] == ["left"]
+    else:
+        with pytest.raises(raised):
+            list(store.unfinished())
+    left = Unfinished("left", "1+left", 0.0)
+    monkeypatch.setattr(pathlib.Path, "unlink", failing(pathlib.Path.unlink, [REFUSED]))
+    with pytest.raises(StoreDenied):
+        store.call_off(left)
+    store.call_off(left)
+    store.call_off(left)
+    assert [found.key for found in store.unfinished()] == ["gone"]
 
 
 def test_a_folder_that_may_not_be_written_is_told(tmp_path: pathlib.Path) -> None:

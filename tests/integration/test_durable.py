@@ -163,7 +163,7 @@ def test_a_full_store_holds_nothing_up(tmp_path: pathlib.Path, reference: Outcom
     outcome = trainctl_run(spec, tmp_path, timeout=390)
     watcher.join()
     assert outcome.status == 0, outcome.output
-    assert outcome.events("checkpoint-failed"), outcome.output
+    assert any("full" in event["text"] for event in outcome.events("store-unavailable")), outcome.output
     assert outcome.report["checkpoints"]["last_step"] == 90
     assert outcome.digest == reference.digest
 
@@ -176,12 +176,12 @@ def small_disk_free(path: pathlib.Path) -> int:
 
 
 def free_when_told(events: pathlib.Path, filler: pathlib.Path) -> None:
-    """Remove the filler once a checkpoint has failed."""
+    """Remove the filler once it was told that an upload waits for room."""
     import time
 
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if events.exists() and '"checkpoint-failed"' in events.read_text():
+        if events.exists() and '"store-unavailable"' in events.read_text():
             break
         time.sleep(0.1)
     filler.unlink()

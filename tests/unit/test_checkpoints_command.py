@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpoint.archive import Archive
+from outlast.agent.keeper_calls import UPLOAD_S
+from outlast.checkpoint.archive import GRACE_S, Archive
 from outlast.checkpoint.manifest import ClaimMark, JobMark, Manifest, image_key, rfc3339
 from outlast.checkpoint.store import open_store
+from outlast.quantities import parse_duration
 from outlast.snapshot.identity import Generation
 from outlast.snapshot.stored import StoredImage
 from trainctl.catalogue import ago, amount
+from trainctl.checkpoints import GRACE
 from trainctl.main import run
 
 MARK = "ab" * 8
@@ -166,7 +169,7 @@ def garbage(job: Job, age_s: float) -> Path:
 
 def test_gc_shows_first_and_removes_when_told(job: Job, trainctl: Command) -> None:
     assert "there is no garbage" in trainctl("gc", job.url)[1]
-    path = garbage(job, 4000)
+    path = garbage(job, 90000)
     text = trainctl("gc", job.url)[1]
     assert "4.9 KiB" in text
     assert image_key(job.generation(40), 0) in text
@@ -179,17 +182,21 @@ def test_gc_shows_first_and_removes_when_told(job: Job, trainctl: Command) -> No
 
 
 def test_gc_leaves_alone_what_may_be_under_way(job: Job, trainctl: Command) -> None:
-    path = garbage(job, 600)
+    path = garbage(job, UPLOAD_S + 600)
     trainctl("gc", job.url, "--delete")
-    assert path.exists(), "younger than the hour that is the default"
+    assert path.exists(), "younger than the day that is the default"
     trainctl("gc", job.url, "--delete", "--grace", "5m")
     assert not path.exists()
+
+
+def test_the_command_leaves_alone_what_the_archive_does() -> None:
+    assert parse_duration(GRACE) == GRACE_S > UPLOAD_S
 
 
 def test_gc_tells_of_uploads_that_were_never_ended(job: Job, trainctl: Command) -> None:
     draft = job.folder / ".drafts" / f"0011+{job.generation(50)}%2Frank-00000.safetensors"
     draft.write_bytes(b"half")
-    os.utime(draft, (time.time() - 4000,) * 2)
+    os.utime(draft, (time.time() - 90000,) * 2)
     assert "never ended" in trainctl("gc", job.url)[1]
     assert draft.exists()
     assert len(of_json(trainctl("gc", job.url, "--delete", "--json"))["unfinished"]) == 1
@@ -250,6 +257,17 @@ def test_a_store_that_refuses_is_a_wrong_request(job: Job, trainctl: Command, tm
     status, _, complaint = trainctl("ls", f"file://{tmp_path}/file/default/first")
     assert status == 2
     assert "file" in complaint
+
+
+@pytest.mark.parametrize(("variable", "value"), [("AWS_ENDPOINT_URL", "localhost:9000"), ("AWS_PROFILE", "nope")])
+def test_a_configuration_that_cannot_be_used_is_a_wrong_request(
+    trainctl: Command, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    status, _, complaint = trainctl("ls", "s3://bucket/default/first")
+    assert status == 2
+    assert value in complaint
+    assert "check the S3 configuration (AWS_ENDPOINT_URL" in " ".join(complaint.split())
 
 
 def test_a_damaged_head_is_a_failure(job: Job, trainctl: Command) -> None:

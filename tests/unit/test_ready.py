@@ -18,7 +18,10 @@ print(threading.active_count(), "s3" in str(sorted(map(str, core_session().get_c
 """
 
 
-@pytest.mark.parametrize("settings", [{}, {"AWS_PROFILE": "nobody"}, {"AWS_CONFIG_FILE": "damaged"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"AWS_PROFILE": "nobody"}, {"AWS_CONFIG_FILE": "damaged"}, {"AWS_ENDPOINT_URL": "localhost:9000"}],
+)
 def test_it_shares_what_is_parsed_and_stumbles_over_no_configuration(
     tmp_path: pathlib.Path, settings: dict[str, str]
 ) -> None:

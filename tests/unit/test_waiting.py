@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -13,10 +17,11 @@ from outlast.agent.attempt_record import AttemptRecord
 from outlast.agent.keeper_calls import KeeperTasks
 from outlast.agent.uploading import Uploading
 from outlast.checkpoint import retrying
+from outlast.checkpoint.pacing import Pace
 from outlast.checkpoint.retrying import again
 from outlast.checkpoint.store import StoreOptions, open_store
 from outlast.checkpoint.tier import StoreTier
-from outlast.errors import StoreUnavailable
+from outlast.errors import StaleAttemptError, StoreUnavailable
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.stored import TransferLimits
 
@@ -52,16 +57,108 @@ def test_each_failure_that_is_waited_after_is_told_and_the_answer_at_last(
     assert heard == told
 
 
-def test_a_tier_knows_why_its_transfers_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def failing() -> None:
+    raise StoreUnavailable("503")
+
+
+def test_whoever_gives_up_or_is_called_off_waits_no_more() -> None:
+    for patience_s, cancelled, ends in ((0.05, False, StoreUnavailable), (60.0, True, StaleAttemptError)):
+        heard: list[str | None] = []
+        with pytest.raises(ends):
+            again(failing, patience_s, lambda cancelled=cancelled: cancelled, heard.append)  # type: ignore[misc]
+        assert heard[0] == "503"
+        assert heard[-1] is None
+        assert heard.count(None) == 1
+
+
+def test_patience_with_a_slow_call_begins_with_its_first_failure() -> None:
+    calls = 0
+
+    def slow() -> str:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            time.sleep(0.2)
+            raise StoreUnavailable("503")
+        return "answer"
+
+    with pytest.raises(StoreUnavailable):
+        again(slow, 0.1)
+    calls = 0
+    assert again(slow, 0.1, slow=True) == "answer"
+    with pytest.raises(StoreUnavailable):
+        again(failing, 0.05, slow=True)
+
+
+Tier = tuple[StoreTier, list[StoreOptions]]
+
+
+@pytest.fixture
+def tier(monkeypatch: pytest.MonkeyPatch) -> Tier:
+    """A tier, and the options that it opens stores with."""
     options: list[StoreOptions] = []
     monkeypatch.setattr("outlast.checkpoint.tier.open_store", lambda url, o: (options.append(o), open_store(url, o))[1])
-    tier = StoreTier()
-    tier.upload(f"file://{tmp_path}", "key", memoryview(b"x"), TransferLimits())
-    assert tier.trouble() is None
+    return StoreTier(), options
+
+
+def test_a_tier_knows_why_its_transfers_wait(tmp_path: Path, tier: Tier) -> None:
+    transfers, options = tier
+    transfers.upload(f"file://{tmp_path}", "key", memoryview(b"x"), TransferLimits())
+    assert transfers.trouble() is None
     options[0].on_wait("503")
-    assert tier.trouble() == "503"
+    assert transfers.trouble() == "503"
     options[0].on_wait(None)
-    assert tier.trouble() is None
+    assert transfers.trouble() is None
+
+
+def test_one_that_was_answered_does_not_speak_for_those_that_wait(tmp_path: Path, tier: Tier) -> None:
+    transfers, options = tier
+    transfers.upload(f"file://{tmp_path}", "key", memoryview(b"x"), TransferLimits())
+    heard, answered = threading.Event(), threading.Event()
+
+    def waits(text: str) -> None:
+        options[0].on_wait(text)
+        heard.set()
+        answered.wait(10)
+        options[0].on_wait(None)
+
+    thread = threading.Thread(target=waits, args=("the other",))
+    thread.start()
+    assert heard.wait(10)
+    options[0].on_wait("this one")
+    assert transfers.trouble() == "this one"
+    options[0].on_wait(None)
+    assert transfers.trouble() == "the other"
+    answered.set()
+    thread.join(10)
+    assert transfers.trouble() is None
+
+
+def test_trouble_ends_with_the_upload_that_had_it(tmp_path: Path, tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that gave up leaves nothing to be told of the next one."""
+    transfers, _ = tier
+    troubles: list[str | None] = []
+
+    def full(*_: object) -> int:
+        troubles.append(transfers.trouble())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr("outlast.checkpoint.folder.os.write", full)
+        with pytest.raises(StoreUnavailable, match="full"):
+            transfers.upload(f"file://{tmp_path}", "key", memoryview(b"x"), TransferLimits(patience_s=0.1))
+    assert troubles[0] is None
+    assert "full" in str(troubles[-1])
+    assert transfers.trouble() is None
+
+
+def test_a_pace_takes_nothing_for_what_was_called_off() -> None:
+    pace = Pace(1000)
+    assert pace.wait(1)
+    assert not pace.wait(10**6, lambda: True), "a thousand seconds of it"
+    began = time.monotonic()
+    assert pace.wait(1)
+    assert time.monotonic() - began < 5
 
 
 class Keeper:

@@ -3,6 +3,9 @@
 An object is a file below the folder. It is written under another name in ``.drafts``, made durable with fsync, and
 moved into place, so that a reader or a crash at any moment finds it whole or not at all. Conditional puts take a lock
 file, which holds between processes of one machine (and between machines where the file system's locks do).
+
+A full disk and a file system that fails are waited for. What waits keeps no draft and begins anew, so that of several
+one finds the room that the drafts of the others took. What this user may not do is told at once.
 """
 
 from __future__ import annotations
@@ -12,12 +15,16 @@ import fcntl
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 from outlast.checkpoint.pacing import Pace
+from outlast.checkpoint.retrying import again
 from outlast.checkpoint.store import ObjectInfo, StoreOptions, Unfinished
 from outlast.errors import (
     CheckpointError,
@@ -30,13 +37,16 @@ from outlast.errors import (
     StoreUnavailable,
 )
 
+T = TypeVar("T")
 DRAFTS = ".drafts"
 LOCK = ".lock"
 SMALL = 1 << 20
 """Objects up to this size have their content's hash as etag."""
 
 _TRIES = 5
-_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+_LOCK_PAUSES_S = (0.002, 0.25)
+"""Between two looks at a lock that is held: as a rule that is for one small write."""
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -55,69 +65,61 @@ class FolderStore:
 
     def get(self, key: str) -> tuple[bytes, str]:
         path = self._path(key)
-        with _told(self._url, key):
+
+        def read() -> tuple[bytes, str]:
             content = path.read_bytes()
             return content, _etag(path, content)
 
+        return self._again(key, read)
+
     def put(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> str:
-        path = self._path(key)
-        with _told(self._url, key), self._locked():
-            self._check(path, key, if_match, if_absent)
-            self._write(path, memoryview(data), lambda: False)
-            return _etag(path, data)
+        path, until, tries = self._path(key), time.monotonic() + self._options.patience_s, 0
+
+        def write() -> str:
+            nonlocal tries
+            tries += 1
+            with self._locked(key, until):
+                present = _content(path)
+                if tries == 1 or present != data:  # else it was moved into place, and what came after that has failed
+                    self._check(key, path, present, if_match, if_absent)
+                self._write(key, path, memoryview(data), lambda: False)
+                return _etag(path, data)
+
+        return self._again(key, write)
 
     def upload(self, key: str, data: memoryview, cancelled: Callable[[], bool] = lambda: False) -> None:
         path = self._path(key)
-        with _told(self._url, key):
-            self._write(path, data, cancelled)
+        self._again(key, lambda: self._write(key, path, data, cancelled), cancelled, slow=True)
 
     def read_into(
         self, key: str, offset: int, target: memoryview, cancelled: Callable[[], bool] = lambda: False
     ) -> None:
-        path, part = self._path(key), self._options.part_bytes
-        with _told(self._url, key), path.open("rb", buffering=0) as file:
-            done = 0
-            while done < len(target):
-                if cancelled():
-                    raise StaleAttemptError(f"reading {key} was called off")
-                got = os.preadv(file.fileno(), [target[done : done + part]], offset + done)
-                if not got:
-                    raise CheckpointError(f"{self._url}/{key} ends at {offset + done}, not at {offset + len(target)}")
-                done += got
+        path = self._path(key)
+        self._again(key, lambda: self._read(key, path, offset, target, cancelled), cancelled, slow=True)
 
     def head(self, key: str) -> ObjectInfo:
         path = self._path(key)
-        with _told(self._url, key):
+
+        def look() -> ObjectInfo:
             stat = path.stat()
             content = path.read_bytes() if stat.st_size <= SMALL else None
             return ObjectInfo(key, stat.st_size, _etag(path, content), stat.st_mtime)
 
+        return self._again(key, look)
+
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        with _told(self._url, prefix):
-            found = sorted(key for key in self._keys() if key.startswith(prefix))
-        for key in found:
-            try:
-                stat = self._path(key).stat()
-            except FileNotFoundError:
-                continue
-            yield ObjectInfo(key, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}", stat.st_mtime)
+        yield from self._again(prefix, lambda: sorted(self._found(prefix), key=lambda info: info.key))
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
-            path = self._path(key)
-            with _told(self._url, key):
-                path.unlink(missing_ok=True)
-                self._prune(path.parent)
+            self._again(key, partial(self._remove, self._path(key)))
 
     def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
-        drafts = self._root / DRAFTS
-        for path in sorted(drafts.iterdir()) if drafts.is_dir() else ():
-            key = unquote(path.name.split("+", 1)[1]) if "+" in path.name else path.name
-            if key.startswith(prefix):
-                yield Unfinished(key, path.name, path.stat().st_mtime)
+        yield from self._again(prefix, lambda: tuple(self._drafts(prefix)))
 
     def call_off(self, upload: Unfinished) -> None:
-        (self._root / DRAFTS / upload.token).unlink(missing_ok=True)
+        draft = self._root / DRAFTS / upload.token
+        self._again(upload.key, lambda: draft.unlink(missing_ok=True))
 
     def close(self) -> None:
         """There is nothing to let go."""
@@ -128,29 +130,64 @@ class FolderStore:
             raise RequestError(f"{key!r} is no key: parts between slashes, without . and ..")
         return self._root.joinpath(*parts)
 
-    def _keys(self) -> Iterator[str]:
-        for folder, names, files in os.walk(self._root):
-            names[:] = [name for name in names if name != DRAFTS]
-            for name in files:
-                if name != LOCK:
-                    yield (Path(folder) / name).relative_to(self._root).as_posix()
+    def _again(
+        self, key: str, call: Callable[[], T], cancelled: Callable[[], bool] = lambda: False, slow: bool = False
+    ) -> T:
+        def ask() -> T:
+            with _told(self._url, key):
+                return call()
 
-    def _check(self, path: Path, key: str, if_match: str | None, if_absent: bool) -> None:
-        present = path.read_bytes() if path.exists() else None
+        return again(ask, self._options.patience_s, cancelled, self._options.on_wait, slow=slow)
+
+    # --- finding ----------------------------------------------------------------------------------------------------
+
+    def _found(self, prefix: str) -> Iterator[ObjectInfo]:
+        """What disappears meanwhile is left out, what cannot be read is an error: nothing else is missing."""
+        for folder, names, files in os.walk(self._root, onerror=_unless_gone):
+            names[:] = [name for name in names if name != DRAFTS]
+            for path in (Path(folder) / name for name in files if name != LOCK):
+                key = path.relative_to(self._root).as_posix()
+                if key.startswith(prefix) and (stat := _stat(path)) is not None:
+                    yield ObjectInfo(key, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}", stat.st_mtime)
+
+    def _drafts(self, prefix: str) -> Iterator[Unfinished]:
+        try:
+            paths = sorted((self._root / DRAFTS).iterdir())
+        except FileNotFoundError:
+            return
+        for path in paths:
+            key = unquote(path.name.split("+", 1)[1]) if "+" in path.name else path.name
+            if key.startswith(prefix) and (stat := _stat(path)) is not None:
+                yield Unfinished(key, path.name, stat.st_mtime)
+
+    # --- reading and writing ----------------------------------------------------------------------------------------
+
+    def _read(self, key: str, path: Path, offset: int, target: memoryview, cancelled: Callable[[], bool]) -> None:
+        with path.open("rb", buffering=0) as file:
+            done, part = 0, self._options.part_bytes
+            while done < len(target):
+                if cancelled():
+                    raise StaleAttemptError(f"reading {key} was called off")
+                got = os.preadv(file.fileno(), [target[done : done + part]], offset + done)
+                if not got:
+                    raise CheckpointError(f"{self._url}/{key} ends at {offset + done}, not at {offset + len(target)}")
+                done += got
+
+    def _check(self, key: str, path: Path, present: bytes | None, if_match: str | None, if_absent: bool) -> None:
         if if_absent and present is not None:
             raise PreconditionFailed(f"{self._url}/{key} is there already")
         if if_match is not None and (present is None or _etag(path, present) != if_match):
             raise PreconditionFailed(f"{self._url}/{key} is {'gone' if present is None else 'another one by now'}")
 
-    def _write(self, path: Path, data: memoryview, cancelled: Callable[[], bool]) -> None:
-        """Again when somebody who deletes has just removed the folder for being empty."""
-        for _ in range(_TRIES - 1):
+    def _write(self, key: str, path: Path, data: memoryview, cancelled: Callable[[], bool]) -> None:
+        """Again when somebody who deletes has just removed the folder for being empty, or the draft for being old."""
+        for _ in range(_TRIES):
             try:
                 self._write_once(path, data, cancelled)
                 return
-            except FileNotFoundError:
-                continue
-        self._write_once(path, data, cancelled)
+            except FileNotFoundError as error:
+                reason = error
+        raise StoreUnavailable(f"{self._url}/{key}: {reason.filename} was removed while it was written") from reason
 
     def _write_once(self, path: Path, data: memoryview, cancelled: Callable[[], bool]) -> None:
         drafts = self._root / DRAFTS
@@ -175,8 +212,10 @@ class FolderStore:
                 raise StaleAttemptError("the upload was called off")
             done += os.write(file, piece)
 
-    def _prune(self, folder: Path) -> None:
-        """Remove folders that became empty, as an object store has none."""
+    def _remove(self, path: Path) -> None:
+        """With the folders that become empty by that, as an object store has none."""
+        path.unlink(missing_ok=True)
+        folder = path.parent
         while folder != self._root and self._root in folder.parents:
             try:
                 folder.rmdir()
@@ -185,10 +224,19 @@ class FolderStore:
             folder = folder.parent
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, key: str, until: float) -> Iterator[None]:
+        """Alone among those who put on a condition. Raises StoreUnavailable when another still is ``until`` then."""
         self._root.mkdir(parents=True, exist_ok=True)
         with (self._root / LOCK).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+
+            def lock() -> None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    text = f"{self._url}/{key}: another process holds the lock {self._root / LOCK}"
+                    raise StoreUnavailable(f"{text}; end it if it hangs") from error
+
+            again(lock, until - time.monotonic(), on_wait=self._options.on_wait, pauses_s=_LOCK_PAUSES_S)
             yield
 
 
@@ -210,6 +258,26 @@ def _store_error(url: str, key: str, error: OSError) -> StoreError:
     if error.errno in _DENIED:
         return StoreDenied(f"{where}: {error.strerror}; make {error.filename or url} a folder that this user may write")
     return StoreUnavailable(f"{where}: {error.strerror or error}")
+
+
+def _unless_gone(error: OSError) -> None:
+    """A folder that was there a moment ago is no error."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def _etag(path: Path, content: bytes | None) -> str:

@@ -19,15 +19,18 @@ class Pace:
         self._free_at = 0.0
 
     def wait(self, nbytes: int, cancelled: Callable[[], bool] = lambda: False) -> bool:
-        """Wait until ``nbytes`` may be sent; False when ``cancelled`` said yes meanwhile."""
+        """Wait until ``nbytes`` may be sent; False when ``cancelled`` said yes meanwhile: they are not to be sent then,
+        and take nothing from who asks afterwards."""
         if self._bandwidth is None:
             return True
+        takes_s = nbytes / self._bandwidth
         with self._lock:
-            now = time.monotonic()
-            self._free_at = max(self._free_at, now - _BURST_S) + nbytes / self._bandwidth
+            self._free_at = max(self._free_at, time.monotonic() - _BURST_S) + takes_s
             until = self._free_at
         while (left := until - time.monotonic()) > 0:
             if cancelled():
+                with self._lock:
+                    self._free_at -= takes_s
                 return False
             time.sleep(min(left, _LOOK_S))
         return True

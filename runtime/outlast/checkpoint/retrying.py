@@ -25,27 +25,36 @@ def again(
     patience_s: float,
     cancelled: Callable[[], bool] = lambda: False,
     on_wait: Callable[[str | None], None] = lambda _: None,
+    *,
+    slow: bool = False,
+    pauses_s: tuple[float, float] | None = None,
 ) -> T:
     """``call()``, again after StoreUnavailable until ``patience_s`` is over; the last error is raised then.
 
-    ``on_wait`` is told each error that is waited after, and None when the call has succeeded after one. Raises
-    StaleAttemptError when ``cancelled`` says yes during a pause.
+    ``on_wait`` is told each error that is waited after, and None by the same thread when nothing is waited for any
+    more, however that ended. ``slow``: ``call`` may rightly take long, so that patience begins with its first failure
+    only. ``pauses_s``: the first and the longest pause. Raises StaleAttemptError when ``cancelled`` says yes during a
+    pause.
     """
-    until, pause = time.monotonic() + patience_s, FIRST_S
+    pause, longest = pauses_s or (FIRST_S, LONGEST_S)
+    until = None if slow else time.monotonic() + patience_s
     waited = False
-    while True:
-        try:
-            result = call()
-            if waited:
-                on_wait(None)
-            return result
-        except StoreUnavailable as error:
-            if time.monotonic() >= until:
-                raise
-            on_wait(str(error))
-            waited = True
-        _sleep(min(random.uniform(0.0, pause), max(0.0, until - time.monotonic())), cancelled)
-        pause = min(2 * pause, LONGEST_S)
+    try:
+        while True:
+            try:
+                return call()
+            except StoreUnavailable as error:
+                now = time.monotonic()
+                until = now + patience_s if until is None else until
+                if now >= until:
+                    raise
+                waited = True
+                on_wait(str(error))
+            _sleep(min(random.uniform(0.0, pause), max(0.0, until - time.monotonic())), cancelled)
+            pause = min(2 * pause, longest)
+    finally:
+        if waited:
+            on_wait(None)
 
 
 def _sleep(seconds: float, cancelled: Callable[[], bool]) -> None:

@@ -9,10 +9,11 @@ here, since CRT's own would copy a view and cannot be called off between two par
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -20,13 +21,13 @@ from urllib.parse import urlsplit
 import boto3
 import botocore.session
 from boto3.session import Session
-from botocore import exceptions as b
 from botocore.config import Config
 from botocore.loaders import Loader, create_loader
 
 from outlast.checkpoint.memoryfile import MemoryFile
 from outlast.checkpoint.pacing import Pace
 from outlast.checkpoint.retrying import again
+from outlast.checkpoint.s3errors import Where, told
 from outlast.checkpoint.store import ObjectInfo, StoreOptions, Unfinished
 from outlast.errors import (
     CheckpointError,
@@ -46,22 +47,8 @@ T = TypeVar("T")
 MOST_PARTS = 10_000
 _READ_PIECE = 1 << 20
 _DELETE_AT_ONCE = 1000
-_LATER = {429, 500, 502, 503, 504, 408, 409}
-_THROTTLED = {
-    "SlowDown",
-    "Throttling",
-    "ThrottlingException",
-    "RequestLimitExceeded",
-    "RequestTimeout",
-    "InternalError",
-}
-_LOST = (
-    b.ConnectionError,
-    b.HTTPClientError,
-    b.IncompleteReadError,
-    b.ResponseStreamingError,
-    b.ReadTimeoutError,
-)
+_BEGINNINGS = 3
+"""How often an upload begins that others call off."""
 
 
 class S3Store:
@@ -73,11 +60,21 @@ class S3Store:
         self._bucket, self._prefix = parts.netloc, parts.path.strip("/")
         self._options = options
         self._pace = Pace(options.bandwidth)
-        self._client = _client(options)
+        self._made: S3Client | None = None
+        with suppress(StoreUnavailable), self._told(""):  # whoever gives out credentials is asked again when in use
+            self._client  # noqa: B018  # a configuration that cannot be used is told now
 
     @property
     def url(self) -> str:
         return self._url
+
+    @property
+    def _client(self) -> S3Client:
+        """Made when it is first needed, and then kept. To be used within ``_told``, since making it can fail too."""
+        if self._made is None:
+            with _making:
+                self._made = self._made or _new_client(self._options)
+        return self._made
 
     def get(self, key: str) -> tuple[bytes, str]:
         def ask() -> tuple[bytes, str]:
@@ -96,7 +93,7 @@ class S3Store:
             nonlocal tries
             tries += 1
             try:
-                with self._told(key):
+                with self._told(key, conditional=bool(condition)):
                     where = {"Bucket": self._bucket, "Key": self._key(key)}
                     return self._client.put_object(**where, Body=data, **condition)["ETag"]  # type: ignore[arg-type]
             except (PreconditionFailed, ObjectMissing) as error:
@@ -116,19 +113,14 @@ class S3Store:
         raise PreconditionFailed(str(error)) from error
 
     def upload(self, key: str, data: memoryview, cancelled: Callable[[], bool] = lambda: False) -> None:
-        part = max(self._options.part_bytes, -(-len(data) // MOST_PARTS))
-        if len(data) <= part:
-            self._upload_small(key, data, cancelled)
-            return
-        started = self._again(lambda: self._begin(key), cancelled)
-        done = False
-        try:
-            parts = self._send_parts(key, started, data, part, cancelled)
-            self._complete(key, started, parts, len(data))
-            done = True
-        finally:
-            if not done:
-                self._abort(key, started)
+        for _ in range(_BEGINNINGS):
+            try:
+                self._upload_once(key, data, cancelled)
+                return
+            except ObjectMissing as error:  # NoSuchUpload: a gc elsewhere; that says nothing of any image
+                reason = error
+        text = f"{reason}; the upload was called off {_BEGINNINGS} times: who runs gc with a short --grace?"
+        raise StoreUnavailable(text) from reason
 
     def read_into(
         self, key: str, offset: int, target: memoryview, cancelled: Callable[[], bool] = lambda: False
@@ -179,10 +171,15 @@ class S3Store:
         self._abort(upload.key, upload.token)
 
     def close(self) -> None:
-        self._client.close()
+        if self._made is not None:
+            self._made.close()
 
-    def _again(self, call: Callable[[], T], cancelled: Callable[[], bool] = lambda: False) -> T:
-        return again(call, self._options.patience_s, cancelled, self._options.on_wait)
+    def _again(self, call: Callable[[], T], cancelled: Callable[[], bool] = lambda: False, slow: bool = False) -> T:
+        return again(call, self._options.patience_s, cancelled, self._options.on_wait, slow=slow)
+
+    def _told(self, key: str, conditional: bool = False) -> AbstractContextManager[None]:
+        endpoint = self._made.meta.endpoint_url if self._made is not None else "the endpoint"
+        return told(Where(f"{self._url}/{key}" if key else self._url, self._bucket, endpoint, conditional))
 
     # --- small things -----------------------------------------------------------------------------------------------
 
@@ -208,14 +205,33 @@ class S3Store:
 
     # --- large objects ----------------------------------------------------------------------------------------------
 
+    def _upload_once(self, key: str, data: memoryview, cancelled: Callable[[], bool]) -> None:
+        """Raises ObjectMissing when somebody else called it off."""
+        part = max(self._options.part_bytes, -(-len(data) // MOST_PARTS))
+        if len(data) <= part:
+            self._upload_small(key, data, cancelled)
+            return
+        started = self._again(lambda: self._begin(key), cancelled)
+        done = False
+        try:
+            parts = self._send_parts(key, started, data, part, cancelled)
+            self._complete(key, started, parts, len(data))
+            done = True
+        finally:
+            if not done:
+                self._abort(key, started)
+
     def _upload_small(self, key: str, data: memoryview, cancelled: Callable[[], bool]) -> None:
         def ask() -> None:
+            self._wait_for_pace(key, len(data), cancelled)
             with self._told(key):
                 self._client.put_object(Bucket=self._bucket, Key=self._key(key), Body=_view(data))
 
-        if cancelled() or not self._pace.wait(len(data), cancelled):
+        self._again(ask, cancelled, slow=True)
+
+    def _wait_for_pace(self, key: str, nbytes: int, cancelled: Callable[[], bool]) -> None:
+        if cancelled() or not self._pace.wait(nbytes, cancelled):
             raise StaleAttemptError(f"the upload of {key} was called off")
-        self._again(ask, cancelled)
 
     def _begin(self, key: str) -> str:
         with self._told(key):
@@ -227,15 +243,13 @@ class S3Store:
         """The parts as completion wants them: number and etag."""
 
         def send(number: int, body: memoryview) -> Any:
-            if not self._pace.wait(len(body), cancelled):
-                raise StaleAttemptError(f"the upload of {key} was called off")
-
             def ask() -> str:
+                self._wait_for_pace(key, len(body), cancelled)
                 with self._told(key):
                     where = {"Bucket": self._bucket, "Key": self._key(key), "UploadId": started}
                     return self._client.upload_part(**where, PartNumber=number, Body=_view(body))["ETag"]  # type: ignore[arg-type]
 
-            return {"PartNumber": number, "ETag": self._again(ask, cancelled)}
+            return {"PartNumber": number, "ETag": self._again(ask, cancelled, slow=True)}
 
         bodies = [data[at : at + part] for at in range(0, len(data), part)]
         work = [lambda n=n, body=body: send(n, body) for n, body in enumerate(bodies, 1)]
@@ -243,14 +257,17 @@ class S3Store:
 
     def _complete(self, key: str, started: str, parts: Sequence[Any], size: int) -> None:
         """Put the parts together; when the answer was lost, look whether it is done."""
+        tries = 0
 
         def ask() -> None:
+            nonlocal tries
+            tries += 1
             try:
                 with self._told(key):
                     where = {"Bucket": self._bucket, "Key": self._key(key), "UploadId": started}
                     self._client.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})  # type: ignore[arg-type]
-            except ObjectMissing:  # NoSuchUpload: an earlier try was heard
-                if self.head(key).size != size:
+            except ObjectMissing:  # NoSuchUpload: an earlier try was heard, or somebody called it off
+                if tries == 1 or self.head(key).size != size:
                     raise
 
         self._again(ask)
@@ -309,47 +326,6 @@ class S3Store:
             raise error
         return [future.result() for future in futures]
 
-    # --- errors -----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _told(self, key: str) -> Iterator[None]:
-        """What S3 and the network say, in the words of a store."""
-        where = f"{self._url}/{key}" if key else self._url
-        try:
-            yield
-        except b.ClientError as error:
-            raise self._answer(where, error) from error
-        except (
-            b.NoCredentialsError,
-            b.PartialCredentialsError,
-            b.CredentialRetrievalError,
-            b.TokenRetrievalError,
-        ) as error:
-            raise StoreDenied(
-                f"{where}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role"
-            ) from error
-        except (b.NoRegionError, b.InvalidRegionError, b.ParamValidationError, b.ProfileNotFound) as error:
-            raise StoreDenied(f"{where}: {error}; check the S3 configuration (AWS_REGION, ~/.aws/config)") from error
-        except (*_LOST, OSError) as error:
-            raise StoreUnavailable(f"{where}: {error}") from error
-
-    def _answer(self, where: str, error: b.ClientError) -> OutlastError:
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        text = f"{where}: {code} ({status}): {error.response.get('Error', {}).get('Message', '')}"
-        if code == "NoSuchBucket":
-            return StoreDenied(f"{text}; make the bucket {self._bucket}, or correct spec.checkpoint.url")
-        if code in ("NoSuchKey", "NoSuchUpload", "404") or (status == 404 and code != "NoSuchBucket"):
-            return ObjectMissing(text)
-        if status == 412 or code == "PreconditionFailed":
-            return PreconditionFailed(text)
-        if status == 416:
-            return CheckpointError(f"{where}: the object ends before what was to be read of it")
-        if status in _LATER or status >= 500 or code in _THROTTLED:
-            return StoreUnavailable(text)
-        what = f"bucket {self._bucket} at {self._client.meta.endpoint_url}"
-        return StoreDenied(f"{text}; check the credentials and what they may do with {what}")
-
 
 def _view(data: memoryview) -> Any:
     """Typed as anything: the stubs know files by name only."""
@@ -357,6 +333,7 @@ def _view(data: memoryview) -> Any:
 
 
 _making = threading.Lock()
+"""One client at a time: what they share in botocore is not made for several threads."""
 
 
 @cache
@@ -372,8 +349,9 @@ def core_session() -> botocore.session.Session:
     return core
 
 
-def _client(options: StoreOptions) -> S3Client:
-    """A client of its own session: sessions are not made to be shared between threads."""
+def _new_client(options: StoreOptions) -> S3Client:
+    """A client of its own session: sessions are not made to be shared between threads. AWS_REGION counts where nothing
+    that boto3 reads names a region: it is what Amazon's own machines and other SDKs set."""
     config = Config(
         connect_timeout=min(10.0, options.timeout_s),
         read_timeout=options.timeout_s,
@@ -382,16 +360,14 @@ def _client(options: StoreOptions) -> S3Client:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    with _making:
-        session: Session = boto3.session.Session(botocore_session=core_session())
-        endpoint = session._session.get_config_variable("endpoint_url") if hasattr(session, "_session") else None
-        return session.client("s3", config=config.merge(_addressing(session, endpoint)))
+    session: Session = boto3.session.Session(botocore_session=core_session())
+    endpoint = session._session.get_config_variable("endpoint_url") if hasattr(session, "_session") else None
+    region = session.region_name or os.environ.get("AWS_REGION")
+    return session.client("s3", region, config=config.merge(_addressing(session, endpoint)))
 
 
 def _addressing(session: Session, endpoint: str | None) -> Config:
     """Path-style where a bucket's name cannot become a host name: at endpoints that are not Amazon's."""
-    import os
-
     given = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or endpoint
     chosen = (session._session.get_scoped_config().get("s3") or {}) if session.available_profiles else {}
     if isinstance(chosen, dict) and chosen.get("addressing_style"):

@@ -8,8 +8,9 @@ keepers ``upload`` and ``read_into``; ranks and commands ``read_into``. An objec
 what a reader sees under a key was put there by one ``put`` or ``upload`` that ended well.
 
 Errors: ObjectMissing, PreconditionFailed, StoreDenied (configuration, credentials, permissions: at once, with the
-remedy) and StoreUnavailable (5xx, throttling, timeouts, lost connections: after having tried again, with growing pauses
-and jitter, for ``patience_s``). Nothing of boto3 or OSError gets out. Any thread may call any method.
+remedy) and StoreUnavailable (5xx, throttling, timeouts, lost connections, a full disk, a file system that fails: after
+having tried again, with growing pauses and jitter, for ``patience_s``). Nothing of boto3 or OSError gets out. Any
+thread may call any method.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ def _nothing(_: str | None) -> None:
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """``patience_s``: how long a call goes on trying; ``timeout_s``: for one request to make any progress;
-    ``bandwidth``: bytes a second for all uploads through this store together (None: no limit); ``on_wait`` is told why,
-    whenever a request is to be made again, and None when it was answered then; by any thread."""
+    """``patience_s``: how long a call goes on trying, a transfer from its first failure on; ``timeout_s``: for one
+    request to make any progress; ``bandwidth``: bytes a second for all uploads through this store together, what is
+    sent again included (None: no limit). ``on_wait`` is told why, whenever a request is to be made again, and None when
+    it no longer waits: it was answered, given up or called off. Any thread may tell, each of its own requests."""
 
     patience_s: float = 60.0
     timeout_s: float = 20.0
@@ -86,7 +88,8 @@ class Store(Protocol):
     def upload(self, key: str, data: memoryview, cancelled: Callable[[], bool] = lambda: False) -> None:
         """Make or replace a large object, its parts in parallel, without copying ``data`` as a whole.
 
-        StaleAttemptError when ``cancelled`` says yes between two parts; what was sent is then called off.
+        StaleAttemptError when ``cancelled`` says yes between two parts; what was sent is then called off. An upload
+        that somebody else called off begins anew: never ObjectMissing.
         """
         ...
 
@@ -126,7 +129,8 @@ _DEFAULTS = StoreOptions()
 
 
 def open_store(url: str, options: StoreOptions = _DEFAULTS) -> Store:
-    """The store at ``url``. Opening asks nothing of it yet. Raises RequestError for a URL that is none."""
+    """The store at ``url``. Opening asks nothing of it yet. Raises RequestError for a URL that is none, StoreDenied for
+    a configuration that cannot be used."""
     scheme = urlsplit(url).scheme
     if scheme == "file":
         from outlast.checkpoint.folder import FolderStore

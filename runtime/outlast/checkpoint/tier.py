@@ -19,9 +19,11 @@ class StoreTier:
 
     def __init__(self, options: StoreOptions | None = None) -> None:
         self._options = replace(options or StoreOptions(), on_wait=self._hear)
-        self._trouble: str | None = None
         self._lock = threading.Lock()
         self._stores: dict[tuple[str, StoreOptions], Store] = {}
+        self._hearing = threading.Lock()
+        self._troubles: dict[int, str] = {}
+        """Of each thread that waits what it heard last, the latest at the end."""
 
     def upload(self, url: str, key: str, data: memoryview, limits: TransferLimits) -> None:
         """Make the object ``key`` out of ``data``."""
@@ -36,8 +38,9 @@ class StoreTier:
         store.read_into(key, 0, target, limits.cancelled)
 
     def trouble(self) -> str | None:
-        """Why transfers wait for a store, as it said last."""
-        return self._trouble
+        """Why transfers wait for a store, as it said last; None while none waits."""
+        with self._hearing:
+            return next(reversed(self._troubles.values()), None)
 
     def close(self) -> None:
         """Let all connections go."""
@@ -47,7 +50,12 @@ class StoreTier:
             store.close()
 
     def _hear(self, trouble: str | None) -> None:
-        self._trouble = trouble
+        """See `StoreOptions`: the thread that waits is the one that tells, also that it waits no more."""
+        thread = threading.get_ident()
+        with self._hearing:
+            self._troubles.pop(thread, None)
+            if trouble is not None:
+                self._troubles[thread] = trouble
 
     def _store(self, url: str, limits: TransferLimits) -> Store:
         options = replace(self._options, patience_s=limits.patience_s, bandwidth=limits.bandwidth)

@@ -145,8 +145,8 @@ class RankRestore:
     memory-decode that copy is damaged (fetch it unless it is the node's own, then repair its bad blocks) or, when
     ``holder`` is None, there is none; ``group`` (its ``index`` is the wanted member) and ``sources`` are given for
     decoding alone and include the damaged copy. For object ``url`` and ``key`` say where it is in the store, and
-    ``checksum`` which image its manifest means. The slot may be a guest's: an image that lies in one stays there, and so
-    does one whose slot holds another seat's image.
+    ``checksum`` which image its manifest means. The slot may be a guest's: an image that lies in one stays there, and
+    so does one whose slot holds another seat's image.
 
     In a direct plan ``rank``, ``seat`` and ``local_rank`` are those of the old world, ``node`` is where ranks read it
     ("" for object), and a memory-peer is read where it lies: ``holder`` is ``node``.
