@@ -102,7 +102,7 @@ class RemoteShard:
     def read_many(self, reads: Sequence[tuple[int, memoryview]]) -> None:
         for batch in _requests(reads):
             deadline = Deadline.after(KEEPER_SECONDS, f"reading {self._image}")
-            self._client.begin_read(self._image, [(offset, len(target), "") for offset, target in batch], deadline)
+            self._client.begin_read(self._image, _joined(batch), deadline)
             for _, target in batch:
                 self._client.receive(target, deadline)
             self._client.confirm(self._image, deadline)
@@ -122,6 +122,17 @@ def _requests(reads: Sequence[tuple[int, memoryview]]) -> Iterator[list[tuple[in
             size += len(piece)
     if batch:
         yield batch
+
+
+def _joined(reads: Sequence[tuple[int, memoryview]]) -> list[tuple[int, int, str]]:
+    """The ranges that a keeper is asked for: neighbours are one, whose bytes come in the same order."""
+    ranges: list[tuple[int, int, str]] = []
+    for offset, target in reads:
+        if ranges and sum(ranges[-1][:2]) == offset:
+            ranges[-1] = (ranges[-1][0], ranges[-1][1] + len(target), "")
+        else:
+            ranges.append((offset, len(target), ""))
+    return ranges
 
 
 class _Opener:

@@ -20,6 +20,7 @@ import pathlib
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 import numpy as np
@@ -256,7 +257,13 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def _parse(path: pathlib.Path, mapping: mmap.mmap) -> Layout:
     with _naming(path):
-        return Layout.parse(mapping[: header_bytes(mapping[:8], len(mapping))], len(mapping))
+        return _layout(mapping[: header_bytes(mapping[:8], len(mapping))], len(mapping))
+
+
+@lru_cache(maxsize=4)
+def _layout(header: bytes, total_bytes: int) -> Layout:
+    """As ``Layout.parse``; a keeper that many ranks read from opens the same image at each of their requests."""
+    return Layout.parse(header, total_bytes)
 
 
 def _has_layout(path: pathlib.Path, layout: Layout) -> bool:
