@@ -50,7 +50,9 @@ def chart() -> list[dict[str, Any]]:
 
 
 def install(place: World, chart: list[dict[str, Any]]) -> str:
-    """Account, roles, bindings and Lease of the chart; the kubeconfig of whoever has them."""
+    """Account, roles, bindings and Lease of the chart; the kubeconfig of whoever has them. Other tests' jobs go: this
+    operator would see to them too."""
+    place.api.kubectl("delete", "trainingjobs", "--all", "--all-namespaces", "--wait=true")
     wanted = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding", "Lease")
     found = [obj for obj in chart if obj["kind"] in wanted]
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM}}

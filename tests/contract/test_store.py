@@ -544,7 +544,8 @@ def test_refusals_are_told_at_once(proxied: tuple[Proxy, str]) -> None:
     assert time.monotonic() - began < 3
 
 
-def test_a_region_counts_by_either_name() -> None:
+def test_a_region_counts_by_either_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
     known = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
     for given, region in (({"AWS_REGION": "x-1"}, "x-1"), ({"AWS_REGION": "x-1", "AWS_DEFAULT_REGION": "y-2"}, "y-2")):
         with environment({**known, **given}), closing(open_store("s3://bucket/prefix")) as store:
