@@ -22,7 +22,7 @@ from outlast.kube import JOB_LABEL, TOKEN_KEY, secret_name
 from outlast.resource import Part, explain, fields_of
 from outlast_operator.kinds import CACHED, JOB, MACHINE, OWNED, POD, SECRET, Kind
 from outlast_operator.model import Key, Object, Observed
-from outlast_operator.pods import owner_uid
+from outlast_operator.pods import owned_by, owner_uid
 from outlast_operator.store import Store, key_of
 
 BY_JOB, BY_MACHINE = "job", "machine"
@@ -100,12 +100,10 @@ class Caches:
         owned = {
             (kind.name, obj["metadata"]["name"]): obj
             for kind in OWNED
-            for obj in self.stores[kind].by(BY_JOB, key)
-            if owner_uid(obj) == uid
+            for obj in owned_by(self.stores[kind].by(BY_JOB, key), uid)
         }
         job, invalid = parse(raw)
-        own = [pod for pod in pods if owner_uid(pod) == uid]
-        return Observed(key, raw, job, invalid, pods, dict(self._machines(own)), owned)
+        return Observed(key, raw, job, invalid, pods, dict(self._machines(owned_by(pods, uid))), owned)
 
     def _machines(self, pods: list[Object]) -> Iterator[tuple[str, Object]]:
         for pod in pods:

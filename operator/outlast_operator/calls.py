@@ -34,8 +34,7 @@ def _size(sight: Sight) -> Iterator[Call]:
     if sight.heard is None or not sight.heard.workers:
         return
     told, workers = sight.heard.workers, sight.job.spec.workers
-    least = workers.replicas if workers.min_replicas is None else workers.min_replicas
-    wanted = {"wanted": workers.replicas, "least": least}
+    wanted = {"wanted": workers.replicas, "least": workers.least}
     if "wanted_spares" in told:
         wanted["wanted_spares"] = workers.spares
     differs = any(sight.heard.count(told, name) != number for name, number in wanted.items())

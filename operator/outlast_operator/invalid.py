@@ -6,7 +6,7 @@ from outlast.jobstatus import Condition, Phase, TrainingJobStatus
 from outlast_operator.conditions import LONGEST_MESSAGE
 from outlast_operator.happenings import happened
 from outlast_operator.model import Observed, Plan
-from outlast_operator.pods import owner_uid
+from outlast_operator.pods import owned_by
 from outlast_operator.timestamps import written
 from outlast_operator.verdict import Truth, Word
 
@@ -31,7 +31,7 @@ def _is_suspended(observed: Observed) -> bool:
     """Whether the job shall have no Pods and has none: then every field of its spec may be corrected."""
     uid = observed.raw["metadata"].get("uid", "")
     suspend = (observed.raw.get("spec") or {}).get("suspend") is True
-    return suspend and not any(owner_uid(pod) == uid for pod in observed.pods)
+    return suspend and not owned_by(observed.pods, uid)
 
 
 def _conditions(

@@ -109,6 +109,11 @@ def owner_uid(obj: Object) -> str:
     return next((owner.get("uid", "") for owner in owners if owner.get("controller")), "")
 
 
+def owned_by(objects: Iterable[Object], uid: str) -> list[Object]:
+    """Those of the job with this uid, and not of an earlier one of its name."""
+    return [obj for obj in objects if owner_uid(obj) == uid]
+
+
 def summed_up(obstacles: Iterable[Obstacle]) -> Obstacle | None:
     """One for all: the first that waiting cannot mend, else the first; its message counts the others of its kind.
 

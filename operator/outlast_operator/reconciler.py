@@ -21,7 +21,7 @@ from outlast_operator.cluster import Cluster
 from outlast_operator.expectations import Expectations
 from outlast_operator.kinds import JOB, POD
 from outlast_operator.model import Happening, Key, Object, Observed, Plan, Trouble
-from outlast_operator.pods import owner_uid
+from outlast_operator.pods import owned_by
 from outlast_operator.poller import Poller, Target
 from outlast_operator.refusals import ApiError, Verdict, reason_of, verdict
 from outlast_operator.statuswrite import Pace, patch_of
@@ -115,8 +115,7 @@ class Reconciler:
     def _target(self, observed: Observed) -> Target | None:
         """The head Pod in force, if it can be asked."""
         head = (observed.raw.get("status") or {}).get("head")
-        uid = observed.raw["metadata"]["uid"]
-        own = (pod for pod in observed.pods if owner_uid(pod) == uid)
+        own = owned_by(observed.pods, observed.raw["metadata"]["uid"])
         pod = next((pod for pod in own if pod["metadata"]["name"] == head), None)
         token = self._caches.token(observed.raw)
         status = pod.get("status", {}) if pod else {}

@@ -24,7 +24,7 @@ from outlast_operator.heard import LEFT, LOST, Heard
 from outlast_operator.machines import doubted_until, why_lost
 from outlast_operator.model import Controller, Key, Object, Observed, Settings, Trouble
 from outlast_operator.objects import kept_job
-from outlast_operator.pods import Pod, index_of, owner_uid, pod_of
+from outlast_operator.pods import Pod, index_of, owned_by, owner_uid, pod_of
 
 DOUBT_S = 40.0
 """How long it is not believed that all of a job's machines are lost at once."""
@@ -72,9 +72,7 @@ class Sight:
     @property
     def least(self) -> int:
         """Nodes without which no rank starts."""
-        workers = self.job.spec.workers
-        own = workers.replicas if workers.min_replicas is None else workers.min_replicas
-        return max(own, self._insisted("least"))
+        return max(self.job.spec.workers.least, self._insisted("least"))
 
     def _insisted(self, number: str) -> int:
         """A number of the controller's that an objection of its makes count; 0: there is none."""
@@ -109,7 +107,7 @@ class Sight:
     @cached_property
     def silent(self) -> dict[str, float]:
         """Nodes whose controller has given them up while Kubernetes calls them ready, and when they are no more waited
-        for. None when they are half of those it knows, or more: then it may be the controller that is cut off."""
+        for. Empty when they are half of those it knows, or more: then it may be the controller that is cut off."""
         if self.heard is None or self.controller.failing_since is not None:
             return {}
         since, known = self.heard.lost_since, len(self.heard.states)
@@ -185,7 +183,7 @@ def sight_of(
 ) -> Sight:
     """What ``observed`` shows of ``job``."""
     uid = observed.raw["metadata"].get("uid", "")
-    pods = sorted((pod_of(pod) for pod in observed.pods if owner_uid(pod) == uid), key=lambda pod: pod.index)
+    pods = sorted((pod_of(pod) for pod in owned_by(observed.pods, uid)), key=lambda pod: pod.index)
     heard = _heard(observed.controller, old, now)
     return Sight(
         key=observed.key,

@@ -121,6 +121,11 @@ class Workers(Part):
         default_factory=dict, description="The Pods' PodTemplateSpec, as in a Job. Only Kubernetes reads it."
     )
 
+    @property
+    def least(self) -> int:
+        """Nodes without which no rank starts."""
+        return self.replicas if self.min_replicas is None else self.min_replicas
+
 
 class Head(Part):
     """The Pod of the Ray head and the controller."""

@@ -64,16 +64,22 @@ def test_handling_a_key_early_makes_its_time_void(backlog: Backlog[str]) -> None
     assert backlog.take(31.0) is None
 
 
-def test_failures_double_the_wait_and_success_forgets_them(backlog: Backlog[str]) -> None:
+def again_and_again(backlog: Backlog[str], ended: Ended) -> tuple[float, list[float]]:
+    """Have "a" end so 14 times, each as soon as it is due; when it is due next, and how long it waited each time."""
     now, waits = 0.0, []
     backlog.add("a", now)
     for _ in range(14):
         assert backlog.take(now) == "a"
-        backlog.done("a", now, Ended.FAILED)
+        backlog.done("a", now, ended)
         due = backlog.next_due()
         assert due is not None
         waits.append(due - now)
         now = due
+    return now, waits
+
+
+def test_failures_double_the_wait_and_success_forgets_them(backlog: Backlog[str]) -> None:
+    now, waits = again_and_again(backlog, Ended.FAILED)
     for failures, wait in enumerate(waits, 1):
         most = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (failures - 1))
         assert most / 2 <= wait <= most
@@ -96,14 +102,7 @@ def test_events_do_not_cut_a_back_off_short_but_another_spec_does(backlog: Backl
 
 
 def test_what_is_refused_is_tried_again_as_late_but_does_not_keep_events_waiting(backlog: Backlog[str]) -> None:
-    now = 0.0
-    backlog.add("a", now)
-    for _ in range(14):
-        assert backlog.take(now) == "a"
-        backlog.done("a", now, Ended.REFUSED)
-        due = backlog.next_due()
-        assert due is not None
-        now = due
+    now, _ = again_and_again(backlog, Ended.REFUSED)
     assert backlog.take(now) == "a"
     backlog.done("a", now, Ended.REFUSED)
     assert backlog.next_due() - now >= LONGEST_BACKOFF_S / 2  # type: ignore[operator]

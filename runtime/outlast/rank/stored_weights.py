@@ -16,7 +16,7 @@ from outlast.checkpoint.archive import Archive
 from outlast.checkpoint.manifest import Manifest, parse_reference
 from outlast.checkpoint.reading import ObjectShard
 from outlast.checkpoint.store import Store, open_store
-from outlast.errors import CheckpointError, RequestError
+from outlast.errors import RequestError
 from outlast.protect.reload import load_module
 from outlast.protect.shards import ShardReader, Shards
 
@@ -46,10 +46,7 @@ def load(url: str, model: nn.Module, step: int | None = None, *, name: str | Non
 def _shards(store: Store, manifest: Manifest) -> Shards:
     def open_shard(rank: int) -> ShardReader:
         image = manifest.images[rank]
-        shard = ObjectShard(store, image.key, manifest.generation)
-        if shard.checksum != image.checksum:
-            raise CheckpointError(f"{shard} is not the image that the manifest names")
-        return shard
+        return ObjectShard(store, image.key, manifest.generation, checksum=image.checksum)
 
     label, turn = f"the checkpoint of step {manifest.step} at {store.url}", _rank()
     return Shards(open_shard(0), open_shard, 0, len(manifest.images), True, turn=turn, label=label)
