@@ -45,7 +45,8 @@ def run(sight: Sight, status: TrainingJobStatus) -> Decision:
         "active_since": status.active_since or status.start_time or written(sight.now),
     }
     phase = _phase(sight, status)
-    waits = [gathering.until, roster.again_at, deadline(sight, status), _silence_ends(sight)]
+    silence_ends = None if _is_silent(sight) else _silence_ends(sight)
+    waits = [gathering.until, roster.again_at, deadline(sight, status), silence_ends]
     return Decision(
         phase,
         _why(sight, status, phase, gathering),

@@ -108,8 +108,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "",
-        "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
-        "metadata.name must be a DNS label: a-z, 0-9 and -, without dots, with a letter or digit at either end",
+        "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+        "metadata.name must begin with a letter, as the name of its Service does, and go on with a-z, 0-9 and -, "
+        "without dots, and with a letter or digit at its end",
     ),
     Rule(
         "spec.workers",

@@ -32,7 +32,8 @@ def plan(observed: Observed, settings: Settings, now: float) -> Plan:
     if observed.raw["metadata"].get("deletionTimestamp"):
         return Plan()  # the garbage collector does the rest
     old, problem = old_status(observed.raw), problem_of(observed)
-    job = job_in_force(observed, problem)
+    # A job without Pods begins with what it is told now, or not at all.
+    job = None if problem and old.phase == "Suspended" else job_in_force(observed, problem)
     if job is None:
         return refused(observed, old, problem, now)
     sight = sight_of(observed, job, problem, old, settings, now)

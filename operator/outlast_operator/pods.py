@@ -33,6 +33,9 @@ OUT_OF_MEMORY, CRASHING = "OOMKilled", "CrashLoopBackOff"
 UNSCHEDULABLE = "Unschedulable"
 _CRASHES = 2
 """Restarts after which a container that is not ready counts as crashing, whatever it does at the moment."""
+SETTLED_S = 300.0
+"""What a container that has run so long died of before keeps nothing from starting: the longest pause between two
+restarts of one that crashes."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ class Pod:
         return self.role == kube.NODE_ROLE
 
 
-def pod_of(obj: Object) -> Pod:
-    """``obj`` as it is read here."""
+def pod_of(obj: Object, now: float) -> Pod:
+    """``obj`` as it is read here; ``now``: wall seconds."""
     metadata, status = obj["metadata"], obj.get("status", {})
     name, phase = metadata["name"], status.get("phase") or "Pending"
     made_at = read_or_none(metadata.get("creationTimestamp")) or 0.0
@@ -91,7 +94,7 @@ def pod_of(obj: Object) -> Pod:
         made_at=made_at,
         ended_at=_ended_at(status, made_at) if phase in ("Failed", "Succeeded") else None,
         why=": ".join(text for text in (status.get("reason"), status.get("message")) if text),
-        obstacles=() if phase in ("Failed", "Succeeded") else tuple(_obstacles(name, obj)),
+        obstacles=() if phase in ("Failed", "Succeeded") else tuple(_obstacles(name, obj, now)),
     )
 
 
@@ -145,7 +148,7 @@ def _ended_at(status: Mapping[str, Any], made_at: float) -> float:
     return max(known) if known else read_or_none(status.get("startTime")) or made_at
 
 
-def _obstacles(pod: str, obj: Object) -> Iterator[Obstacle]:
+def _obstacles(pod: str, obj: Object, now: float) -> Iterator[Obstacle]:
     status = obj.get("status", {})
     scheduled = _condition(status, "PodScheduled")
     if scheduled.get("status") == "False":
@@ -153,7 +156,7 @@ def _obstacles(pod: str, obj: Object) -> Iterator[Obstacle]:
         yield Obstacle(pod, reason, scheduled.get("message") or "no machine takes it", passes=True)
     limits = _memory_limits(obj)
     for container in _containers(status):
-        found = _container_obstacle(pod, container, limits.get(container.get("name", ""), ""))
+        found = _container_obstacle(pod, container, limits.get(container.get("name", ""), ""), now)
         if found is not None:
             yield found
 
@@ -166,8 +169,15 @@ def _memory_limits(obj: Object) -> dict[str, str]:
     return {name: str(limit) for name, limit in limits.items() if limit}
 
 
-def _container_obstacle(pod: str, container: Mapping[str, Any], memory_limit: str) -> Obstacle | None:
-    if container.get("ready"):
+def _settled(container: Mapping[str, Any], now: float) -> bool:
+    """Whether it is ready, or has run for a while."""
+    running = (container.get("state") or {}).get("running") or {}
+    since = read_or_none(running.get("startedAt"))
+    return bool(container.get("ready")) or (since is not None and now - since >= SETTLED_S)
+
+
+def _container_obstacle(pod: str, container: Mapping[str, Any], memory_limit: str, now: float) -> Obstacle | None:
+    if _settled(container, now):
         return None
     state = container.get("state") or {}
     waiting = state.get("waiting") or {}

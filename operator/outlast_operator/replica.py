@@ -75,7 +75,7 @@ class Replica:
     ) -> None:
         self._options, self._cluster, self._clock, self._chance = options, cluster, clock, chance
         self._queue: WorkQueue[Key] = WorkQueue(clock, chance)
-        self._caches = Caches(touched=self._queue.add, renewed=self._queue.renew)
+        self._caches = Caches(touched=self._touched, renewed=self._renewed)
         self._election = Election(cluster, options.terms, clock, self._lead, fail)
         self._events = Events(cluster, clock, options.terms.identity, metrics.events_dropped.inc)
         self._poller = Poller(options.poll, self._queue.add, self._progressed, clock, chance, metrics.polled)
@@ -133,10 +133,10 @@ class Replica:
             return
         self._events.start()
         self._poller.start()
+        self._acting.set()
         for job in self._caches.jobs():
             self._queue.add(key_of(job))
         self._workers.start()
-        self._acting.set()
         log.info("acting jobs=%d pods=%d", len(self._caches.jobs()), len(self._caches.stores[POD]))
 
     def _wait_for(self, reached: Callable[[], bool]) -> bool:
@@ -158,6 +158,15 @@ class Replica:
             log.warning("cannot-list-pods cause=%s", error)
             return False
         return True
+
+    def _touched(self, key: Key) -> None:
+        """Whoever does not act yet queues nothing: ``_lead`` adds every job."""
+        if self._acting.is_set():
+            self._queue.add(key)
+
+    def _renewed(self, key: Key) -> None:
+        if self._acting.is_set():
+            self._queue.renew(key)
 
     def _changed(self, kind: Kind, obj: Object) -> None:
         """An informer's store has changed."""

@@ -71,8 +71,10 @@ class Sight:
 
     @property
     def least(self) -> int:
-        """Nodes without which no rank starts."""
-        return max(self.job.spec.workers.least, self._insisted("least"))
+        """Nodes without which no rank starts. A job that was on fewer when more were asked for goes on with those."""
+        least = max(self.job.spec.workers.least, self._insisted("least"))
+        size = self.heard.count(self.heard.workers, "size") if self.heard is not None else 0
+        return min(least, size) if size else least
 
     def _insisted(self, number: str) -> int:
         """A number of the controller's that an objection of its makes count; 0: there is none."""
@@ -155,6 +157,8 @@ def problem_of(observed: Observed) -> str:
     found = list(podspec.problems(observed.job))
     if len(observed.key.name.encode()) > longest:
         found.insert(0, ("metadata.name", f"must have at most {longest} bytes: its Pods' names are host names"))
+    if observed.key.name[:1].isdigit():
+        found.insert(0, ("metadata.name", "must begin with a letter, as the name of its Service does"))
     return "; ".join(f"{path}: {text}" for path, text in found)
 
 
@@ -183,7 +187,7 @@ def sight_of(
 ) -> Sight:
     """What ``observed`` shows of ``job``."""
     uid = observed.raw["metadata"].get("uid", "")
-    pods = sorted((pod_of(pod) for pod in owned_by(observed.pods, uid)), key=lambda pod: pod.index)
+    pods = sorted((pod_of(pod, now) for pod in owned_by(observed.pods, uid)), key=lambda pod: pod.index)
     heard = _heard(observed.controller, old, now)
     return Sight(
         key=observed.key,

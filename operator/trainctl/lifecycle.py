@@ -45,6 +45,8 @@ def set_suspend(where: Where, name: str, suspend: bool, *, wait_s: float | None,
             done = _suspended if suspend else _going
             seen = _wait(job, done, wait_s, f"to be {word}")
             _say(seen, form, f"{name_of(seen)} is {phase_of(seen)}" + (f" ({why(seen)})" if why(seen) else ""))
+            if phase_of(seen) == "Failed" or (suspend and phase_of(seen) in ENDED):
+                raise ClusterError(f'the TrainingJob "{name}" has ended ({phase_of(seen)}): it is not {word}')
 
 
 def scale(

@@ -48,6 +48,11 @@ def dumped(value: Object, form: Form) -> str:
     return yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True).rstrip("\n")
 
 
+def one_of_many(value: Object, form: Form) -> str:
+    """A value of a stream as JSON or YAML: a line, or a document."""
+    return json.dumps(value) if form is Form.JSON else f"---\n{dumped(value, form)}"
+
+
 def name_of(resource: Object) -> str:
     """As kubectl writes it: "trainingjob.outlast.dev/x"."""
     return f"trainingjob.outlast.dev/{resource['metadata']['name']}"

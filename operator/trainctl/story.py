@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from trainctl.cluster.resources import follow as follow_all
 from trainctl.cluster.where import Where
 from trainctl.describing import description
 from trainctl.merging import Ended, Merged
-from trainctl.output import Form, dumped, plain
+from trainctl.output import Form, dumped, one_of_many, plain
 from trainctl.timeline import Entry, line, merged, of_controller, of_kubernetes, timeline
 from trainctl.watching import AGAIN_S, Latest
 
@@ -27,6 +26,8 @@ SHOWN = 20
 
 def show_events(where: Where, name: str, *, follow: bool, form: Form | None) -> None:
     """Print a job's events in the order of time."""
+    if form is Form.NAME:
+        raise RequestError("events -o name: write json, yaml or nothing")
     with Cluster(where) as cluster:
         job = JobRef(cluster, cluster.namespace, name)
         resource = job.get()
@@ -89,7 +90,11 @@ def _print_all(entries: Sequence[Entry], form: Form | None) -> None:
 
 
 def _print_one(entry: Entry, form: Form | None) -> None:
-    print(json.dumps(entry.to_json()) if form is Form.JSON else line(entry), flush=True)
+    match form:
+        case Form.JSON | Form.YAML:
+            print(one_of_many(entry.to_json(), form), flush=True)
+        case _:
+            print(line(entry), flush=True)
 
 
 def _follow(job: JobRef, seen: dict[str, str], after: int, form: Form | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ from trainctl.cluster.resources import JobRef, Object, follow, jobs_path
 from trainctl.columns import GAP, facts
 from trainctl.jobview import ENDED, job_cells, job_facts, job_table, node_table, phase_of, recovery_table, why
 from trainctl.merging import Ended, Merged
-from trainctl.output import Form, plain
+from trainctl.output import Form, name_of, one_of_many, plain
 
 LIVE_EVERY_S = 2.0
 """How often the controller says how far it is when nothing happens."""
@@ -141,8 +140,8 @@ def follow_job(job: JobRef, form: Form | None) -> str:
 
 def choose_view(form: Form | None) -> JobView:
     """The view for standard output."""
-    if form in (Form.JSON, Form.YAML):
-        return JsonJobView()
+    if form in (Form.JSON, Form.YAML, Form.NAME):
+        return ObjectView(form)
     return LiveJobView() if sys.stdout.isatty() else PlainJobView()
 
 
@@ -165,17 +164,23 @@ class _View:
         return None
 
 
-class JsonJobView(_View):
-    """The resource at each of its changes, as one JSON line."""
+class ObjectView(_View):
+    """The resource, or its name, at each of its changes."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: Form) -> None:
+        self._form = form
         self._version: object = None
 
     def show(self, moment: Moment) -> None:
         version = moment.resource["metadata"].get("resourceVersion")
         if version != self._version:
             self._version = version
-            print(json.dumps(plain(moment.resource)), flush=True)
+            print(_changed(moment.resource, self._form), flush=True)
+
+
+def _changed(resource: Object, form: Form) -> str:
+    """One that has changed, in a form that is no table."""
+    return name_of(resource) if form is Form.NAME else one_of_many(plain(resource), form)
 
 
 class PlainJobView(_View):
@@ -247,8 +252,10 @@ def follow_jobs(cluster: Cluster, namespace: str | None, form: Form | None) -> N
         for uid, item in objects.items():
             if known.get(uid) != item["metadata"]["resourceVersion"]:
                 known[uid] = item["metadata"]["resourceVersion"]
-                cells = job_cells(item, time.time(), namespaces=everywhere, wide=wide)
-                print(json.dumps(plain(item)) if form is Form.JSON else GAP.join(cells), flush=True)
+                if form is None or form is Form.WIDE:
+                    print(GAP.join(job_cells(item, time.time(), namespaces=everywhere, wide=wide)), flush=True)
+                else:
+                    print(_changed(item, form), flush=True)
 
 
 def _follow_live(source: Iterator[Mapping[str, Object]], namespaces: bool) -> None:

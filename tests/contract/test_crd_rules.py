@@ -56,7 +56,8 @@ REFUSED: list[tuple[str, Json, str]] = [
     ("no entrypoint", job(entrypoint=[]), "entrypoint"),
     ("blank entrypoint", job(entrypoint=["  "]), "entrypoint must begin with a program, such as python"),
     ("a long name", job("n" * 51), "at most 50 characters"),
-    ("a name with dots", job("a.b"), "must be a DNS label"),
+    ("a name with dots", job("a.b"), "without dots"),
+    ("a name that no Service can have", job("7b-sft"), "metadata.name must begin with a letter"),
     (
         "more at least than wanted",
         job(workers={"replicas": 2, "minReplicas": 3}),

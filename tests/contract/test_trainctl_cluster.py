@@ -202,6 +202,22 @@ def test_a_list_is_watched(cluster: Lab, trainctl: Trainctl) -> None:
         assert watching.process.wait(10) == 130
 
 
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [("yaml", "---"), ("json", '{"apiVersion": "outlast.dev/v1alpha1"'), ("name", "trainingjob.outlast.dev/small")],
+)
+def test_what_is_followed_is_written_in_the_form_that_was_asked_for(
+    cluster: Lab, trainctl: Trainctl, form: str, expected: str
+) -> None:
+    trainctl.ok("submit", "job.yaml")
+    for what in (("status", "small"), ("status",)):
+        with trainctl.start(*what, "--watch", "-o", form) as watching:
+            watching.until("the job", lambda line: line.startswith(expected))
+            watching.process.send_signal(signal.SIGINT)
+            assert watching.process.wait(10) == 130
+    assert trainctl("events", "small", "-o", "name").status == 2
+
+
 def test_following_a_submission_ends_with_the_job(cluster: Lab, trainctl: Trainctl) -> None:
     for name, phase, status in (("good", "Succeeded", 0), ("bad", "Failed", 1)):
         condition = {"type": phase, "status": "True", "reason": "BecauseOf", "message": "it was so"}
@@ -283,7 +299,15 @@ def test_a_job_is_suspended_and_resumed(cluster: Lab, trainctl: Trainctl) -> Non
     assert trainctl.ok("suspend", "small", "--wait").endswith("small is Suspended\n")
     assert trainctl.ok("resume", "small", "-o", "name") == "trainingjob.outlast.dev/small\n"
     assert resource(cluster)["spec"]["suspend"] is False
-    set_status(cluster, "small", phase="Succeeded")
+    set_status(cluster, "small", phase="Failed")
+    done = trainctl("resume", "small")
+    assert done.status == 2
+    set_status(cluster, "small", phase="Running")
+    with trainctl.start("suspend", "small", "--wait") as waiting:
+        waiting.until("that it was asked", lambda line: line.endswith("suspended"))
+        set_status(cluster, "small", phase="Succeeded")
+        assert waiting.end() == 1, "it is not suspended"
+    assert "has ended (Succeeded): it is not suspended" in waiting.errors
     done = trainctl("suspend", "small")
     assert (done.status, done.err) == (
         2,

@@ -35,7 +35,9 @@ def test_metrics_and_health_of_both_replicas(release: Lab) -> None:
             assert answer.status == 200
         with urllib.request.urlopen(f"http://{address}:8080/metrics", timeout=5) as answer:
             lines = answer.read().decode().splitlines()
-        leaders += sum(float(line.split()[1]) for line in lines if line.startswith("outlast_operator_leader "))
+        gauges = {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("outlast_operator_")}
+        leaders += gauges["outlast_operator_leader"]
+        assert gauges["outlast_operator_queue_oldest_seconds"] < 30, "nobody queues what only the leader takes"
     assert leaders == 1.0
 
 

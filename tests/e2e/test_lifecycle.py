@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from outlast import kube
+from support.clusterfaults import Faults
 from support.labs import Lab
 from support.trainingjobs import Job, Resource, job, template
 
 Submit = Callable[[dict[str, Any]], Job]
 
-STEPS = 200
+STEPS = 120
 
 
 def patch(target: Job, **spec: Any) -> None:
@@ -22,10 +23,12 @@ def patch(target: Job, **spec: Any) -> None:
     target.lab.kubectl("-n", target.namespace, "patch", "trainingjob", target.name, "--type=merge", "-p", change)
 
 
+@pytest.mark.timeout(700, func_only=True)
 def test_made_suspended_resumed_suspended_and_resumed(
     submit: Submit, bucket: str, undisturbed: Callable[[int, int], str], timings: dict[str, Any]
 ) -> None:
-    """The second time it goes on from the checkpoint that the suspension took: nothing is done twice, the same bits."""
+    """The second time it goes on from the checkpoint that the suspension took: nothing is done twice, the same bits,
+    although its head is killed before and lost after it."""
     expected = undisturbed(STEPS, 3)
     resource = job(
         "queued",
@@ -40,16 +43,20 @@ def test_made_suspended_resumed_suspended_and_resumed(
     assert not queued.pods(kube.NODE_ROLE) + queued.pods(kube.HEAD_ROLE)
 
     patch(queued, suspend=False)
-    queued.reach(50)
+    queued.reach(15)
+    faults, costs = Faults(queued), timings.setdefault("faults of the head", {})
+    costs["container killed"] = queued.cost_of(faults.kill_the_heads_container).to_json()
     patch(queued, suspend=True)
     status = queued.until_phase("Suspended", 120)
     stopped_at = status["checkpoint"]["step"]
-    assert 50 <= stopped_at < STEPS
+    assert 10 <= stopped_at < STEPS
     queued.until("without Pods", 90, lambda _: not queued.pods(kube.NODE_ROLE) + queued.pods(kube.HEAD_ROLE))
 
     patch(queued, suspend=False)
     first = queued.watch_steps("training again", 180, lambda s: s["stage"] == "running")
     assert first["step"] >= stopped_at, "it goes on where it was"
+    queued.reach(first["step"] + 15)
+    costs["Pod lost"] = queued.cost_of(faults.lose_the_head).to_json()
     status = queued.until_phase("Succeeded", 120)
     assert status["weightsDigest"] == expected
 
@@ -58,7 +65,7 @@ def test_made_suspended_resumed_suspended_and_resumed(
 def test_scaled_down_and_up_and_gone_after_its_time(submit: Submit, release: Lab, bucket: str) -> None:
     resource = job(
         "elastic",
-        420,
+        260,
         replicas=3,
         workers={"template": template(), "minReplicas": 2},
         checkpoint={"url": bucket, "interval": 100},
@@ -67,7 +74,7 @@ def test_scaled_down_and_up_and_gone_after_its_time(submit: Submit, release: Lab
     )
     resource["spec"]["entrypoint"] += ["--global-batch", "48", "--micro-batch", "8"]
     elastic = submit(resource)
-    elastic.reach(50)
+    elastic.reach(20)
     scale(elastic, 2)
     size(elastic, 2)
     elastic.until("two Pods", 90, lambda _: len(elastic.pods(kube.NODE_ROLE)) == 2)

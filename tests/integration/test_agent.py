@@ -433,7 +433,7 @@ def test_what_ranks_read_themselves_is_not_fetched_for_them(site: Site, tmp_path
     node.do(m.Load(("node-0",), attempt(1)))
     node.next("RankReady")
     told = json.loads(node.log(0, 1))
-    assert told["images"] == {"0": {"url": f"file://{tmp_path}/j", "key": "no/such/object"}}
+    assert told["images"] == {"0": {"url": f"file://{tmp_path}/j", "key": "no/such/object", "checksum": None}}
     lost = RankRestore(7, 7, 0, "node-0", 107, "memory-decode", 1000, None)
     node.do(node.start(2, restore=RestorePlan(GENERATION, (lost,), direct=True)))
     exited = node.next("RankExited")

@@ -58,6 +58,13 @@ class Faults:
     def delete_the_head(self) -> None:
         self._delete(self._job.head())
 
+    def lose_the_head(self) -> None:
+        """As with its machine: without a word, and the Pod is gone at once."""
+        self._delete(self._job.head(), "--grace-period=0", "--force")
+
+    def kill_the_heads_container(self) -> None:
+        self._lab.kill_container(self._job.head(), kube.CONTAINER)
+
     def delete_a_pod_and_the_operator(self) -> None:
         self._delete(self._job.seated()[2], "--grace-period=1")
         self._job.watch_steps("stopping", 30, lambda status: status["stage"] != "running")

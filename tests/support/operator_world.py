@@ -106,6 +106,7 @@ def word(states: Mapping[str, str] | None = None, **fields: Any) -> Json:
     )
     here = sum(state in ("active", "spare", "joining", "leaving") for state in known.values())
     spares = sum(state == "spare" for state in known.values())
+    size = sum(state == "active" for state in known.values())
     said: Json = {
         "phase": "Running",
         "outcome": None,
@@ -117,7 +118,7 @@ def word(states: Mapping[str, str] | None = None, **fields: Any) -> Json:
         "attempt": 1,
         "restarts": {},
         "nodes": {name: {"node": name, "state": state} for name, state in known.items()},
-        "workers": {"ready": here, "wanted": 3, "least": 3, "spares": spares},
+        "workers": {"ready": here, "wanted": 3, "least": 3, "size": size, "spares": spares},
         "snapshot": {"step": 38, "age_s": 2.0},
         "checkpoint": None,
         "checkpoints": {},

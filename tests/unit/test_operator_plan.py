@@ -591,6 +591,21 @@ def test_what_is_enough_is_min_replicas(least: int | None, short: bool) -> None:
     assert (world.status.start.since is not None) == short
 
 
+@pytest.mark.parametrize("spec", [{"checkpoint": STORE}, {}], ids=["with a store", "from memory alone"])
+@pytest.mark.parametrize("asked", [{"replicas": 5}, {"replicas": 5, "minReplicas": 5}], ids=str)
+def test_a_job_that_trains_waits_for_more_nodes_as_long_as_it_takes(spec: dict[str, Any], asked: dict[str, Any]) -> None:
+    world = World.training(resource(spec))
+    world.edit(workers={**world.spec["workers"], **asked})
+    assert world.said is not None
+    world.said["workers"] |= {"wanted": 5, "least": 5}
+    world.run()
+    world.now += 5000
+    decided = world.run()
+    assert deletes(decided) == []
+    assert (world.status.phase, world.status.start.since) == ("Running", None)
+    assert "on 3 nodes, while 5 are wanted" in ready(decided).message
+
+
 def test_a_job_whose_state_is_in_memory_alone_is_not_given_back() -> None:
     world = starved(
         {"checkpoint": None}, snapshot={"step": 30, "age_s": 1.0}, attempts=1, attempt=1, phase="Recovering"
@@ -621,6 +636,7 @@ def test_pods_that_are_ready_count_while_the_controller_is_silent() -> None:
     assert deletes(decided) == []
     assert world.status.start.since is None
     assert (ready(decided).status, ready(decided).reason) == ("Unknown", "ControllerSilent")
+    assert decided.again_in_s is None, "nothing of it is looked at for the sake of time alone"
 
 
 WAITING = {
@@ -1066,6 +1082,33 @@ def test_a_name_that_is_too_long_is_refused() -> None:
     decided = plan(long, SETTINGS, NOW)
     assert decided.actions == ()
     assert "at most 50 bytes" in ready(decided).message
+
+
+def test_a_name_that_no_service_can_have_is_refused() -> None:
+    world = World(resource())
+    observed = world.observed()
+    decided = plan(replace(observed, key=replace(observed.key, name="7b")), SETTINGS, NOW)
+    assert decided.actions == ()
+    assert "metadata.name: must begin with a letter" in ready(decided).message
+
+
+def test_a_suspended_job_does_not_begin_with_what_it_was_before_an_invalid_edit() -> None:
+    world = World.training(resource({"checkpoint": STORE}))
+    world.edit(suspend=True)
+    assert world.said is not None
+    world.said["outcome"] = "suspended"
+    world.run()
+    world.said = None
+    world.let_go()
+    world.run()
+    assert world.status.phase == "Suspended"
+    world.edit(suspend=False, workers={"replicas": 3, "spares": 1, "template": COMMAND})
+    decided = world.run()
+    assert not world.pods
+    assert (world.status.phase, ready(decided).reason) == ("Suspended", "InvalidSpec")
+    world.edit(workers={"replicas": 3, "spares": 1})
+    world.run()
+    assert len(world.live_nodes()) == 4
 
 
 def test_an_invalid_edit_leaves_a_running_job_running() -> None:

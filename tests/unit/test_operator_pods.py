@@ -8,6 +8,7 @@ import pytest
 
 from outlast_operator.machines import domain_of, why_lost
 from outlast_operator.pods import Obstacle, index_of, pod_of, summed_up
+from outlast_operator.timestamps import written
 from support.operator_world import NOW, container, machine, node, pod
 
 OOM = {"reason": "OOMKilled", "exitCode": 137}
@@ -27,6 +28,9 @@ CRASH = {"reason": "Error", "exitCode": 2, "message": "no module named outlast"}
         (container(waiting={"reason": "CrashLoopBackOff"}, last=CRASH, restarts=4), "CrashLoopBackOff", False),
         (container(terminated=CRASH, restarts=4), "CrashLoopBackOff", False),
         (container(running={}, last=CRASH, restarts=4), "CrashLoopBackOff", False),
+        (container(running={"startedAt": written(NOW - 60)}, last=CRASH, restarts=4), "CrashLoopBackOff", False),
+        (container(running={"startedAt": written(NOW - 301)}, last=CRASH, restarts=4), None, False),
+        (container(running={"startedAt": written(NOW - 301)}, last=OOM, restarts=1), None, False),
         (container(terminated=CRASH, restarts=1), None, False),
         (container(terminated={"exitCode": 0}, restarts=4), None, False),
         (container(terminated=OOM), "OOMKilled", False),
@@ -35,27 +39,27 @@ CRASH = {"reason": "Error", "exitCode": 2, "message": "no module named outlast"}
     ],
 )
 def test_what_keeps_a_container_from_starting(status: dict[str, Any], reason: str | None, passes: bool) -> None:
-    found = pod_of(pod(node(1), ready=False, containerStatuses=[status])).obstacles
+    found = pod_of(pod(node(1), ready=False, containerStatuses=[status]), NOW).obstacles
     assert [one.reason for one in found] == ([] if reason is None else [reason])
     assert all(one.passes == passes for one in found)
 
 
 def test_an_init_container_may_be_the_one_that_does_not_start() -> None:
     status = [container("fetch", waiting={"reason": "ErrImagePull", "message": "not found"})]
-    (found,) = pod_of(pod(node(1), "Pending", initContainerStatuses=status)).obstacles
+    (found,) = pod_of(pod(node(1), "Pending", initContainerStatuses=status), NOW).obstacles
     assert found.message == "container fetch: not found"
 
 
 def test_a_pod_without_a_machine_waits_for_one() -> None:
     conditions = [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}]
-    (found,) = pod_of(pod(node(1), "Pending", machine="", conditions=conditions)).obstacles
+    (found,) = pod_of(pod(node(1), "Pending", machine="", conditions=conditions), NOW).obstacles
     assert found == Obstacle(node(1), "Unschedulable", "0/3 nodes", passes=True)
 
 
 def test_the_killed_container_and_its_limit_are_named() -> None:
     obj = pod(node(1), ready=False, containerStatuses=[container(terminated=OOM)])
     obj["spec"]["containers"] = [{"name": "outlast", "resources": {"limits": {"memory": "3Gi"}}}]
-    (found,) = pod_of(obj).obstacles
+    (found,) = pod_of(obj, NOW).obstacles
     assert (
         found.message
         == "container outlast was killed for want of memory: raise its memory limit (3Gi), or lower what it uses"
@@ -64,12 +68,14 @@ def test_the_killed_container_and_its_limit_are_named() -> None:
 
 def test_the_last_words_of_a_crash_are_told() -> None:
     obj = pod(node(1), ready=False, containerStatuses=[container(terminated=CRASH, restarts=3)])
-    (found,) = pod_of(obj).obstacles
+    (found,) = pod_of(obj, NOW).obstacles
     assert "exit code 2, 3 restarts: no module named outlast" in found.message
 
 
 def test_an_ended_pod_has_an_end_and_no_obstacles() -> None:
-    ended = pod_of(pod(node(1), "Failed", startTime="2027-01-15T08:00:00Z", reason="Evicted", message="disk pressure"))
+    ended = pod_of(
+        pod(node(1), "Failed", startTime="2027-01-15T08:00:00Z", reason="Evicted", message="disk pressure"), NOW
+    )
     assert (ended.ended, ended.ended_at, ended.obstacles) == (True, NOW, ())
     assert ended.why == "Evicted: disk pressure"
 

@@ -18,6 +18,7 @@ from outlast import kube
 from outlast.api import TrainingJob
 from outlast_operator.model import Create
 from outlast_operator.objects import kept_job
+from outlast_operator.plan import SOONEST_S
 from support.operator_world import NAME, World, machine, resource, word
 
 STORE = {"url": "s3://bucket/training"}
@@ -153,6 +154,7 @@ class History(RuleBasedStateMachine):
             if before == (world.job, world.pods, world.owned, world.deleted):
                 assert not [action for action in decided.actions if not _is_call(action)]
                 assert not decided.happenings
+                assert decided.again_in_s is None or decided.again_in_s > SOONEST_S, "a pass that only repeats itself"
                 assert world.calls[calls:] == list(filter(_is_call, decided.actions))
                 break
         else:

@@ -316,7 +316,7 @@ class Job:
 
     def note_step(self, step: int, now: float) -> None:
         """Some rank has done so many steps."""
-        self.progress.top_step = max(self.progress.top_step, step)
+        self.progress.reached(step, now)
         recovered = self.story.moved(self.progress.top_step, self.progress.restored_step, now)
         if recovered is not None:
             self.out.append(recovered)

@@ -273,8 +273,10 @@ class Machine:
     def _copied(self, event: e.Copied, now: float) -> None:
         job = self.job
         if job.cycle is not None and self._with_seat(event.node, now) is not None:
-            if event.generation.taken_by(job.cycle.attempt) and event.stall_s > 0:
-                job.story.stalled(event.generation, event.stall_s, now)
+            if event.generation.taken_by(job.cycle.attempt):
+                job.note_step(event.generation.step, now)
+                if event.stall_s > 0:
+                    job.story.stalled(event.generation, event.stall_s, now)
             job.out += job.cycle.copied(event, now)
 
     def _missed(self, event: e.Missed, now: float) -> None:

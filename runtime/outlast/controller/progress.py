@@ -56,6 +56,11 @@ class Progress:
             self._measure(event)
         return moved
 
+    def reached(self, step: int, now: float) -> None:
+        """Some rank has done so many steps, as something else than a heartbeat says."""
+        if step > self.top_step:
+            self.top_step, self.moved_at = step, now
+
     def _measure(self, event: Heartbeat) -> None:
         for seconds in event.step_seconds.values():
             self.step_s = seconds if self.step_s is None else self.step_s + _GAIN * (seconds - self.step_s)

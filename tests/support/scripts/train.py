@@ -164,6 +164,7 @@ def main() -> None:
     run.protect(check=args.check, **objects)
 
     record = Record(args.record, run) if args.record else None
+    stepped = time.monotonic()
     for x, y, indices in run.steps(loader, total=args.steps):
         loss = (wrapped(x) - y).square().mean()
         (loss * run.weight).backward()
@@ -186,7 +187,8 @@ def main() -> None:
         if record is not None:
             record.step()
         if args.pace and not (args.pace_until and pathlib.Path(args.pace_until).exists()):
-            time.sleep(args.pace)
+            time.sleep(max(0.0, stepped + args.pace - time.monotonic()))
+        stepped = time.monotonic()
         run.report(loss=loss.detach(), noise=random.random())
 
 
