@@ -6,11 +6,13 @@ import copy
 import itertools
 import pathlib
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper as checkpointed
 
 from outlast.errors import ImageError, StateError
 from outlast.protect import rng
@@ -20,6 +22,7 @@ from outlast.protect.plan import cut_of, group_equal, part_range, rotating_sampl
 from outlast.protect.reload import LocalShard, Shards, reload
 from outlast.protect.replicas import digest
 from outlast.protect.tree import flatten, unflatten
+from outlast.protect.weights import full_state
 from outlast.snapshot.identity import Generation
 
 
@@ -270,3 +273,144 @@ def test_a_buffer_shared_between_modules_comes_back(tmp_path: pathlib.Path) -> N
     again_from(objects, fresh, tmp_path)
     assert fresh["model"][0].table is fresh["model"][1].table
     assert torch.equal(fresh["model"][1].table, torch.arange(3.0))
+
+
+# --- names that would be the same -------------------------------------------------------------------------------------
+
+
+class Remembering(nn.Linear):
+    """Has extra state: a tensor."""
+
+    def __init__(self, mark: float = 0.0) -> None:
+        super().__init__(2, 2)
+        self.mark = torch.tensor([mark])
+
+    def get_extra_state(self) -> torch.Tensor:
+        return self.mark
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.mark = state
+
+
+class Holder(nn.Module):
+    """Keeps a model as ``module``, as wrappers do, and has submodules of its own."""
+
+    def __init__(self, module: nn.Module, **own: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        for name, part in own.items():
+            self.add_module(name, part)
+
+
+def buffered(buffer: torch.Tensor | None, *, persistent: bool = True) -> nn.Module:
+    part = nn.Module()
+    part.register_buffer("cache", buffer, persistent=persistent)
+    return part
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "place"),
+    [
+        (nn.Linear(3, 2), nn.Linear(3, 2), ".weight"),
+        (nn.Linear(3, 2), nn.Linear(4, 2), ".weight"),
+        (buffered(torch.zeros(2)), buffered(torch.ones(2)), ".cache"),
+        (buffered(torch.zeros(2), persistent=False), buffered(torch.ones(2), persistent=False), ".cache"),
+        (buffered(None), buffered(torch.ones(2)), ".cache"),
+        (nn.ParameterDict({"cache": torch.zeros(2)}), buffered(torch.ones(2)), ".cache"),
+        (Remembering(1.0).requires_grad_(False), Remembering(2.0), ".weight"),
+    ],
+)
+def test_different_tensors_that_would_share_a_name_are_refused(inner: nn.Module, outer: nn.Module, place: str) -> None:
+    model = Holder(nn.ModuleDict({"head": inner}), head=outer)
+    with pytest.raises(StateError, match="Rename one of the submodules") as caught:
+        Collector({"model": model})
+    for path in (f"model.module.head{place}", f"model.head{place}", f"'model/head{place}'"):
+        assert path in str(caught.value)
+
+
+def test_extra_states_that_would_share_a_name_are_refused() -> None:
+    inner, outer = Remembering(1.0), Remembering(2.0)
+    outer.weight, outer.bias = inner.weight, inner.bias
+    with pytest.raises(StateError, match=r"model\.module\.head and model\.head would both be"):
+        Collector({"model": Holder(nn.ModuleDict({"head": inner}), head=outer)})
+    root = type("Root", (Holder, Remembering), {})(Remembering(1.0))
+    del root.weight, root.bias
+    root.mark = torch.ones(1)
+    with pytest.raises(StateError, match=r"model\._extra_state and model\.module\._extra_state would both be"):
+        Collector({"model": root})
+
+
+def test_a_buffer_made_later_under_a_name_in_use_is_refused_at_the_boundary() -> None:
+    model = Holder(nn.ModuleDict({"head": buffered(None)}), head=buffered(None))
+    collector = Collector({"model": model})
+    collector.collect()
+    model.head.cache = torch.zeros(2)
+    with pytest.raises(StateError, match=r"model\.module\.head\.cache and model\.head\.cache would both be called"):
+        collector.collect()
+
+
+@pytest.mark.parametrize("key", ["head", "other"])
+def test_one_tensor_under_two_names_is_no_clash(tmp_path: pathlib.Path, key: str) -> None:
+    def build() -> dict[str, object]:
+        part = nn.Sequential(Remembering(1.0), nn.BatchNorm1d(2))
+        return {"model": Holder(nn.ModuleDict({"head": part}), **{key: part})}
+
+    objects, fresh = build(), build()
+    again_from(objects, fresh, tmp_path)
+    assert bits(fresh) == bits(objects)
+    assert "model/head.0.weight" in bits(fresh)
+    names = dict(full_state({"model": fresh["model"]}))
+    assert {name.partition(".")[0] for name in names} == {"head", key}
+
+
+def test_the_whole_weights_have_no_name_twice() -> None:
+    model = Holder(nn.ModuleDict({"head": nn.Linear(3, 2)}), head=nn.Linear(3, 2))
+    with pytest.raises(StateError, match=r"model\.module\.head\.weight and model\.head\.weight would both be called"):
+        dict(full_state({"model": model}))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, torch.optim.swa_utils.AveragedModel, checkpointed])
+def test_wrappers_change_no_names(tmp_path: pathlib.Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    def build(mark: float) -> nn.Module:
+        return nn.Sequential(Remembering(mark), nn.BatchNorm1d(2))
+
+    plain, wrapped = {"model": build(1.0)}, {"model": wrap(build(2.0))}
+    late = {"n_averaged"} & set(wrapped["model"].state_dict())
+    assert set(bits(wrapped)) - set(bits(plain)) == {f"model/{name}" for name in late}
+    assert set(dict(full_state(wrapped))) - set(dict(full_state(plain))) == late
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, checkpointed])
+def test_extra_state_of_what_is_wrapped_comes_back_with_and_without(
+    tmp_path: pathlib.Path, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    for index, (one, other) in enumerate([(wrap, wrap), (wrap, nn.Identity), (nn.Identity, wrap)]):
+        saved, live = Remembering(3.0), Remembering()
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        again_from(
+            {"model": saved if one is nn.Identity else one(saved)},
+            {"model": live if other is nn.Identity else other(live)},
+            folder,
+        )
+        assert live.mark == 3.0
+
+
+def test_a_part_of_the_same_name_without_extra_state_is_no_clash(tmp_path: pathlib.Path) -> None:
+    def build(mark: float) -> dict[str, object]:
+        return {"model": Holder(nn.ModuleDict({"head": Remembering(mark)}), head=nn.ReLU())}
+
+    objects, fresh = build(5.0), build(0.0)
+    again_from(objects, fresh, tmp_path)
+    assert fresh["model"].module["head"].mark == 5.0
+    with pytest.raises(StateError, match="model/head has extra state in the snapshot but takes none"):
+        again_from(objects, {"model": Holder(nn.ModuleDict({"head": nn.Linear(2, 2)}))}, tmp_path)
+
+
+def test_a_module_whose_name_has_a_slash_comes_back(tmp_path: pathlib.Path) -> None:
+    def build() -> dict[str, object]:
+        return {"model": nn.ModuleDict({"extra/head": Remembering(1.0), "head": Remembering(2.0)})}
+
+    objects, fresh = build(), build()
+    again_from(objects, fresh, tmp_path)
+    assert bits(fresh) == bits(objects)

@@ -11,6 +11,7 @@ from torch import nn
 
 from outlast.checkpoint.statedict import LeafRef, Weights, state_dicts, weights_of
 from outlast.protect.leaves import Collector
+from outlast.protect.weights import full_state
 
 
 class Odd(nn.Linear):
@@ -108,3 +109,32 @@ def test_what_state_dict_computes_is_named_and_extra_state_is_found() -> None:
 def test_other_objects_are_no_optimizers(notes: Any) -> None:
     state, leaves = told({"model": nn.Linear(1, 1), "notes": notes})
     assert list(state_dicts(state, weights_of(state, leaves), leaf)) == ["model"]
+
+
+def test_names_with_slashes_are_weights_under_their_own_names() -> None:
+    def part() -> nn.Module:
+        return nn.ModuleDict({"extra/head": nn.Linear(2, 2), "x": Odd()})
+
+    for modules in ({"net": part()}, {"one": part(), "two": nn.Linear(2, 2)}):
+        objects: dict[str, Any] = {**modules, "sgd": torch.optim.SGD(modules[min(modules)].parameters(), lr=0.1)}
+        state, leaves = told(objects)
+        weights = weights_of(state, leaves)
+        assert set(weights.names) | set(weights.lacking) == {name for name, _ in full_state(modules)}
+        sections = state_dicts(state, weights, leaf)
+        first = sections["model" if len(modules) == 1 else "one"]
+        assert first["extra/head.weight"] == LeafRef(f"{min(modules)}/extra/head.weight")
+        assert "extra/head.weight" in sections["optimizer"]["param_groups.0.params"]
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_extra_state_of_a_wrapped_module_is_found(wrap: Any) -> None:
+    state, leaves = told({"model": wrap(Odd())})
+    weights = weights_of(state, leaves)
+    assert sorted(weights.names) == ["_extra_state", "bias", "weight"]
+    assert set(weights.names.values()) <= set(leaves)
+
+
+def test_a_tensor_that_is_only_called_like_extra_state_is_a_weight() -> None:
+    model = nn.ParameterDict({"my_extra_state": torch.zeros(2)})
+    state, leaves = told({"model": model})
+    assert weights_of(state, leaves).names == {"my_extra_state": "model/my_extra_state"}

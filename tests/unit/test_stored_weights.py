@@ -63,6 +63,24 @@ def test_tied_weights_load_into_a_model_that_ties_nothing(
     assert torch.equal(plain["embed"].weight, tied["embed"].weight)
 
 
+def test_weights_whose_names_have_slashes_load(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, other = (nn.ModuleDict({"extra/head": nn.Linear(2, 3), "head": nn.Linear(2, 3)}) for _ in range(2))
+    checkpoint(tmp_path, {"model": trained}, monkeypatch)
+    outlast.load("s3://bucket/jobs/test", other)
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in trained.state_dict().items())
+
+
+def test_a_model_with_a_name_twice_is_not_loaded(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module, self.head = nn.ModuleDict({"head": nn.Linear(2, 3)}), nn.Linear(2, 3)
+
+    checkpoint(tmp_path, {"model": nn.ModuleDict({"head": nn.Linear(2, 3)})}, monkeypatch)
+    with pytest.raises(StateError, match=r"model\.module\.head\.weight and model\.head\.weight would both be called"):
+        outlast.load("s3://bucket/jobs/test", Holder())
+
+
 def test_of_several_modules_one_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(tmp_path, {"a": nn.Linear(2, 3), "b": nn.Linear(3, 4)}, monkeypatch)
     with pytest.raises(RequestError, match=r"step 5 at s3://bucket has not one module but these: a, b"):

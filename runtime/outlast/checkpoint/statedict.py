@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from outlast.protect.tree import unflatten
+from outlast.protect.tree import tensor_names, unflatten
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +42,9 @@ def weights_of(state: Json, leaves: Collection[str]) -> Weights:
     """The modules' weights among ``leaves``; ``state``: the image's JSON state."""
     told = state["weights"]
     modules, aliases = told["modules"], told["aliases"]
-    unnamed = {*told["absent"], *(alias for alias, leaf in aliases.items() if leaf is None)}
-    own = {leaf: leaf for leaf in leaves if _is_weight(leaf, modules) and leaf not in unnamed}
+    extra = {leaf for key in modules for leaf in tensor_names(state["objects"].get(key))}
+    unnamed = {*extra, *told["absent"], *(alias for alias, leaf in aliases.items() if leaf is None)}
+    own = {leaf: leaf for leaf in leaves if leaf.partition("/")[0] in modules and leaf not in unnamed}
     own |= {alias: leaf for alias, leaf in aliases.items() if leaf is not None}
     names = {dotted(name, modules): leaf for name, leaf in own.items()}
     lacking = sorted(dotted(alias, modules) for alias, leaf in aliases.items() if leaf is None)
@@ -66,13 +67,11 @@ def state_dicts(state: Json, weights: Weights, tensor: Callable[[str], torch.Ten
 
 
 def dotted(name: str, modules: Collection[str]) -> str:
-    """A module's leaf name ``key/path`` as in the whole weights."""
+    """A module's leaf name ``key/path`` as in the whole weights; the path may have slashes of its own."""
     key, _, rest = name.partition("/")
-    return rest if len(modules) == 1 and key in modules else name.replace("/", ".")
-
-
-def _is_weight(leaf: str, modules: Collection[str]) -> bool:
-    return leaf.partition("/")[0] in modules and not leaf.partition("/")[2].startswith("extra/")
+    if key not in modules:
+        return name.replace("/", ".")
+    return rest if len(modules) == 1 else f"{key}.{rest}"
 
 
 def _is_optimizer(saved: object) -> bool:

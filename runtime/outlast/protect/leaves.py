@@ -82,6 +82,11 @@ def clean(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
+def clean_owner(path: str) -> str:
+    """The same for the path of a module, which may itself be what a wrapper holds."""
+    return clean(f"{path}.")[:-1]
+
+
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """The rank's own part of a DTensor, without a copy; other tensors as they are."""
     local = getattr(tensor, "_local_tensor", None)
@@ -113,6 +118,62 @@ def reshard(modules: Mapping[str, nn.Module]) -> None:
                 part.reshard()
 
 
+def has_extra_state(part: nn.Module) -> bool:
+    return type(part).get_extra_state is not nn.Module.get_extra_state
+
+
+class ExtraStates:
+    """The parts of a module that have extra state. One that a wrapper holds is called otherwise than one without."""
+
+    def __init__(self, module: nn.Module) -> None:
+        parts = [(p, part) for p, part in module.named_modules(remove_duplicate=False) if has_extra_state(part)]
+        self._named = {clean_owner(path): part for path, part in parts} | {clean(path): part for path, part in parts}
+
+    def find(self, name: str) -> nn.Module | None:
+        """The part of that name; else of the same name with or without wrappers."""
+        name = name if name in self._named else clean_owner(name)
+        return self._named.get(name)
+
+
+class Names:
+    """Names in use, each for one tensor: without the prefixes of wrappers, two could get the same."""
+
+    def __init__(self, taken: Names | None = None) -> None:
+        self._taken: dict[str, tuple[str, object, object]] = dict(taken._taken) if taken else {}
+
+    def take(self, name: str, path: str, what: object, owner: object = None) -> None:
+        """Use ``name`` for what ``owner`` has at ``path``. Raises StateError when it is in use for something else."""
+        other, known, its_owner = self._taken.setdefault(name, (path, what, owner))
+        if not _same(known, what) and (owner is None or owner is not its_owner):
+            raise StateError(
+                f"{other} and {path} would both be called {name!r}: names leave out the prefixes of wrappers "
+                f"(module, _orig_mod and the like). Rename one of the submodules"
+            )
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether both are one object, or one tensor (``state_dict()`` makes an object for each name of a tied one)."""
+    if one is other or not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return one is other
+    mine, theirs = local_of(one), local_of(other)
+    plain = mine.layout is theirs.layout is torch.strided and not mine.is_meta
+    return plain and (mine.device, mine.dtype) == (theirs.device, theirs.dtype) and mine.is_set_to(theirs)
+
+
+def state_tensors(
+    modules: Mapping[str, nn.Module], *, keep_vars: bool = False
+) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(key, path, tensor) of each module's ``state_dict()``. Raises StateError when two would share a name."""
+    names = Names()
+    for key, module in modules.items():
+        owners = dict(module.named_modules(remove_duplicate=False))
+        for path, tensor in (module.state_dict(keep_vars=True) if keep_vars else module.state_dict()).items():
+            if isinstance(tensor, torch.Tensor):
+                owner = owners.get(path.rpartition(".")[0])
+                names.take(f"{key}.{clean(path)}", f"{key}.{path}", tensor, owner)
+                yield key, path, tensor
+
+
 class Collector:
     """Finds the leaves of protected objects; one per ``Run.protect``.
 
@@ -135,7 +196,9 @@ class Collector:
         self._memo: dict[str, tuple[torch.Tensor, bool, Leaf]] = {}
         self._states: dict[str, _OptimizerStates] = {}
         self._parts = {key: list(module.named_modules()) for key, module in self.modules.items()}
+        self._names = Names()
         self._index_modules()
+        self._check_names()
 
     def _leaf(self, name: str, tensor: torch.Tensor, *, lazy: bool) -> Leaf:
         """``make_leaf``, or the leaf made before when the tensor is the same and lies where it lay."""
@@ -151,8 +214,33 @@ class Collector:
 
     def _index_modules(self) -> None:
         for key, module in self.modules.items():
-            for name, parameter in module.named_parameters():
-                self.parameters.setdefault(id(parameter), (f"{key}/{clean(name)}", parameter))
+            for path, parameter in module.named_parameters():
+                name = f"{key}/{clean(path)}"
+                self._names.take(name, f"{key}.{path}", parameter)
+                self.parameters.setdefault(id(parameter), (name, parameter))
+
+    def _check_names(self) -> None:
+        """Raises StateError when two tensors, or the extra states of two modules, would share a name."""
+        extra = Names()
+        for key, parts in self._parts.items():
+            for path, part in parts:
+                if has_extra_state(part):
+                    extra.take(f"{key}/extra/{clean(path)}", f"{key}.{path}", part)
+        for _ in self._buffers():
+            pass
+        for _ in state_tensors(self.modules):
+            pass
+
+    def _buffers(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """(name, buffer) of all modules, those too that the first forward would make. Raises as ``_check_names``."""
+        names = Names(self._names)
+        for key, parts in self._parts.items():
+            for path, part in parts:
+                for place, buffer in part._buffers.items():
+                    full = f"{path}.{place}" if path else place
+                    name = f"{key}/{clean(full)}"
+                    names.take(name, f"{key}.{full}", buffer)
+                    yield name, buffer
 
     def parameter_name(self, parameter: torch.Tensor, optimizer: str, index: int) -> str:
         known = self.parameters.get(id(parameter))
@@ -167,21 +255,24 @@ class Collector:
         leaf's.
         """
         held = {place: name for place, (name, _) in self.parameters.items()}
-        absent: set[str] = set()
+        absent, extra = set[str](), dict[int, str]()
         for key, parts in self._parts.items():
             for path, part in parts:
+                if has_extra_state(part):
+                    extra.setdefault(id(part), f"{key}/extra/{clean(path)}")
                 for place, buffer in part._buffers.items():
                     name = f"{key}/{clean(f'{path}.{place}' if path else place)}"
                     held.setdefault(id(buffer), name)
                     absent |= {name} if place in part._non_persistent_buffers_set else set()
+        extras = {key: ExtraStates(module) for key, module in self.modules.items()}
         aliases: dict[str, str | None] = {}
-        for key, module in self.modules.items():
-            for path, value in module.state_dict(keep_vars=True).items():
-                name, extra = f"{key}/{clean(path)}", path.removesuffix("_extra_state")
-                own = held.get(id(value)) if extra == path else f"{key}/extra/{clean(extra)[:-1]}"
-                absent.discard(name)
-                if isinstance(value, torch.Tensor) and own != name:
-                    aliases[name] = own
+        for key, path, value in state_tensors(self.modules, keep_vars=True):
+            name, (owner, _, place) = f"{key}/{clean(path)}", path.rpartition(".")
+            part = extras[key].find(clean(owner)) if place == "_extra_state" else None
+            own = held.get(id(value)) if part is None else extra[id(part)]
+            absent.discard(name)
+            if own != name:
+                aliases[name] = own
         return dump({"modules": list(self.modules), "aliases": aliases, "absent": sorted(absent)})
 
     def parameters_of(self, key: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -200,8 +291,11 @@ class Collector:
         }
         for name, parameter in self.parameters.values():
             found.leaves[name] = self._leaf(name, parameter, lazy=id(parameter) in stepped)
+        for name, buffer in self._buffers():
+            if buffer is not None:
+                found.leaves.setdefault(name, self._leaf(name, buffer, lazy=False))
         for key in self.modules:
-            self._collect_module(key, found)
+            self._collect_extra_state(key, found)
         for key in self.optimizers:
             self._collect_optimizer(key, found)
         for key, value in self.others.items():
@@ -209,15 +303,8 @@ class Collector:
             found.state[key] = dump(self._tree(content, key, found, lazy=False))
         return found
 
-    def _collect_module(self, key: str, found: Collected) -> None:
-        extra = {}
-        for path, part in self._parts[key]:
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    full = f"{key}/{clean(f'{path}.{name}' if path else name)}"
-                    found.leaves.setdefault(full, self._leaf(full, buffer, lazy=False))
-            if type(part).get_extra_state is not nn.Module.get_extra_state:
-                extra[clean(path)] = part.get_extra_state()
+    def _collect_extra_state(self, key: str, found: Collected) -> None:
+        extra = {clean(path): part.get_extra_state() for path, part in self._parts[key] if has_extra_state(part)}
         if extra:
             found.state[key] = dump(self._tree(extra, f"{key}/extra", found, lazy=False))
 

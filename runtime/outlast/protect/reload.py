@@ -8,14 +8,14 @@ put together for the shards that there are now; what each rank had for itself is
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
 from outlast.errors import StateError
-from outlast.protect.leaves import Collector, Leaf, Stateful, clean, local_of, make_leaf
+from outlast.protect.leaves import Collector, ExtraStates, Leaf, Stateful, clean, clean_owner, local_of, make_leaf
 from outlast.protect.resize import OnResize, chosen_states, follows_its_sampler, set_position
 from outlast.protect.shards import LocalPieces, LocalShard, ShardReader, Shards, Want
 from outlast.protect.tree import Json, tensor_names, unflatten
@@ -38,7 +38,7 @@ def reload(collector: Collector, shards: Shards, on_resize: OnResize | None = No
     for key, module in collector.modules.items():
         _load_buffers(key, module, shards)
         if key in objects:
-            _load_extra_state(module, unflatten(objects[key], shards.tensor))
+            _load_extra_state(key, module, unflatten(objects[key], shards.tensor))
     for key in collector.optimizers:
         _load_optimizer(collector, key, objects[key], shards)
     session: dict[str, Any] = unflatten(state["session"], shards.tensor)
@@ -54,7 +54,7 @@ def load_module(key: str, module: torch.nn.Module, shards: Shards) -> None:
     leaves = _module_leaves(collector)
     aliases = {name: leaf for name, leaf in state["weights"]["aliases"].items() if leaf is not None}
     places = {name: name if name in shards.names else aliases.get(name, name) for name in leaves}
-    held = {n for n in shards.names if n.startswith(f"{key}/") and not n.startswith(f"{key}/extra/")}
+    held = _held([key], state["objects"], shards)
     unused = held - set(places.values()) - _late_buffers(collector) - {name for name in aliases if name in places}
     problems = [f"{name} is in the model but not in it" for name, place in places.items() if place not in held]
     problems += [f"{name} is in it but not in the model" for name in sorted(unused)]
@@ -66,25 +66,29 @@ def load_module(key: str, module: torch.nn.Module, shards: Shards) -> None:
             leaf.tensor.copy_(shards.tensor(Want(places[name], leaf)))
     _load_late_buffers(key, module, shards)
     if key in state["objects"]:
-        _load_extra_state(module, unflatten(state["objects"][key], shards.tensor))
+        _load_extra_state(key, module, unflatten(state["objects"][key], shards.tensor))
 
 
 # --- does it fit? ---------------------------------------------------------------------------------------------------
 
 
 def _check(collector: Collector, leaves: Mapping[str, Leaf], saved: Mapping[str, Json], shards: Shards) -> None:
-    names = shards.names
     stateful = set(collector.optimizers) | set(collector.others)
     missing = sorted(stateful - set(saved))
-    modules, late = {f"{key}/" for key in collector.modules}, _late_buffers(collector)
-    held = {n for n in names if any(n.startswith(prefix) and not n.startswith(f"{prefix}extra/") for prefix in modules)}
+    held, late = _held(collector.modules, saved, shards), _late_buffers(collector)
     problems = [f"protect({name}=...) is not in the snapshot" for name in missing]
     problems += [f"{name} is in the script but not in the snapshot" for name in sorted(set(leaves) - held)]
     problems += [f"{name} is in the snapshot but not in the script" for name in sorted(held - set(leaves) - late)]
-    keys = {name.split("/", 1)[0] for name in names if not name.startswith("__")} | set(saved)
+    keys = {name.split("/", 1)[0] for name in shards.names if not name.startswith("__")} | set(saved)
     problems += [f"{key}= is in the snapshot but not protected now" for key in sorted(keys - set(collector.objects))]
     problems += _misfits({name: leaf for name, leaf in leaves.items() if name in held}, shards)
     _refuse(problems, f"the script does not fit {shards.label}", " Was the script changed between attempts?")
+
+
+def _held(keys: Collection[str], saved: Mapping[str, Json], shards: Shards) -> set[str]:
+    """The snapshot's parameters and buffers of the modules ``keys``: all of their leaves but those of extra state."""
+    extra = {name for key in keys for name in tensor_names(saved.get(key))}
+    return {name for name in shards.names if any(name.startswith(f"{key}/") for key in keys)} - extra
 
 
 def _refuse(problems: list[str], what: str, question: str) -> None:
@@ -172,10 +176,14 @@ def _load_late_buffers(key: str, module: torch.nn.Module, shards: Shards) -> Non
             part._buffers[place] = shards.tensor(f"{key}/{name}")  # one that the first forward would make
 
 
-def _load_extra_state(module: torch.nn.Module, extra: Mapping[str, Any]) -> None:
-    for name, part in module.named_modules():
-        if clean(name) in extra:
-            part.set_extra_state(extra[clean(name)])
+def _load_extra_state(key: str, module: torch.nn.Module, extra: Mapping[str, Any]) -> None:
+    parts, there = ExtraStates(module), {clean_owner(path) for path, _ in module.named_modules()}
+    for name, state in extra.items():
+        part = parts.find(name)
+        if part is not None:
+            part.set_extra_state(state)
+        elif clean_owner(name) in there:
+            raise StateError(f"{key}/{name} has extra state in the snapshot but takes none in the script")
 
 
 # --- optimizers -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from outlast.protect.leaves import clean, reshard
+from outlast.protect.leaves import clean, reshard, state_tensors
 from outlast.protect.plan import SAFETENSORS_NAMES
 from outlast.protect.replicas import bytes_of
 
@@ -22,15 +22,13 @@ from outlast.protect.replicas import bytes_of
 def full_state(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, whole tensor on the CPU) in the order of names. A collective: every rank must exhaust it.
 
-    With one module protected the names are its own; with several, each is prefixed by its key in ``protect``.
+    With one module protected the names are its own; with several, each is prefixed by its key in ``protect``. Raises
+    StateError when two tensors would share a name.
     """
     reshard(modules)
     named: dict[str, torch.Tensor] = {}
-    for key, module in modules.items():
-        prefix = f"{key}." if len(modules) > 1 else ""
-        for name, tensor in module.state_dict().items():
-            if isinstance(tensor, torch.Tensor):
-                named[prefix + clean(name)] = tensor
+    for key, path, tensor in state_tensors(modules):
+        named[f"{key}.{clean(path)}" if len(modules) > 1 else clean(path)] = tensor
     for name in sorted(named):
         tensor = named[name]
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
