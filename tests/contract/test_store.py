@@ -456,9 +456,9 @@ def pretended(status: int, code: str) -> Iterator[dict[str, str]]:
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(body if self.command != "HEAD" else b"")
 
-        do_GET = do_PUT = do_POST = do_DELETE = answer
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 
         def log_message(self, *_: object) -> None:
             pass
@@ -476,6 +476,65 @@ def test_what_is_no_s3_service_is_told() -> None:
             store.get("head")
         with pytest.raises(StoreUnavailable):
             list(store.list())
+
+
+@pytest.mark.parametrize("call", ["get", "head", "read_into", "put"])
+def test_an_ingress_without_a_service_makes_no_object_missing(call: str) -> None:
+    with pretended(404, "") as variables, environment(variables):
+        store = open_store("s3://bucket/x", StoreOptions(patience_s=0.5))
+        with pytest.raises(StoreUnavailable, match=r"is http.* an S3 service"):
+            asked(store, call)
+
+
+def asked(store: Store, call: str) -> object:
+    arguments: dict[str, tuple[Any, ...]] = {"read_into": (0, memoryview(bytearray(1))), "put": (b"1",)}
+    return getattr(store, call)("head", *arguments.get(call, ()))
+
+
+@pytest.mark.parametrize("content", [b"", b"123"])
+def test_a_head_that_an_ingress_answered_is_asked_again(
+    proxied: tuple[Proxy, str], monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    _, url = proxied
+    store = open_store(f"{url}/moment", StoreOptions(patience_s=10))
+    store.put("x", content)
+    client, calls = store._client, []  # type: ignore[attr-defined]
+    real = client.head_object
+
+    def first(**arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 1:
+            no_object = {"Error": {"Code": "404"}, "ResponseMetadata": {"HTTPStatusCode": 404}}
+            raise b.ClientError(no_object, "HeadObject")  # type: ignore[arg-type]
+        return real(**arguments)
+
+    monkeypatch.setattr(client, "head_object", first)
+    assert store.head("x").size == len(content)
+    assert len(calls) == 2
+
+
+def test_what_comes_slowly_and_is_cut_is_asked_for_again(
+    proxied: tuple[Proxy, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patience with a part begins with its first failure, however long it was under way until then."""
+    _, url = proxied
+    store = open_store(f"{url}/slowly", StoreOptions(part_bytes=PART, patience_s=0.5))
+    data = os.urandom(PART)
+    store.upload("x", memoryview(data))
+    real, calls = store._receive, []  # type: ignore[attr-defined]
+
+    def cut_first(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 1:
+            time.sleep(1.0)
+            raise ConnectionResetError("cut")
+        real(*arguments)
+
+    monkeypatch.setattr(store, "_receive", cut_first)
+    target = bytearray(PART)
+    store.read_into("x", 0, memoryview(target))
+    assert target == data
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(
@@ -535,12 +594,13 @@ def test_whoever_gives_out_credentials_is_asked_again(monkeypatch: pytest.Monkey
     assert len(made) == 3
 
 
-def test_refusals_are_told_at_once(proxied: tuple[Proxy, str]) -> None:
+@pytest.mark.parametrize("call", ["get", "head", "read_into", "put"])
+def test_refusals_are_told_at_once(proxied: tuple[Proxy, str], call: str) -> None:
     proxy, _ = proxied
     proxy.mode = "pass"
     began = time.monotonic()
     with pytest.raises(StoreDenied, match=r"no-such-bucket-here.*spec\.checkpoint\.url"):
-        open_store("s3://no-such-bucket-here/x").get("head")
+        asked(open_store("s3://no-such-bucket-here/x"), call)
     assert time.monotonic() - began < 3
 
 
@@ -666,6 +726,54 @@ def test_what_a_folder_cannot_list_is_not_missing(
         with pytest.raises(raised):
             list(store.list())
     assert [found.key for found in store.list()] == ["a/x", "b/x"]
+
+
+@pytest.mark.parametrize("size", [100, folder.SMALL + 1])
+def test_an_update_between_a_read_and_its_etag_is_not_lost(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    store, other = (open_store(f"file://{tmp_path}") for _ in range(2))
+    store.put("x", b"0" * size)
+    real, read = pathlib.Path.read_bytes, []
+
+    def replaced_once(path: pathlib.Path) -> bytes:
+        content = real(path)
+        if not read:
+            read.append(path)
+            other.put("x", b"2" * size, if_match=other.get("x")[1])
+        return content
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", replaced_once)
+    content, etag = store.get("x")
+    assert (read, content[:1]) == ([tmp_path / "x"], b"0")
+    with pytest.raises(PreconditionFailed):
+        store.put("x", b"1" * size, if_match=etag)
+    etag = store.put("x", b"3" * size, if_match=store.get("x")[1])
+    assert store.get("x") == (b"3" * size, etag)
+
+
+@pytest.mark.parametrize("sizes", [(100, 200), (100, folder.SMALL + 1), (folder.SMALL + 1, 100)])
+def test_a_head_tells_of_one_object_only(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int]
+) -> None:
+    """Whatever takes its place while it is looked at."""
+    store, other = (open_store(f"file://{tmp_path}") for _ in range(2))
+    store.put("x", bytes(sizes[0]))
+    known = store.head("x")
+    real, replaced = os.fstat, []
+
+    def replaced_once(descriptor: int) -> os.stat_result:
+        found = real(descriptor)
+        if not replaced and found.st_size == sizes[0]:
+            replaced.append(descriptor)
+            other.put("x", bytes(sizes[1]))
+        return found
+
+    monkeypatch.setattr(os, "fstat", replaced_once)
+    assert store.head("x") == known
+    assert replaced
+    after = store.head("x")
+    assert (after.size, after.etag == known.etag) == (sizes[1], False)
 
 
 def test_a_lock_that_is_held_is_waited_for_and_given_up(tmp_path: pathlib.Path) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 
+from outlast.checkpoint import formats
 from outlast.checkpoint.export import main
 from outlast.snapshot.identity import Generation
 from support import checkpoints
@@ -125,6 +127,111 @@ def test_what_is_wrong_is_said_and_leaves_nothing(
         assert status == 2
         assert said in end["text"]
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+@pytest.fixture
+def mounted(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An empty file system of its own, of 1 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    place = tmp_path / "mounted"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    (place / "lost+found").mkdir()  # as a new one has
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_file_system_of_its_own_is_exported_to(
+    stored: Stored,
+    run: Run,
+    mounted: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And its room is what counts."""
+    monkeypatch.setattr("outlast.checkpoint.export._bytes", lambda *_: 2 << 20)
+    status, end = export(capsys, stored.url, "--to", str(mounted))
+    assert status == 1
+    assert f"{mounted} has 1 MiB free" in end["text"]
+    assert [path.name for path in mounted.iterdir()] == ["lost+found"]
+    monkeypatch.undo()
+    status, end = export(capsys, stored.url, "--to", str(mounted))
+    assert status == 0, end
+    assert end["files"] == ["model.safetensors"]
+    assert {path.name for path in mounted.iterdir()} == {"lost+found", "model.safetensors"}
+    assert run("load_safetensors.py", str(mounted))["weights"] == stored.weights
+
+
+FORMS = {
+    ("--shard-size", "300"): ("load_safetensors.py", "model.safetensors.index.json"),
+    ("--format", "dcp"): ("load_dcp.py", ".metadata"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_working_folder_is_exported_to(
+    stored: Stored,
+    run: Run,
+    form: tuple[str, str],
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script, catalogue = FORMS[form]
+    to = tmp_path / "out"
+    to.mkdir()
+    monkeypatch.chdir(to)
+    status, end = export(capsys, stored.url, *form, "--to", ".")
+    assert status == 0, end
+    assert sorted(path.name for path in to.iterdir()) == end["files"]
+    assert catalogue in end["files"]
+    assert run(script, str(to), *(["nested"] if "dcp" in form else []))["weights"] == stored.weights
+    assert list(tmp_path.iterdir()) == [to]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_makes_files_an_export_comes_last_into_a_folder_that_is_there(
+    stored: Stored,
+    form: tuple[str, str],
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever ends it before leaves nothing that can be loaded; an error leaves nothing at all."""
+    to, real, moved = tmp_path / "out", pathlib.Path.rename, []
+    to.mkdir()
+
+    def rename(path: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        if target.parent == to:
+            moved.append(target.name)
+            if target.name == FORMS[form][1]:
+                left.extend(path.parent.iterdir())
+                raise OSError("no more")
+        return real(path, target)
+
+    left: list[pathlib.Path] = []
+    monkeypatch.setattr(pathlib.Path, "rename", rename)
+    status, end = export(capsys, stored.url, *form, "--to", str(to))
+    assert (status, end["text"]) == (1, "no more")
+    assert len(moved) > 1
+    assert [path.name for path in left] == moved[-1:]
+    assert list(to.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [to]
+
+
+def test_what_somebody_puts_into_the_folder_meanwhile_is_not_overwritten(
+    stored: Stored, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "model.safetensors"
+    write = formats.write_safetensors
+    monkeypatch.setattr(formats, "write_safetensors", lambda *given: (mine.write_text("mine"), write(*given))[1])
+    status, end = export(capsys, stored.url, "--to", str(tmp_path))
+    assert status == 2
+    assert "not an empty folder (model.safetensors); nothing is overwritten" in end["text"]
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("form", ["safetensors", "dcp"])

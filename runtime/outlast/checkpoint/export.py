@@ -1,7 +1,8 @@
 """``python -m outlast.checkpoint.export URL --to FOLDER``: a checkpoint as plain safetensors, or as a DCP folder.
 
 Every byte is verified as it is read; ranks' pieces become whole tensors, a batch at a time (memory: see ``whole`` and
-``formats``). The folder appears when it is complete: what is being written lies beside it under a name of its own.
+``formats``). The folder appears when it is complete: what is being written lies beside it under a name of its own, or
+in it where it is there already (it may be a file system of its own), with what makes the files an export moved up last.
 Started by ``trainctl checkpoints export``; what it says is described in ``saying``.
 """
 
@@ -30,6 +31,8 @@ from outlast.quantities import parse_bytes
 
 SHARD_BYTES = 5_000_000_000
 """Of one file, as Hugging Face's libraries write them."""
+_CATALOGUES = ("model.safetensors.index.json", ".metadata")
+"""They name the other files, which nobody loads without them."""
 
 Format = Literal["safetensors", "dcp"]
 
@@ -60,7 +63,7 @@ def export(request: Request) -> dict[str, Any]:
         weights = weights_of(state, whole.leaves())
         with _draft(request.to) as draft:
             digest = _write(request, draft, whole, state, weights)
-    files = sorted(path.name for path in request.to.iterdir())
+    files = sorted(path.name for path in _entries(request.to))
     size = sum((request.to / name).stat().st_size for name in files)
     return {
         "text": _text(request, entry, files, weights, digest),
@@ -75,10 +78,22 @@ def export(request: Request) -> dict[str, Any]:
 
 
 def _check_folder(folder: pathlib.Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RequestError(f"--to {folder}: it is there and not an empty folder; nothing is overwritten")
-    if not folder.absolute().parent.is_dir():
+    if folder.exists():
+        _check_empty(folder)
+    elif not folder.absolute().parent.is_dir():
         raise RequestError(f"--to {folder}: there is no folder {folder.absolute().parent}")
+
+
+def _check_empty(folder: pathlib.Path, *but: pathlib.Path) -> None:
+    found = [path.name for path in _entries(folder) if path not in but] if folder.is_dir() else ["a file"]
+    if found:
+        text = f"it is there and not an empty folder ({min(found)}); nothing is overwritten"
+        raise RequestError(f"--to {folder}: {text}")
+
+
+def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
+    """What is in it, but for what a new file system has of itself."""
+    return [path for path in folder.iterdir() if path.name != "lost+found"]
 
 
 def _open(archive: Archive, entry: Entry) -> WholeState:
@@ -93,19 +108,40 @@ def _open(archive: Archive, entry: Entry) -> WholeState:
 
 @contextmanager
 def _draft(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder beside ``folder`` that takes its place when all went well, and goes otherwise."""
-    draft = folder.absolute().parent / f".{folder.name}.{os.getpid()}"
+    """A folder that takes the place of ``folder``, or whose files do, when all went well, and that goes otherwise."""
+    there = folder.exists()
+    draft = (folder if there else folder.absolute().parent) / f".{folder.name or 'export'}.{os.getpid()}"
     draft.mkdir()
     try:
         yield draft
-        _sync(draft)
-        draft.rename(folder)
+        _sync(*draft.iterdir(), draft)
+        if there:
+            _move_up(draft, folder)
+        else:
+            draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _sync(folder: pathlib.Path) -> None:
-    for path in (*folder.iterdir(), folder):
+def _move_up(draft: pathlib.Path, folder: pathlib.Path) -> None:
+    """Move all files of ``draft`` into the ``folder`` that it is in, the catalogue last; none when one cannot be."""
+    _check_empty(folder, draft)
+    *parts, last = sorted(draft.iterdir(), key=lambda path: (path.name in _CATALOGUES, path.name))
+    moved: list[pathlib.Path] = []
+    try:
+        for path in parts:
+            moved.append(path.rename(folder / path.name))
+        _sync(folder)
+        moved.append(last.rename(folder / last.name))
+        _sync(folder)
+    except BaseException:
+        for path in reversed(moved):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _sync(*paths: pathlib.Path) -> None:
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -41,7 +41,7 @@ T = TypeVar("T")
 DRAFTS = ".drafts"
 LOCK = ".lock"
 SMALL = 1 << 20
-"""Objects up to this size have their content's hash as etag."""
+"""Up to this size a head has the etag that ``get`` and ``put`` have; larger objects are not read for it."""
 
 _TRIES = 5
 _LOCK_PAUSES_S = (0.002, 0.25)
@@ -68,7 +68,7 @@ class FolderStore:
 
         def read() -> tuple[bytes, str]:
             content = path.read_bytes()
-            return content, _etag(path, content)
+            return content, _etag(content)
 
         return self._again(key, read)
 
@@ -81,9 +81,9 @@ class FolderStore:
             with self._locked(key, until):
                 present = _content(path)
                 if tries == 1 or present != data:  # else it was moved into place, and what came after that has failed
-                    self._check(key, path, present, if_match, if_absent)
+                    self._check(key, present, if_match, if_absent)
                 self._write(key, path, memoryview(data), lambda: False)
-                return _etag(path, data)
+                return _etag(data)
 
         return self._again(key, write)
 
@@ -101,9 +101,10 @@ class FolderStore:
         path = self._path(key)
 
         def look() -> ObjectInfo:
-            stat = path.stat()
-            content = path.read_bytes() if stat.st_size <= SMALL else None
-            return ObjectInfo(key, stat.st_size, _etag(path, content), stat.st_mtime)
+            with path.open("rb", buffering=0) as file:  # of one and the same object, whatever takes its place now
+                stat = os.fstat(file.fileno())
+                etag = _etag(file.read()) if stat.st_size <= SMALL else f"{stat.st_size}-{stat.st_mtime_ns}"
+            return ObjectInfo(key, stat.st_size, etag, stat.st_mtime)
 
         return self._again(key, look)
 
@@ -173,10 +174,10 @@ class FolderStore:
                     raise CheckpointError(f"{self._url}/{key} ends at {offset + done}, not at {offset + len(target)}")
                 done += got
 
-    def _check(self, key: str, path: Path, present: bytes | None, if_match: str | None, if_absent: bool) -> None:
+    def _check(self, key: str, present: bytes | None, if_match: str | None, if_absent: bool) -> None:
         if if_absent and present is not None:
             raise PreconditionFailed(f"{self._url}/{key} is there already")
-        if if_match is not None and (present is None or _etag(path, present) != if_match):
+        if if_match is not None and (present is None or _etag(present) != if_match):
             raise PreconditionFailed(f"{self._url}/{key} is {'gone' if present is None else 'another one by now'}")
 
     def _write(self, key: str, path: Path, data: memoryview, cancelled: Callable[[], bool]) -> None:
@@ -280,11 +281,9 @@ def _content(path: Path) -> bytes | None:
         return None
 
 
-def _etag(path: Path, content: bytes | None) -> str:
-    if content is not None and len(content) <= SMALL:
-        return hashlib.sha256(content).hexdigest()
-    stat = path.stat()
-    return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
+def _etag(content: bytes) -> str:
+    """Of the content alone: whatever else is asked of a file may be another file's by then."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

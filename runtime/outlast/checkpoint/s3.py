@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
@@ -132,11 +132,21 @@ class S3Store:
 
     def head(self, key: str) -> ObjectInfo:
         def ask() -> ObjectInfo:
-            with self._told(key):
-                found = self._client.head_object(Bucket=self._bucket, Key=self._key(key))
-                return ObjectInfo(key, found["ContentLength"], found["ETag"], found["LastModified"].timestamp())
+            try:
+                with self._told(key):
+                    found = self._client.head_object(Bucket=self._bucket, Key=self._key(key))
+                    return ObjectInfo(key, found["ContentLength"], found["ETag"], found["LastModified"].timestamp())
+            except ObjectMissing:
+                self._look_closer(key)
 
         return self._again(ask)
+
+    def _look_closer(self, key: str) -> NoReturn:
+        """Raises what a 404 means that has no body to say so: the object, the bucket or the service is missing."""
+        with suppress(CheckpointError), self._told(key):  # of an empty object there is no first byte
+            found = self._client.get_object(Bucket=self._bucket, Key=self._key(key), Range="bytes=0-0")
+            found["Body"].close()
+        raise StoreUnavailable(f"{self._url}/{key}: HEAD was answered with 404, and GET finds it")
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         token: dict[str, Any] = {}
@@ -291,7 +301,7 @@ class S3Store:
                     raise CheckpointError(f"{self._url}/{key} ends before {offset + len(target)}")
                 self._receive(answer["Body"], key, target, cancelled)
 
-        self._again(ask, cancelled)
+        self._again(ask, cancelled, slow=True)
 
     def _receive(self, body: Any, key: str, target: memoryview, cancelled: Callable[[], bool]) -> None:
         done = 0

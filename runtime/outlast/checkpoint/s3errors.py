@@ -28,6 +28,15 @@ _THROTTLED = {
     "RequestTimeout",
     "InternalError",
 }
+_DAMAGED = {
+    "BadDigest",
+    "IncompleteBody",
+    "InvalidDigest",
+    "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
+}
+"""What was sent did not arrive as it was sent."""
+_MISSING = {"NoSuchKey", "NoSuchVersion", "NoSuchUpload"}
 _LOST = (
     b.ConnectionError,
     b.HTTPClientError,
@@ -45,6 +54,8 @@ _UNIDENTIFIED = (b.CredentialRetrievalError, b.MetadataRetrievalError)
 """Whoever gives out credentials failed: the machine's metadata service, a Pod's identity agent, a program. Also a wrong
 configuration ends so, but mostly they are asked again with success, and every hour of a run they are: to deny would end
 a job for their hiccup, to wait costs a wrong configuration no more than patience."""
+_UNTRUSTED = ("certificate verify failed", "doesn't match", "No such file", "no certificate")
+"""In the text of an SSLError: whose certificate or authorities are not to be had by asking again."""
 _NOBODY = (b.NoCredentialsError, b.PartialCredentialsError, b.TokenRetrievalError)
 
 
@@ -70,6 +81,8 @@ def told(where: Where) -> Iterator[None]:
         raise StoreDenied(f"{url}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role") from error
     except _UNIDENTIFIED as error:
         raise StoreUnavailable(f"{url}: {error}; if this lasts, check what gives out the credentials") from error
+    except b.SSLError as error:
+        raise _unsafe(where, error) from error
     except _LOST as error:
         raise StoreUnavailable(f"{url}: {error}") from error
     except (b.BotoCoreError, ValueError) as error:
@@ -80,14 +93,26 @@ def told(where: Where) -> Iterator[None]:
         raise StoreDenied(text) from error
 
 
+def _unsafe(where: Where, error: b.SSLError) -> OutlastError:
+    text = f"{where.url}: {error}"
+    if not any(words in text for words in _UNTRUSTED):
+        return StoreUnavailable(text)
+    remedy = (
+        f"if {where.endpoint} is the right one, set AWS_CA_BUNDLE to a file with the authority that it is signed by"
+    )
+    return StoreDenied(f"{text}; {remedy}")
+
+
 def _answer(where: Where, error: b.ClientError) -> OutlastError:
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     text = f"{where.url}: {code} ({status}): {error.response.get('Error', {}).get('Message', '')}"
     if code == "NoSuchBucket":
         return StoreDenied(f"{text}; make the bucket {where.bucket}, or correct spec.checkpoint.url")
-    if code in ("NoSuchKey", "NoSuchUpload", "404") or status == 404:
+    if code in _MISSING or (status == 404 and error.operation_name == "HeadObject"):
         return ObjectMissing(text)
+    if status == 404:  # of an ingress without a service behind it: no S3 service answers so
+        return StoreUnavailable(f"{text}; if this lasts, check AWS_ENDPOINT_URL: is {where.endpoint} an S3 service?")
     if status == 412 or code == "PreconditionFailed":
         return PreconditionFailed(text)
     if status == 416:
@@ -95,7 +120,7 @@ def _answer(where: Where, error: b.ClientError) -> OutlastError:
     if status == 501 or code == "NotImplemented":
         lacks = "conditional writes (If-Match, If-None-Match)" if where.conditional else error.operation_name
         return StoreDenied(f"{text}; {where.endpoint} has no {lacks}: use an S3 service that has, or file:///folder")
-    if status in _LATER or status >= 500 or code in _THROTTLED:
+    if status in _LATER or status >= 500 or code in _THROTTLED or code in _DAMAGED:
         return StoreUnavailable(text)
     what = f"bucket {where.bucket} at {where.endpoint}"
     return StoreDenied(f"{text}; check the credentials and what they may do with {what}")

@@ -1,0 +1,85 @@
+"""What S3 services answer, in the words of a store: what is tried again, what is an answer, what a person must mend."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+from botocore import exceptions as b
+from botocore.parsers import RestXMLParser
+from botocore.session import get_session
+
+from outlast.checkpoint.s3errors import Where, told
+from outlast.errors import ObjectMissing, OutlastError, StoreDenied, StoreUnavailable
+
+WHERE = Where("s3://bucket/x/key", "bucket", "https://minio:9000")
+
+
+def said(error: Exception) -> OutlastError:
+    with pytest.raises(OutlastError) as caught, told(WHERE):
+        raise error
+    return caught.value
+
+
+def answer(code: str, status: int, operation: str) -> b.ClientError:
+    return b.ClientError(
+        {"Error": {"Code": code, "Message": "because"}, "ResponseMetadata": cast(Any, {"HTTPStatusCode": status})},
+        operation,
+    )
+
+
+@pytest.mark.parametrize(
+    "code", ["BadDigest", "IncompleteBody", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"]
+)
+@pytest.mark.parametrize("operation", ["PutObject", "UploadPart"])
+def test_what_was_damaged_on_its_way_is_sent_again(code: str, operation: str) -> None:
+    assert type(said(answer(code, 400, operation))) is StoreUnavailable
+
+
+@pytest.mark.parametrize(
+    ("code", "operation", "kind"),
+    [
+        ("NoSuchKey", "GetObject", ObjectMissing),
+        ("NoSuchVersion", "GetObject", ObjectMissing),
+        ("404", "GetObject", StoreUnavailable),
+        ("", "GetObject", StoreUnavailable),
+        ("NotFound", "GetObject", StoreUnavailable),
+        ("NoSuchBucket", "GetObject", StoreDenied),
+        ("404", "HeadObject", ObjectMissing),
+        ("NoSuchKey", "PutObject", ObjectMissing),
+        ("404", "PutObject", StoreUnavailable),
+        ("NoSuchUpload", "UploadPart", ObjectMissing),
+        ("NoSuchUpload", "CompleteMultipartUpload", ObjectMissing),
+        ("404", "UploadPart", StoreUnavailable),
+        ("404", "ListObjectsV2", StoreUnavailable),
+        ("NoSuchBucket", "ListObjectsV2", StoreDenied),
+    ],
+)
+def test_an_object_is_missing_only_when_a_service_says_so(code: str, operation: str, kind: type[OutlastError]) -> None:
+    assert type(said(answer(code, 404, operation))) is kind
+
+
+def test_the_page_of_an_ingress_says_nothing_of_an_object() -> None:
+    shape = get_session().get_service_model("s3").operation_model("GetObject").output_shape
+    page = {"status_code": 404, "headers": {}, "body": b"404 page not found\n"}
+    error = b.ClientError(RestXMLParser().parse(page, shape), "GetObject")
+    assert type(said(error)) is StoreUnavailable
+    assert "https://minio:9000 an S3 service" in str(said(error))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate", StoreDenied),
+        ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certificate has expired", StoreDenied),
+        ("hostname 'minio' doesn't match 'localhost'", StoreDenied),
+        ("[Errno 2] No such file or directory", StoreDenied),
+        ("[X509: NO_CERTIFICATE_OR_CRL_FOUND] no certificate or crl found", StoreDenied),
+        ("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol", StoreUnavailable),
+        ("[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC] decryption failed or bad record mac", StoreUnavailable),
+    ],
+)
+def test_a_certificate_that_is_not_trusted_is_told_with_the_remedy(text: str, kind: type[OutlastError]) -> None:
+    error = said(b.SSLError(endpoint_url="https://minio:9000", error=text))
+    assert type(error) is kind
+    assert ("AWS_CA_BUNDLE" in str(error)) == (kind is StoreDenied)
