@@ -60,10 +60,9 @@ class Heard:
         return float(value) if isinstance(value, int | float) else None
 
     @property
-    def uploading(self) -> bool:
-        """Whether a checkpoint is on its way to a store that has not complained."""
-        checkpoint = self.part("checkpoint")
-        return bool(checkpoint.get("under_way")) and not checkpoint.get("last_error")
+    def suspending(self) -> bool:
+        """Whether it is bringing the job's state to the store, and will end by itself."""
+        return self.status.get("suspending") is True
 
     @property
     def unplaced(self) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 """A job that shall have no nodes for now: told to take its last checkpoint, then without Pods, then started anew. Pure.
 
-``status.suspendingSince`` holds since when it is told. The suspension goes on after the controller's patience (where
-steps are long, six of them: the next snapshot is some steps away) and 15 s more whatever the controller and the store
-do; only an upload that is under way, to a store that has not complained, is
-waited for as long as the controller itself waits for one. The condition says what is kept and what is lost.
+``status.suspendingSince`` holds since when it is told. A controller that answers, and says that it suspends the job,
+ends by itself: within its patience with a store that complains, after an upload that goes on. Any other has that
+patience (where steps are long, six of them: the next snapshot is some steps away) and 15 s more, and then the Pods go.
+The condition says what is kept and what is lost.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ EXTRA_S = 15.0
 """What the operator waits beyond the controller's patience."""
 STEPS = 6
 """In so many steps the controller takes a snapshot (``outlast.controller.suspending.STEPS``)."""
-LONGEST_UPLOAD_S = 900.0
-"""How long the controller waits for an upload without complaint (``outlast.controller.settings.Patience.final_s``)."""
+LONGEST_UPLOAD_S = 6 * 3600.0
+"""How long the controller waits for an upload without complaint (``outlast.controller.settings.Patience.upload_s``)."""
 
 
 def suspend(sight: Sight, status: TrainingJobStatus) -> Decision:
@@ -36,8 +36,8 @@ def suspend(sight: Sight, status: TrainingJobStatus) -> Decision:
     if not sight.pods or not _has_state(sight, status):
         return _take_away(sight, status)
     since = read_or_none(status.suspending_since) or sight.now
-    uploading = sight.answering and sight.heard is not None and sight.heard.uploading
-    ends = since + (LONGEST_UPLOAD_S if uploading else _patience_s(sight)) + EXTRA_S
+    at_it = sight.answering and sight.heard is not None and sight.heard.suspending
+    ends = since + (LONGEST_UPLOAD_S if at_it else _patience_s(sight)) + EXTRA_S
     if sight.heard is not None and sight.heard.outcome == SUSPENDED:
         return _take_away(sight, status)
     if sight.now >= ends:

@@ -562,7 +562,10 @@ class Cluster:
 
     def _on_upload(self, node: SimNode, upload: m.Upload) -> None:
         fence, port, token = node.fence, node.keeper_port, object()
-        if not node.keeper_up:
+        if not node.keeper_up or (upload.again and node.name in self.uploading[upload.generation]):
+            return
+        if upload.again and (upload.generation, (node.seat or 0) * self.config.procs) in self.store.images:
+            self.say(self._uploaded(node, upload))
             return
         node.upload = token  # a later one ends an earlier one
         others = {
@@ -615,11 +618,14 @@ class Cluster:
             return
         if self.store.attempt != self.machine.job.attempt:
             return  # superseded by another claim
+        before = {checkpoint.generation for checkpoint in self.store.line}
         found = self.store.commit(epoch, order)
         if isinstance(found, str):
             self._answer(m.CheckpointFailed(order.generation, f"the store is {found}", found), epoch)
         else:
             self._answer(m.CheckpointCommitted(found, 0.05), epoch)
+            gone = before - {checkpoint.generation for checkpoint in self.store.line}
+            self._answer(m.CheckpointsExpired(tuple(sorted(gone))), epoch)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,8 @@ class SimStore:
         """Claim for a controller; what is the matter, if anything."""
         if self.trouble is None and self.owner is not None and owner < self.owner:
             return "lost"
+        if self.trouble is None and self.foreign and not self.restorable():
+            return "denied"
         if self.trouble is None:
             self.owner, self.attempt = owner, attempt
         return self.trouble
@@ -43,7 +45,7 @@ class SimStore:
     def restorable(self) -> tuple[StoredCheckpoint, ...]:
         """What ``Claimed`` says: those that lack no object."""
         whole = [c for c in self.line if all((c.generation, image.rank) in self.images for image in c.images)]
-        return (*reversed(whole), *self.foreign)
+        return (*reversed(whole), *(c for c in self.foreign if c.generation not in self.quarantined))
 
     def put(self, generation: Generation, seat: int, procs: int, length: int) -> tuple[StoredImage, ...]:
         """The images of a seat arrive."""

@@ -149,6 +149,7 @@ def test_claims_commits_and_retention(tmp_path: Path) -> None:
             assert (stored.generation, stored.nodes, stored.procs) == (generation(1, step), 2, 1)
             assert (stored.url, stored.foreign) == (f"file://{tmp_path}", False)
             assert [image.rank for image in stored.images] == [0, 1]
+        assert at.answer() == m.CheckpointsExpired((generation(1, 5),))
         assert at.claimed(2) == [generation(1, 15), generation(1, 10)]
         assert at.kinds() == ["checkpoint-expired"]
         assert head_steps(tmp_path) == [10, 15]
@@ -412,9 +413,25 @@ def test_another_jobs_damaged_checkpoints_are_passed_over_and_left_as_they_are(t
         at.archivist.submit(m.Quarantine(generation(1, 10), "flipped"))
         assert [found.step for found in at.claimed(2)] == [5]
         at.archivist.submit(m.Quarantine(generation(1, 5), "flipped"))
-        assert at.failed(3)[0] == "denied"
+        trouble, reason = at.failed(3)
+        assert trouble == "denied"
+        assert "flipped; name another checkpoint, as URL@STEP" in reason
         assert at.kinds() == ["checkpoint-passed-over"]
     assert (other / HEAD_KEY).read_bytes() == before
+
+
+def test_another_job_that_goes_on_is_looked_at_again(tmp_path: Path, other: Path) -> None:
+    """What it had when the job began is restored as long as any of it is there."""
+    theirs, claim = Archive(folder(other)), claim_of(1, "past")
+    with desk(tmp_path / "own", restore_from=f"file://{other}") as at:
+        assert [found.step for found in at.claimed(1)] == [15, 10, 5]
+        for step, left in ((20, [15, 10]), (25, [15]), (30, [30, 25, 20])):
+            checkpoint(theirs, claim, step)
+            theirs.expire(Retention(3), claim)
+            assert [found.step for found in at.claimed(step)] == left
+        (other / HEAD_KEY).unlink()
+        assert [found.step for found in at.claimed(99)] == [30, 25, 20], "as it was when it was seen last"
+        assert at.kinds() == ["restore-from-unseen"]
 
 
 # --- settings -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from outlast.controller.checkpoints import CheckpointCycle
 from outlast.controller.claims import Claims
 from outlast.controller.settings import CheckpointConfig, MachineConfig, Patience
 from outlast.controller.snapshot_work import Committed
+from outlast.messages.events import StoreTrouble
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.stored import StoredCheckpoint, StoredImage
 from support.simulated import Cluster
@@ -600,18 +601,126 @@ def test_a_branch_goes_on_from_its_own_checkpoints() -> None:
     succeeded(world)
 
 
-def test_another_jobs_damaged_checkpoint_ends_the_job() -> None:
+def _cannot_read(world: Cluster, generation: Generation) -> None:
+    attempt = world.machine.job.attempt
+    assert attempt is not None
+    world.tell(m.RestoreFailed(world.seated(0).name, attempt, generation, "rank 0's image is damaged", "bad", 0))
+
+
+def test_another_jobs_damaged_checkpoint_is_passed_over_for_an_older_one() -> None:
+    world = cluster()
+    newest, older = world.store.lend(60, 4, 1), world.store.lend(40, 4, 1)
+    world.run_to("restored")
+    _cannot_read(world, newest.generation)
+    world.run_to("recovered")
+    assert world.machine.job.origin == older
+    succeeded(world)
+
+
+@pytest.mark.parametrize("trouble", [None, "unavailable"])
+def test_when_none_is_left_of_another_jobs_checkpoints_the_job_does_not_begin_without(
+    trouble: StoreTrouble | None,
+) -> None:
     world = cluster()
     lent = world.store.lend(40, 4, 1)
     world.run_to("restored")
-    attempt = world.machine.job.attempt
-    assert attempt is not None
-    node = world.seated(0).name
-    world.tell(m.RestoreFailed(node, attempt, lent.generation, "rank 0's image is damaged", "bad", 0))
+    world.store.trouble = trouble
+    _cannot_read(world, lent.generation)
+    world.run(30.0)
+    assert world.kinds().count("restored") == 1
+    assert not {"fresh", "restored-none"} & set(world.kinds())
+    world.store.recover()
     finish = world.run_to_end()
     assert finish.outcome == "failed"
-    assert "rank 0's image is damaged" in finish.reason
-    assert world.store.quarantined == []
+    assert "checkpoints cannot be used" in finish.reason
+
+
+# --- how long the store is waited for ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("upload_s", [500.0, 1000.0, 5000.0])
+def test_a_store_that_is_slow_and_well_is_waited_for(upload_s: float) -> None:
+    world = cluster()
+    world.store.upload_s = upload_s
+    finish = world.run_to_end(30000.0)
+    assert finish.outcome == "succeeded", finish
+    assert world.store.line[-1].generation.step == world.total
+
+
+def test_a_complaint_while_the_last_upload_goes_on_has_the_stores_patience_from_then_on() -> None:
+    world = cluster(config=replace(CONFIG, patience=replace(Patience(), final_s=100.0)))
+    world.run_to("last-step")
+    world.store.upload_s = 10_000.0
+    world.run(300.0)
+    job, node = world.machine.job, world.seated(1).name
+    world.tell(m.Note(node, None, "store-unavailable", "503"))
+    world.run(90.0)
+    assert job.outcome is None
+    world.tell(m.Note(node, None, "store-answers", "200"))
+    world.run(300.0)
+    assert job.outcome is None, "the complaint is over"
+    world.tell(m.Note(node, None, "store-unavailable", "503"))
+    assert world.run_to_end(150.0).outcome == "failed"
+
+
+@pytest.mark.parametrize("after_s", [0.5, 10.0, 30.0])
+def test_a_suspension_after_an_outage_tries_the_store_at_once(after_s: float) -> None:
+    world = cluster(total=100_000)
+    world.run_to("checkpoint-committed")
+    world.store.trouble = "unavailable"
+    cycle = world.machine.job.checkpoints
+    assert cycle is not None
+    world.run(600.0)
+    failed = cycle.totals.failed
+    world.run(300.0, lambda: cycle.totals.failed > failed)
+    world.store.recover()
+    world.run(after_s)
+    world.tell(m.SuspendRequested(60.0, "spec.suspend"))
+    finish = world.run_to_end(500.0)
+    assert finish.outcome == "suspended"
+    assert "which is in the store" in finish.reason
+
+
+@pytest.mark.parametrize("lost", ["the order", "the answer"])
+def test_an_upload_whose_order_or_answer_is_lost_is_asked_for_again(lost: str) -> None:
+    world = cluster(total=100_000)
+    begin, say, victims = world._on_upload, world.say, []
+
+    def lose_an_order(node: Any, upload: m.Upload) -> None:
+        if victims:
+            begin(node, upload)
+        else:
+            victims.append(node.name)
+
+    def lose_an_answer(event: m.Event, *delay: float) -> None:
+        if isinstance(event, m.Uploaded) and not victims:
+            victims.append(event.node)
+        else:
+            say(event, *delay)
+
+    if lost == "the order":
+        world._on_upload = lose_an_order  # type: ignore[method-assign]
+    else:
+        world.say = lose_an_answer  # type: ignore[method-assign]
+    world.run_to("checkpoint-committed", 120.0)
+    assert victims
+    world.run_to("checkpoint-committed", 30.0)
+    assert status(world)["checkpoints"]["failed"] == 0
+
+
+def test_checkpoints_that_have_expired_are_forgotten() -> None:
+    world = cluster(total=1000)
+    succeeded(world)
+    stored = world.machine.job.claims.stored
+    assert [known.generation for known in stored or ()] == [known.generation for known in reversed(world.store.line)]
+
+
+def test_no_more_checkpoints_are_known_than_a_claim_is_answered_with() -> None:
+    claims = Claims(True)
+    claims.stored = ()
+    for step in range(100):
+        claims.add(stored(step))
+    assert [known.generation.step for known in claims.stored] == list(range(99, 91, -1))
 
 
 def test_the_same_fingerprint_is_no_news() -> None:

@@ -593,7 +593,9 @@ def test_what_is_enough_is_min_replicas(least: int | None, short: bool) -> None:
 
 @pytest.mark.parametrize("spec", [{"checkpoint": STORE}, {}], ids=["with a store", "from memory alone"])
 @pytest.mark.parametrize("asked", [{"replicas": 5}, {"replicas": 5, "minReplicas": 5}], ids=str)
-def test_a_job_that_trains_waits_for_more_nodes_as_long_as_it_takes(spec: dict[str, Any], asked: dict[str, Any]) -> None:
+def test_a_job_that_trains_waits_for_more_nodes_as_long_as_it_takes(
+    spec: dict[str, Any], asked: dict[str, Any]
+) -> None:
     world = World.training(resource(spec))
     world.edit(workers={**world.spec["workers"], **asked})
     assert world.said is not None
@@ -798,13 +800,14 @@ def test_a_suspension_goes_on_without_a_store_and_says_what_is_lost(
 
 
 def test_an_upload_that_goes_on_without_complaint_is_waited_for() -> None:
-    world = World.training(resource({"checkpoint": STORE}), checkpoint={"step": 30, "under_way": "2.40"})
+    """The controller knows when to wait no longer, and says so; one that does not take the suspension up does not."""
+    world = World.training(resource({"checkpoint": STORE}), suspending=True)
     world.edit(suspend=True)
     world.step()
-    world.now += 914
+    world.now += 6 * 3600
     assert deletes(world.step()) == []
     assert world.said is not None
-    world.said["checkpoint"]["last_error"] = "503 from the store"
+    world.said["suspending"] = False
     assert len(deletes(world.step())) == 5
 
 

@@ -328,6 +328,28 @@ def test_a_new_controller_of_the_same_head_lets_held_ranks_go_on() -> None:
     assert succeeded(world)["attempt"] == 1
 
 
+def test_a_node_that_has_not_heard_that_its_ranks_may_go_on_is_told_again() -> None:
+    world = cluster()
+    world.run_to_step(12)
+    let_go, deaf = world._on_proceed, []
+
+    def hear_the_second_time(node: Any, proceed: m.Proceed) -> None:
+        if node.name in deaf or node.name != world.seated(1).name:
+            let_go(node, proceed)
+        else:
+            deaf.append(node.name)
+
+    world._on_proceed = hear_the_second_time  # type: ignore[method-assign]
+    world.tell(m.HoldRequested(5.0))
+    world.run_to("hold-over")
+    held_at = world.live_step()
+    world.run(15.0)
+    assert deaf
+    assert world.live_step() > held_at + 5
+    assert "fault" not in world.kinds()
+    succeeded(world)
+
+
 def test_a_hold_during_a_recovery_holds_what_comes_of_it() -> None:
     world = cluster()
     world.run_to_step(12)

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -175,21 +176,53 @@ class Keeper:
         self.looks.append(then)
 
 
-def test_an_upload_that_waits_is_told_of_once_and_no_longer_than_it_lasts() -> None:
-    keeper, events = Keeper(), list[m.Event]()
+def uploading_of(keeper: Keeper, events: list[m.Event]) -> tuple[Uploading, m.Upload]:
     attempt = Attempt(1, "a" * 16)
     record = AttemptRecord(in_force=attempt, started=attempt, seat=0)
     uploading = Uploading("node-1", cast(KeeperTasks, keeper), lambda: record, events.append)
-    generation = Generation.of(attempt, 5)
-    order = m.Upload(("node-1",), generation, "s3://bucket/x", None)
+    return uploading, m.Upload(("node-1",), Generation.of(attempt, 5), "s3://bucket/x", None)
+
+
+WAITS = m.Note("node-1", None, "store-unavailable", "node-1 waits for the store and tries again: 503")
+ANSWERS = m.Note("node-1", None, "store-answers", "node-1: the store answers again")
+
+
+def test_an_upload_that_waits_is_told_of_once_and_when_it_does_no_more() -> None:
+    keeper, events = Keeper(), list[m.Event]()
+    uploading, order = uploading_of(keeper, events)
     uploading.begin(order)
-    keeper.looks.pop()(None)
-    assert events == []
-    keeper.looks.pop()("503")
-    assert events == [m.Note("node-1", None, "store-unavailable", "node-1 waits for the store and tries again: 503")]
-    assert keeper.looks == [], "said once"
-    keeper.done.pop()(m.UploadFailed("node-1", generation, "503"))
+
+    def seen(*troubles: str | None) -> list[m.Event]:
+        for trouble in troubles:
+            keeper.looks.pop()(trouble)
+        told = list(events)
+        events.clear()
+        return told
+
+    assert seen(None, None, None, None) == []
+    assert seen("503") == [WAITS]
+    assert seen("503", None, None, "503", None, None) == [], "on and off is no news"
+    assert seen(None) == [ANSWERS]
+    assert seen(None, None) == []
+    assert seen("503") == [WAITS]
+    failed = m.UploadFailed("node-1", order.generation, "503")
+    keeper.done.pop()(failed)
+    assert seen("503") == [failed]
+    assert keeper.looks == [], "an upload that is over does not wait"
+
+
+def test_who_has_uploaded_says_so_when_asked_again_and_uploads_anew_when_told_anew() -> None:
+    keeper, events = Keeper(), list[m.Event]()
+    uploading, order = uploading_of(keeper, events)
+    again, done = replace(order, again=True), m.Uploaded("node-1", order.generation, (), 7, 1.0)
+    uploading.begin(again)
+    uploading.begin(again)
+    assert len(keeper.done) == 1, "the first has not arrived, the second finds it under way"
+    keeper.done.pop()(done)
+    uploading.begin(again)
+    assert (events, keeper.done) == ([done, done], [])
     uploading.begin(order)
-    keeper.done.pop()(m.UploadFailed("node-1", generation, "503"))
-    keeper.looks.pop()("503")
-    assert len(events) == 3, "an upload that is over does not wait"
+    assert len(keeper.done) == 1, "the store may have lost it"
+    keeper.done.pop()(m.UploadFailed("node-1", order.generation, "503"))
+    uploading.begin(again)
+    assert len(keeper.done) == 1

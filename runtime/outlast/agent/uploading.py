@@ -12,6 +12,8 @@ from outlast.snapshot.identity import Attempt, Generation
 
 LOOK_S = 5.0
 """How often it is looked whether an upload waits for a store that does not answer."""
+WELL_LOOKS = 3
+"""Looks in a row without trouble after which the store is said to answer again."""
 
 _Job = tuple[Attempt, Generation, str]
 
@@ -24,6 +26,7 @@ class Uploading:
     ) -> None:
         self._node, self._keeper, self._record, self._emit = node, keeper, record, emit
         self._under_way: _Job | None = None
+        self._uploaded: tuple[_Job, m.Uploaded] | None = None
 
     def begin(self, upload: m.Upload) -> None:
         """Have the keeper do it; ``Uploaded`` or ``UploadFailed``. Who asks again meanwhile gets the same answer."""
@@ -32,27 +35,33 @@ class Uploading:
             self._emit(m.UploadFailed(self._node, upload.generation, "it has no seat in the attempt in force"))
             return
         job = (record.started, upload.generation, upload.url)
-        if job != self._under_way:
-            self._under_way = job
+        if upload.again and self._uploaded is not None and self._uploaded[0] == job:
+            self._emit(self._uploaded[1])
+        elif job != self._under_way:
+            self._under_way, self._uploaded = job, None
             self._keeper.upload(upload, record.started, record.seat, partial(self._done, job))
             self._watch(job)
 
-    def _watch(self, job: _Job) -> None:
-        self._keeper.store_trouble(LOOK_S, partial(self._looked, job))
+    def _watch(self, job: _Job, well: int = WELL_LOOKS) -> None:
+        self._keeper.store_trouble(LOOK_S, partial(self._looked, job, well))
 
-    def _looked(self, job: _Job, trouble: str | None) -> None:
-        """Say once of an upload that it waits, which is no failure yet: the keeper is patient."""
+    def _looked(self, job: _Job, well: int, trouble: str | None) -> None:
+        """Say of an upload that it waits, which is no failure yet: the keeper is patient; and when it does no more.
+        ``well``: looks without trouble so far, since there was some."""
         if self._under_way is not job:
             return
-        if trouble is None:
-            self._watch(job)
-        else:
+        if trouble is not None and well >= WELL_LOOKS:
             text = f"{self._node} waits for the store and tries again: {trouble}"
             self._emit(m.Note(self._node, None, "store-unavailable", text))
+        elif trouble is None and well == WELL_LOOKS - 1:
+            self._emit(m.Note(self._node, None, "store-answers", f"{self._node}: the store answers again"))
+        self._watch(job, 0 if trouble is not None else well + 1)
 
     def _done(self, job: _Job, event: m.Uploaded | m.UploadFailed) -> None:
         """Nobody asked in this attempt for what another one began."""
         if self._under_way == job:
             self._under_way = None
+        if isinstance(event, m.Uploaded):
+            self._uploaded = (job, event)
         if self._record().in_force == job[0]:
             self._emit(event)

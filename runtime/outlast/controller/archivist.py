@@ -141,6 +141,8 @@ class Archivist:
         self._unfinished: _Unfinished | None = None
         self._condemned: dict[Generation, str] = {}
         self._foreign: tuple[StoredCheckpoint, ...] = ()
+        self._horizon: Generation | None = None
+        self._passed_over: set[Generation] = set()
         self._last_error: str | None = None
 
     def submit(self, order: Order) -> None:
@@ -290,14 +292,30 @@ class Archivist:
         return own or self._restore_from()
 
     def _restore_from(self) -> tuple[StoredCheckpoint, ...]:
-        if self._charge.restore_from is None:
+        """Without a step: the newest when the job first looked, or older; newer ones when none of those is left."""
+        named = self._charge.restore_from
+        if named is None:
             return ()
-        if not self._foreign:
-            self._foreign = self._find_foreign(*parse_reference(self._charge.restore_from))
+        self._look_at_foreign(*parse_reference(named))
         sound = tuple(stored for stored in self._foreign if stored.generation not in self._condemned)
         if not sound:
-            raise RequestError(f"checkpoint.restoreFrom {self._charge.restore_from}: what it names is damaged")
-        return sound
+            reasons = {self._condemned[stored.generation] for stored in self._foreign}
+            text = f"checkpoint.restoreFrom {named} cannot be restored: {'; '.join(sorted(reasons))}"
+            raise RequestError(f"{text}; name another checkpoint, as URL@STEP (`trainctl checkpoints ls` shows them)")
+        if self._horizon is None:
+            self._horizon = sound[0].generation
+        return tuple(stored for stored in sound if stored.generation <= self._horizon) or sound
+
+    def _look_at_foreign(self, url: str, step: int | None) -> None:
+        """What is there now: a job that goes on has its checkpoints expire. Seen once, it may be out of reach."""
+        if step is not None and self._foreign:
+            return
+        try:
+            self._foreign = self._find_foreign(url, step)
+        except _FAILURES as error:
+            if not self._foreign:
+                raise
+            self._log("restore-from-unseen", f"{url} cannot be looked at again: {error}", {})
 
     def _find_foreign(self, url: str, step: int | None) -> tuple[StoredCheckpoint, ...]:
         """Another job's checkpoint of ``step``, or all that could be its newest. That job's store is only read."""
@@ -310,7 +328,10 @@ class Archivist:
         except (ObjectMissing, CheckpointError) as error:
             raise RequestError(f"checkpoint.restoreFrom {url}: {error}") from error
         for entry, reason in found.bad:
-            self._log("checkpoint-passed-over", f"{url}@{entry.step}: {reason}", {"generation": str(entry.generation)})
+            if entry.generation not in self._passed_over:
+                fields = {"generation": str(entry.generation)}
+                self._log("checkpoint-passed-over", f"{url}@{entry.step}: {reason}", fields)
+        self._passed_over |= {entry.generation for entry, _ in found.bad}
         if not found.stored:
             raise RequestError(f"checkpoint.restoreFrom {url} has no complete checkpoint")
         return found.stored
@@ -349,6 +370,8 @@ class Archivist:
         except _FAILURES as error:
             self._log("retention-failed", str(error), {})
             return
+        if removed:
+            self._answer(m.CheckpointsExpired(tuple(entry.generation for entry in removed)))
         for entry in removed:
             text = f"the checkpoint of step {entry.step} has expired and is removed"
             self._log("checkpoint-expired", text, {"step": entry.step, "generation": str(entry.generation)})
@@ -359,8 +382,10 @@ class Archivist:
         """Take what the machine condemned out of the line. Without a claim that waits; it is not offered meanwhile."""
         if self._claim is None:
             return
+        others = {stored.generation for stored in self._foreign}
         for generation, reason in self._condemned.items():
-            self._quarantine(generation, reason, self._claim)
+            if generation not in others:
+                self._quarantine(generation, reason, self._claim)
 
     def _quarantine(self, generation: Generation, reason: str, claim: ClaimMark) -> None:
         if self._archive().quarantine(generation, reason, claim):

@@ -30,6 +30,8 @@ FIRST_PAUSE_S = 5.0
 LONGEST_PAUSE_S = 120.0
 DENIED_PAUSE_S = 60.0
 """Somebody has to do something first."""
+AGAIN_S = 60.0
+"""Nodes that have not answered for so long are told again: a call to an agent may fail while the agent lives on."""
 SAME_REASON_S = 60.0
 """The same failure again is no news for so long."""
 
@@ -59,7 +61,8 @@ class CheckpointTotals:
 
 @dataclass
 class _Work:
-    """The checkpoint under way. ``waiting``: nodes that have neither uploaded nor failed; ``failure``: the first."""
+    """The checkpoint under way. ``waiting``: nodes that have neither uploaded nor failed; ``failure``: the first;
+    ``told_at``: when nodes were told last."""
 
     generation: Generation
     slot: int
@@ -68,6 +71,7 @@ class _Work:
     began: float
     images: dict[str, tuple[StoredImage, ...]] = field(default_factory=dict)
     failure: tuple[str, StoreTrouble] | None = None
+    told_at: float = -math.inf
 
 
 class CheckpointCycle:
@@ -90,6 +94,7 @@ class CheckpointCycle:
         self._multiple: int | None = None
         self._retry_at = -math.inf
         self._failures = 0
+        self._urgent = False
         self._told: tuple[str, float] = ("", -math.inf)
 
     @property
@@ -127,12 +132,17 @@ class CheckpointCycle:
 
         ``stored``: the newest in the store; ``nodes``: those with seats, none while the store is not claimed.
         """
+        if urgent and not self._urgent:
+            self._retry_at = -math.inf  # what failed before says little about now
+        self._urgent = urgent
         step = newest.generation.step if newest is not None else 0
         newer = newest is not None and self._newer(newest.generation, stored)
         if self._due(step, stored, now, known=bool(nodes)):
             ready = bool(newer and nodes) and self.work is None and now >= self._retry_at
             self.totals.skipped += not ready
             self._owed = self._owed or self.work is None
+        if self.stage is Transfer.UPLOADING:
+            return self._tell_again(now)
         if newest is None or not newer or not nodes or self.work is not None or now < self._retry_at:
             return []
         return self._begin(newest, nodes, now) if self._owed or urgent or self._failures else []
@@ -164,7 +174,7 @@ class CheckpointCycle:
         generation = newest.generation
         done = self._done[1] if self._done is not None and self._done[0] == generation else {}
         waiting = set(nodes) - set(done)
-        self.work = work = _Work(generation, newest.slot, nodes, waiting, now, dict(done))
+        self.work = work = _Work(generation, newest.slot, nodes, waiting, now, dict(done), told_at=now)
         self.stage, self._owed, self._done = Transfer.UPLOADING, False, None
         fields = {"generation": str(generation), "step": generation.step}
         line = Emit("checkpoint-started", f"step {generation.step} goes to the store", fields)
@@ -173,6 +183,13 @@ class CheckpointCycle:
     def _upload(self, nodes: tuple[str, ...]) -> list[Instruction]:
         work, config = self.work, self.config
         return [Upload(nodes, work.generation, config.url, config.bandwidth)] if work is not None else []
+
+    def _tell_again(self, now: float) -> list[Instruction]:
+        work, config = self.work, self.config
+        if work is None or now < work.told_at + AGAIN_S:
+            return []
+        work.told_at, nodes = now, tuple(name for name in work.nodes if name in work.waiting)
+        return [Upload(nodes, work.generation, config.url, config.bandwidth, again=True)]
 
     # --- upload -----------------------------------------------------------------------------------------------------
 
@@ -275,6 +292,8 @@ class CheckpointCycle:
             return 0.0
         if trouble == "denied":
             return DENIED_PAUSE_S
+        if self._urgent:
+            return FIRST_PAUSE_S
         return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(self._failures - 1, 10))
 
     def _rest(self) -> None:

@@ -13,11 +13,15 @@ memory: then to begin without it would be to begin anew.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from outlast.messages.events import Claimed, ClaimFailed
 from outlast.messages.instructions import Claim, Instruction
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.stored import StoredCheckpoint
+
+MOST = 8
+"""Checkpoints that are known at most: as many as a claim is answered with."""
 
 
 class Claims:
@@ -64,15 +68,23 @@ class Claims:
 
     def add(self, checkpoint: StoredCheckpoint) -> None:
         """A checkpoint was committed."""
-        others = (known for known in self.stored or () if known.generation != checkpoint.generation)
-        self.stored = (checkpoint, *others)
+        others = [known for known in self.stored or () if known.generation != checkpoint.generation]
+        own = [known for known in others if not known.foreign]
+        self.stored = (checkpoint, *own[: MOST - 1])
+
+    def forget(self, generations: Collection[Generation]) -> None:
+        """They are not in the store any more."""
+        if self.stored is not None:
+            self.stored = tuple(known for known in self.stored if known.foreign or known.generation not in generations)
 
     def exclude(self, generation: Generation) -> StoredCheckpoint | None:
-        """Never restore it again; returns it when it was in the store."""
+        """Never restore it again; returns it when it was in the store. After the last that another job lends the store
+        has to be heard anew: to begin without any is not what was asked for."""
         found = next((known for known in self.stored or () if known.generation == generation), None)
         self.excluded.add(generation)
         if self.stored is not None:
-            self.stored = tuple(known for known in self.stored if known is not found)
+            left = tuple(known for known in self.stored if known is not found)
+            self.stored = None if found is not None and found.foreign and not left else left
         return found
 
     @property

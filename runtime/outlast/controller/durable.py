@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from outlast.controller import ending, preparing, suspending
+from outlast.controller import ending, preparing
 from outlast.controller.faults import Symptom
 from outlast.controller.phases import PREPARING
 from outlast.messages import events as e
@@ -42,7 +42,7 @@ def claimed(job: Job, event: e.Claimed, now: float) -> None:
     if not claims.current(event) or attempt is None:
         return
     claims.take(event)
-    suspending.heard(job, now)
+    job.store_news.hear(now, "")
     steps = [known.generation.step for known in event.stored]
     job.emit("claimed", f"the store is claimed; checkpoints of steps {steps} are there", attempt=attempt.number)
     own = [known.generation.attempt for known in event.stored if not known.foreign]
@@ -64,7 +64,7 @@ def claim_failed(job: Job, event: e.ClaimFailed, now: float) -> None:
     elif event.trouble == "unavailable":
         text = f"the store does not answer: {event.reason}; there are no checkpoints until it does"
         job.emit("claim-failed", text, reason=event.reason, trouble=event.trouble)
-        suspending.heard(job, now, text)
+        job.store_news.hear(now, text)
         job.claims.fail()
         preparing.advance(job, now)
     else:
@@ -86,7 +86,7 @@ def upload_failed(job: Job, event: e.UploadFailed, now: float) -> None:
         return
     elif job.checkpoints is not None:
         job.out += job.checkpoints.upload_failed(event, now)
-        suspending.heard(job, now, event.reason)
+        job.store_news.hear(now, event.reason)
         ending.look(job, now)
 
 
@@ -96,10 +96,15 @@ def committed(job: Job, event: e.CheckpointCommitted, now: float) -> None:
         return
     began = job.checkpoints.work.began if job.checkpoints.work is not None else now
     job.claims.add(event.checkpoint)
-    suspending.heard(job, now)
+    job.store_news.hear(now, "")
     job.out += job.checkpoints.committed(event.checkpoint, now)
     job.checkpoint_rhythm.safe(0.0, now - began, job.progress.step_s)
     ending.look(job, now)
+
+
+def expired(job: Job, event: e.CheckpointsExpired) -> None:
+    """Retention has removed some."""
+    job.claims.forget(event.generations)
 
 
 def commit_failed(job: Job, event: e.CheckpointFailed, now: float) -> None:
@@ -108,7 +113,7 @@ def commit_failed(job: Job, event: e.CheckpointFailed, now: float) -> None:
         _taken_over(job, event.reason, now)
     elif job.checkpoints is not None:
         job.out += job.checkpoints.commit_failed(event, now)
-        suspending.heard(job, now, event.reason)
+        job.store_news.hear(now, event.reason)
 
 
 # --- restoring ------------------------------------------------------------------------------------------------------
@@ -116,13 +121,13 @@ def commit_failed(job: Job, event: e.CheckpointFailed, now: float) -> None:
 
 def restore_failed(job: Job, event: e.RestoreFailed, now: float) -> None:
     """What the attempt was to begin with cannot be had: with another state, later, or never."""
-    generation, foreign = event.generation, job.origin is not None and job.origin.foreign
+    generation = event.generation
     where = event.node if event.rank is None else f"rank {event.rank} on {event.node}"
     text = f"{where} could not restore step {generation.step}: {event.reason}"
     if event.trouble == "lost":
         _taken_over(job, event.reason, now)
         return
-    if event.trouble == "denied" or (event.trouble == "bad" and foreign):
+    if event.trouble == "denied":
         job.finish("failed", text, now)
         return
     if event.trouble == "bad" and job.claims.exclude(generation) is not None:

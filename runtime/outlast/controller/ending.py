@@ -76,11 +76,11 @@ def look(job: Job, now: float) -> None:
     if not job.final_pending:
         job.finish("succeeded", f"all {job.world} ranks have done all their steps", now)
         return
-    cycle, limit = job.checkpoints, job.config.patience.final_s
+    cycle = job.checkpoints
     if cycle is not None and job.final is not None and cycle.damaged(job.final):
         text = f"an image of step {job.final.step}, the last, was found damaged before it was in the store"
         job.fault(Symptom("image-damaged", text, now, now, step=job.final.step), now)
-    elif now - job.ended_at > limit:
+    elif now > job.store_waits_until(job.ended_at, job.config.patience.final_s):
         why = f" ({cycle.totals.last_error})" if cycle is not None and cycle.totals.last_error else ""
-        text = f"the last step could not be brought into the store within {limit:.0f} s{why}"
+        text = f"the last step could not be brought into the store within {now - job.ended_at:.0f} s{why}"
         job.finish("failed", f"{text}; the weights are in the run's final folder", now)

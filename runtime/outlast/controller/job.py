@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from outlast.controller import preparing
-from outlast.controller.checkpoints import CheckpointCycle
+from outlast.controller.checkpoints import CheckpointCycle, Transfer
 from outlast.controller.claims import Claims
 from outlast.controller.detector import AwakeClock
 from outlast.controller.faults import Symptom
@@ -32,6 +32,7 @@ from outlast.controller.rhythm import Rhythm
 from outlast.controller.settings import MachineConfig
 from outlast.controller.snapshot_work import SnapshotTotals
 from outlast.controller.snapshots import SnapshotCycle, Surroundings
+from outlast.controller.storenews import StoreNews
 from outlast.controller.story import Story
 from outlast.controller.suspending import Suspension
 from outlast.messages.instructions import Emit, Finish, GiveUp, Instruction, Load, Outcome, Stop
@@ -77,6 +78,7 @@ class Job:
         self.snapshot_rhythm = Rhythm(memory_chooser(config.replicas))
         self.checkpoint_rhythm = Rhythm(object_chooser(config.replicas))
         self.claims = Claims(config.checkpoint is not None)
+        self.store_news = StoreNews()
         self.checkpoints: CheckpointCycle | None = None
         if config.checkpoint is not None:
             self.checkpoints = CheckpointCycle(config.checkpoint, config.procs, self.checkpoint_rhythm.interval)
@@ -275,6 +277,11 @@ class Job:
     def final_pending(self) -> bool:
         """Whether the last step is yet to reach the store."""
         return self.final is not None and not self.claims.holds_step(self.final.step)
+
+    def store_waits_until(self, began: float, patience_s: float) -> float:
+        """Until when the store is waited for by a job that has had nothing else to do since ``began``."""
+        under_way = self.checkpoints is not None and self.checkpoints.stage is not Transfer.RESTING
+        return self.store_news.waits_until(began, patience_s, self.config.patience.upload_s, under_way=under_way)
 
     def _uploaded(self, name: str) -> bool:
         return self.checkpoints is None or self.final is None or self.checkpoints.uploaded_by(name, self.final)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from outlast.controller import durable, ending, keeping, preparing, requests, resizing, suspending
+from outlast.controller import durable, ending, keeping, preparing, requests, resizing
 from outlast.controller.adoption import Gathering, gathered
 from outlast.controller.deadlines import due
 from outlast.controller.faults import Symptom, rank_symptom
@@ -30,7 +30,7 @@ from outlast.messages.kept import Kept
 from outlast.snapshot.identity import Attempt
 
 REGISTER_EVERY_S = 1.0
-STORE_TROUBLE = "store-unavailable"
+STORE_TROUBLE, STORE_WELL = "store-unavailable", "store-answers"
 """The kind of a note of an upload that waits for the store."""
 
 
@@ -255,7 +255,9 @@ class Machine:
         if self._alive(event.node, now) is not None:
             self.job.emit(event.kind, event.text, node=event.node, rank=event.rank)
             if event.kind == STORE_TROUBLE:
-                suspending.heard(self.job, now, event.text)
+                self.job.store_news.hear(now, event.text)
+            elif event.kind == STORE_WELL:
+                self.job.store_news.hear(now, "")
 
     def _stacks(self, event: e.Stacks, now: float) -> None:
         job = self.job
@@ -315,7 +317,7 @@ class Machine:
     def _uploaded(self, event: e.Uploaded, now: float) -> None:
         if self.job.checkpoints is not None and self._with_seat(event.node, now) is not None:
             self.job.out += self.job.checkpoints.uploaded(event)
-            suspending.heard(self.job, now)
+            self.job.store_news.hear(now, "")
 
     def _upload_failed(self, event: e.UploadFailed, now: float) -> None:
         if self._with_seat(event.node, now) is not None:
@@ -323,6 +325,10 @@ class Machine:
 
     def _checkpoint_committed(self, event: e.CheckpointCommitted, now: float) -> None:
         durable.committed(self.job, event, now)
+
+    def _checkpoints_expired(self, event: e.CheckpointsExpired, now: float) -> None:
+        del now
+        durable.expired(self.job, event)
 
     def _checkpoint_failed(self, event: e.CheckpointFailed, now: float) -> None:
         durable.commit_failed(self.job, event, now)
@@ -380,6 +386,7 @@ class Machine:
         e.Claimed: _claimed,
         e.ClaimFailed: _claim_failed,
         e.CheckpointCommitted: _checkpoint_committed,
+        e.CheckpointsExpired: _checkpoints_expired,
         e.CheckpointFailed: _checkpoint_failed,
         e.Tick: _tick,
         e.StopRequested: _stop_requested,

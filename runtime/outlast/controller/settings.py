@@ -16,8 +16,9 @@ class Patience:
     says that somebody else is gone; ``stacks_s``: for the stacks of hung ranks; ``silent_s``: for a rank to say
     anything, before the script counts as one that does not use outlast; ``copy_s`` and ``encode_s``: for a snapshot's
     two parts; ``commit_s``: before a commit is said again; ``finish_s``: for the driver to end everything;
-    ``claim_s``: for the object store, before an attempt begins without having claimed it; ``final_s``: for the last
-    checkpoint, when training is over.
+    ``claim_s``: for the object store, before an attempt begins without having claimed it; ``final_s``: for the
+    store to answer well, when training is over and the last checkpoint is not there; ``upload_s``: for that checkpoint
+    in all, as long as nobody complains.
     """
 
     settle_s: float = 3.0
@@ -31,6 +32,7 @@ class Patience:
     finish_s: float = 60.0
     claim_s: float = 8.0
     final_s: float = 900.0
+    upload_s: float = 6 * 3600.0
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,22 @@ class Surroundings:
     pinned: Callable[[], int | None]
 
 
+@dataclass
+class _Proceeding:
+    """Ranks were let go after ``generation``; ``again_at``: when they are told again, ever more seldom."""
+
+    generation: Generation
+    again_at: float | None = None
+    pause_s: float = LET_GO_S
+
+    def due(self, now: float) -> bool:
+        """Whether it is time."""
+        due = self.again_at is not None and now >= self.again_at
+        if due or self.again_at is None:
+            self.again_at, self.pause_s = now + self.pause_s, 2 * self.pause_s
+        return due
+
+
 class SnapshotCycle:
     """One attempt's cycle, made when its seats are given. Every method returns what is to be done.
 
@@ -87,6 +103,7 @@ class SnapshotCycle:
         self._stuck: tuple[int, float] | None = None
         self._moved = not adopted
         self._let_go: set[Generation] = set()
+        self._proceeding: _Proceeding | None = None
 
     # --- from outside -----------------------------------------------------------------------------------------------
 
@@ -110,7 +127,11 @@ class SnapshotCycle:
 
     def tick(self, progress: Progress, now: float) -> list[Instruction]:
         """Permit the next snapshot when its time has come; see to what takes too long."""
-        work, self._step_s, self._total = self.work, progress.step_s, progress.total
+        self._step_s, self._total = progress.step_s, progress.total
+        return [*self._say_again(progress, now), *self._drive(progress, now)]
+
+    def _drive(self, progress: Progress, now: float) -> list[Instruction]:
+        work = self.work
         if self.stage is Stage.RESTING:
             return self._let_move(progress, now) or self._permit(progress, now)
         if work is None:
@@ -125,7 +146,10 @@ class SnapshotCycle:
     def proceed(self) -> list[Instruction]:
         """Let the ranks that are held go on."""
         held, self.held = self.held, None
-        return [Proceed(self._nodes, held)] if held is not None else []
+        if held is None:
+            return []
+        self._proceeding = _Proceeding(held)
+        return [Proceed(self._nodes, held)]
 
     @property
     def holding(self) -> bool:
@@ -177,6 +201,19 @@ class SnapshotCycle:
         elif now >= let_go_at and not self._at_end(step):
             self._stuck = (step, now + LET_GO_S)
             return [Proceed(self._nodes, Generation.of(self.attempt, step))]
+        return []
+
+    def _say_again(self, progress: Progress, now: float) -> list[Instruction]:
+        """Ranks that were let go and have not moved may not have heard it: a call to an agent may fail."""
+        told = self._proceeding
+        if told is None:
+            return []
+        step = told.generation.step
+        moved = (progress.steps.get(rank, 0) > step or rank in progress.done for rank in range(self._world))
+        if all(moved):
+            self._proceeding = None
+        elif told.due(now):
+            return [Proceed(self._nodes, told.generation)]
         return []
 
     def _at_end(self, step: int) -> bool:

@@ -6,8 +6,8 @@
           -> nothing trains, nor will at once -> suspended, with the newest checkpoint there is
           -> the store does not answer in time, or there is none -> suspended, and what is lost is said
 
-The store has ``patience_s`` to answer, again from each of its answers; an upload that goes on without complaint may
-take as long as that of a job's last step.
+The store has ``patience_s`` to answer, again from each of its answers and from its first complaint; an upload that goes
+on without complaint may take as long as that of a job's last step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from outlast.controller.checkpoints import Transfer
 from outlast.controller.phases import Phase
 from outlast.messages.events import SuspendRequested
 
@@ -30,14 +29,12 @@ STEPS = 6
 
 @dataclass
 class Suspension:
-    """``until``: when the waiting ends, unless the store answers before; ``trouble``: what it said last, empty while it
-    is well; ``holding``: the snapshot at which ranks wait was noted."""
+    """``until``: when the waiting ends, unless the store has it go on; ``holding``: that ranks wait was noted."""
 
     asked_at: float
     patience_s: float
     reason: str
     until: float
-    trouble: str = ""
     holding: bool = False
 
 
@@ -50,15 +47,6 @@ def ask(job: Job, asked: SuspendRequested, now: float) -> None:
     why = f" ({asked.reason})" if asked.reason else ""
     job.emit("suspending", f"the job is suspended{why}", patience_s=asked.patience_s, reason=asked.reason)
     drive(job, now)
-
-
-def heard(job: Job, now: float, trouble: str = "") -> None:
-    """The store has answered, or ``trouble`` keeps it from that."""
-    suspension = job.suspension
-    if suspension is not None:
-        suspension.trouble = trouble
-        if not trouble:
-            suspension.until = max(suspension.until, now + suspension.patience_s)
 
 
 def drive(job: Job, now: float) -> None:
@@ -77,21 +65,14 @@ def drive(job: Job, now: float) -> None:
     elif _idle(job, now):
         _end(job, "training was not under way", now)
     elif now >= _limit(job, suspension):
-        waited = now - suspension.asked_at
-        _end(
-            job,
-            f"no checkpoint within {waited:.0f} s" + (f" ({suspension.trouble})" if suspension.trouble else ""),
-            now,
-        )
+        trouble = f" ({job.store_news.trouble})" if job.store_news.trouble else ""
+        _end(job, f"no checkpoint within {now - suspension.asked_at:.0f} s{trouble}", now)
 
 
 def _limit(job: Job, suspension: Suspension) -> float:
-    cycle = job.checkpoints
-    under_way = cycle is not None and cycle.stage is not Transfer.RESTING and not suspension.trouble
-    longest = suspension.asked_at + job.config.patience.final_s
-    if under_way or job.final is not None:
-        return max(suspension.until, longest)
-    return min(suspension.until, longest)
+    at_end = job.final is not None
+    patience_s = max(suspension.patience_s, job.config.patience.final_s) if at_end else suspension.patience_s
+    return max(suspension.until, job.store_waits_until(suspension.asked_at, patience_s))
 
 
 def _idle(job: Job, now: float) -> bool:

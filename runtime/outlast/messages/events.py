@@ -368,6 +368,13 @@ class CheckpointCommitted:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointsExpired:
+    """Retention has taken these out of the store."""
+
+    generations: tuple[Generation, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointFailed:
     """Its manifest or the head could not be written: it is none."""
 
@@ -461,6 +468,7 @@ Event = (
     | ClaimFailed
     | CheckpointCommitted
     | CheckpointFailed
+    | CheckpointsExpired
     | Tick
     | StopRequested
     | ResizeRequested

@@ -119,13 +119,15 @@ class Commit:
 @dataclass(frozen=True, slots=True)
 class Upload:
     """To the keepers of ``nodes``: put your seat's images of this generation, which nobody overwrites meanwhile, into
-    the store at ``url`` (the job's own); answer ``Uploaded`` or ``UploadFailed``. May come again.
+    the store at ``url`` (the job's own); answer ``Uploaded`` or ``UploadFailed``. ``again``: this, or its answer, may
+    not have arrived: who has done it says so.
     """
 
     nodes: tuple[str, ...]
     generation: Generation
     url: str
     bandwidth: int | None = None
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,8 @@ from outlast.snapshot.copier import CopyTicket
 from outlast.snapshot.identity import Generation
 
 WINDOW_DEADLINE_S = 600.0
-HOLD_DEADLINE_S = 900.0
+HOLD_DEADLINE_S = 7 * 3600.0
+"""For a word of the controller's, which may wait for an upload of six hours."""
 FINAL_DEADLINE_S = 1200.0
 
 
