@@ -51,7 +51,8 @@ from outlast.rank.pace import Pace
 from outlast.rank.restoring import Restored, restore
 from outlast.rank.snapshots import FINAL_DEADLINE_S, RankSnapshots
 
-RESTORE_DEADLINE_S = 600.0
+RESTORE_DEADLINE_S = 7 * 3600.0
+"""Nodes may have much to fetch: the controller bounds it (``recovery.startTimeout``), and its agent ends the rank."""
 WEIGHTS_LIMIT_S = 1800.0
 PORT_LIMIT_S = 10.0
 
@@ -206,7 +207,7 @@ class Run:
             self._gate.pass_step(self.step)
         self._pace.begin()
         if self._snapshots is not None:
-            self._snapshots.boundary(self.step)
+            self._pace.held(self._snapshots.boundary(self.step))
 
     def _after_step(self, total: int) -> None:
         seconds, own = self._pace.end()

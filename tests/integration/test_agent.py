@@ -391,9 +391,9 @@ def test_images_go_to_the_store_and_come_back(site: Site, tmp_path: Path) -> Non
 
     image_path(node).unlink()
     node.do(node.start(2, restore=from_store(node, url, image)))
+    node.do(m.Load(("node-0",), attempt(2)))  # as a new controller may, that has not heard what is ready
     assert node.next("RestoreReady").bytes == length
     assert image_path(node, 1).read_bytes() == content
-    node.do(m.Load(("node-0",), attempt(2)))
     node.next("RankReady")
     told = json.loads(node.log(0, 2))
     assert (told["images"], told["protection"]["slots"]) == ({"0": {"path": str(image_path(node, 1))}}, 3)

@@ -50,6 +50,7 @@ class SimNode:
     running: Attempt | None = None
     dead_ranks: set[int] = field(default_factory=set)
     rebuilt: bool = False
+    load: m.Load | None = None
     loaded: bool = False
     done: dict[int, str] = field(default_factory=dict)
     images: dict[tuple[str, int, int], HeldImage] = field(default_factory=dict)
@@ -377,7 +378,7 @@ class Cluster:
             return
         self._kill_ranks(node)
         node.seat, node.running, node.world_nodes = start.seat, start.attempt, start.world_nodes
-        node.rebuilt = False
+        node.rebuilt, node.load = False, None
         self._sizes[start.attempt] = start.world_nodes
         self._at_seat[start.attempt, start.seat] = node
         self.at(0.05, lambda: self._rebuild(node, start))
@@ -396,6 +397,8 @@ class Cluster:
         node.rebuilt = True
         self.say(m.RestoreReady(node.name, start.attempt))
         self.step.setdefault(start.attempt, plan.generation.step if plan is not None else 0)
+        if node.load is not None:
+            self._on_load(node, node.load)
 
     def _make(self, node: SimNode, item: RankRestore, generation: Generation, world: int) -> None:
         key = ("shard", item.local_rank, item.slot)
@@ -421,7 +424,7 @@ class Cluster:
         if node.running != load.attempt or node.loaded:
             return
         if not node.rebuilt:
-            self.crash_rank(self._ranks(node)[0], m.ErrorInfo(self.now, "TransferError", "no such image"))
+            node.load = load
             return
         start = next(start for start in reversed(self.restores) if start.attempt == load.attempt)
         plan = start.restore

@@ -663,6 +663,43 @@ def test_a_complaint_while_the_last_upload_goes_on_has_the_stores_patience_from_
     assert world.run_to_end(150.0).outcome == "failed"
 
 
+def test_what_says_nothing_of_the_store_is_no_complaint_of_its() -> None:
+    world = cluster(config=replace(CONFIG, patience=replace(Patience(), final_s=100.0)))
+    world.run_to("last-step")
+    world.store.upload_s = 1000.0
+    world.run(5.0)
+    node, final = world.seated(1).name, world.machine.job.final
+    assert final is not None
+    world.tell(m.UploadFailed(node, generation(3), "it was overwritten while it was uploaded"))
+    finish = world.run_to_end(3000.0)
+    assert finish.outcome == "succeeded", "of a generation that nobody waits for"
+
+
+def test_a_new_controller_has_nobody_load_what_is_not_there_yet() -> None:
+    """It finds ranks that wait for a word which the controller before it may not have said."""
+    world = cluster(4, config=replace(CONFIG, spares=0, start_timeout_s=7200.0), total=400)
+    world.run_to("checkpoint-committed")
+    rebuild, fetched = world._rebuild, []
+
+    def slowly(node: Any, start: m.Start) -> None:
+        plan = start.restore
+        if plan is not None and any(item.source == "object" for item in plan.on_node(node.name)):
+            fetched.append(node.name)
+            world.at(400.0 if node.seat == 0 else 30.0, lambda: rebuild(node, start))
+        else:
+            rebuild(node, start)
+
+    world._rebuild = slowly  # type: ignore[method-assign]
+    lose_all(world)
+    world.run_to("restored")
+    for _ in range(3):
+        world.run(100.0)
+        world.restart_controller()
+    finish = world.run_to_end(3000.0)
+    assert finish.outcome == "succeeded", finish
+    assert len(fetched) == 4, "nothing is fetched twice"
+
+
 @pytest.mark.parametrize("after_s", [0.5, 10.0, 30.0])
 def test_a_suspension_after_an_outage_tries_the_store_at_once(after_s: float) -> None:
     world = cluster(total=100_000)

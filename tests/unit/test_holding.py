@@ -6,6 +6,7 @@ import json
 import pathlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,14 +17,17 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.utils.data import DataLoader, TensorDataset
 
+from outlast.agent.keeper_calls import FETCH_S, UPLOAD_S
+from outlast.controller.settings import Patience
 from outlast.data import ElasticSampler
 from outlast.errors import CapacityError
 from outlast.protect.capture import Capture, Seat
 from outlast.protect.leaves import Collector
 from outlast.rank import snapshots
 from outlast.rank.link import AgentLink
+from outlast.rank.pace import Pace
 from outlast.rank.snapshots import RankSnapshots
-from outlast.session import Run
+from outlast.session import RESTORE_DEADLINE_S, Run
 from outlast.snapshot.identity import Generation
 
 
@@ -116,6 +120,31 @@ def test_a_rank_that_is_not_held_goes_on(agent: Agent, ranks: RankSnapshots) -> 
     wait_for(ranks, lambda: bool(agent.link.permits))
     ranks.boundary(5)
     agent.hear("copied")
+
+
+def test_ranks_wait_for_as_long_as_nodes_may_fetch_and_upload() -> None:
+    assert RESTORE_DEADLINE_S > FETCH_S
+    assert snapshots.HOLD_DEADLINE_S > UPLOAD_S == Patience().upload_s
+
+
+def test_how_long_a_rank_was_held_is_no_part_of_its_step(agent: Agent, ranks: RankSnapshots) -> None:
+    planned(agent, ranks, 3)
+    pace, took = Pace(), []
+    generation = agent.permit(5, hold=True)
+    wait_for(ranks, lambda: bool(agent.link.permits))
+
+    def step() -> None:
+        pace.begin()
+        pace.held(ranks.boundary(5))
+        took.append(pace.end()[0])
+
+    held = at(step)
+    agent.hear("busy", "copied")
+    time.sleep(0.5)
+    agent.send("proceed", generation=generation)
+    held.join(30)
+    assert took
+    assert took[0] < 0.4
 
 
 def test_nobody_is_held_for_ever(agent: Agent, ranks: RankSnapshots, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -350,6 +350,55 @@ def test_a_node_that_has_not_heard_that_its_ranks_may_go_on_is_told_again() -> N
     succeeded(world)
 
 
+def test_a_node_that_has_not_heard_that_its_hold_is_called_off_is_told_again() -> None:
+    """What ranks say while they are held keeps them from being taken for hung."""
+    world = cluster()
+    world.run_to_step(12)
+    copy, call_off, missed, deaf = world._copy, world._on_abort, [], []
+
+    def miss_one(node: Any, attempt: Any, rank: int, permit: m.Permit) -> None:
+        if permit.hold and rank == 0 and not missed:
+            missed.append(permit.generation)
+            world.say(m.Missed(node.name, rank, permit.generation, "replan"), 0.2)
+            return
+        if permit.hold and not deaf:
+            world.say(m.Busy(node.name, attempt, rank, "held", 7 * 3600.0), 0.01)
+        copy(node, attempt, rank, permit)
+
+    def hear_no_abort(node: Any, abort: m.Abort) -> None:
+        if abort.generation in missed and not deaf and node.seat == 2:
+            deaf.append(node.name)
+        else:
+            call_off(node, abort)
+
+    world._copy, world._on_abort = miss_one, hear_no_abort  # type: ignore[method-assign]
+    resize(world, 3, 2)
+    world.run_to("snapshot-aborted")
+    stopped_at = world.live_step()
+    world.run(30.0)
+    assert deaf
+    assert world.live_step() > stopped_at
+
+
+def test_who_has_not_heard_that_it_may_go_is_told_again() -> None:
+    world = cluster(total=4000)
+    world.run_to_step(12)
+    let_go, deaf = world._on_release, []
+
+    def hear_the_second_time(node: Any, release: m.Release) -> None:
+        if deaf:
+            let_go(node, release)
+        else:
+            deaf.append(node.name)
+
+    world._on_release = hear_the_second_time  # type: ignore[method-assign]
+    resize(world, 2)
+    world.run_to("resumed")
+    world.run(60.0)
+    assert deaf
+    assert states(status(world))[deaf[0]] == "left"
+
+
 def test_a_hold_during_a_recovery_holds_what_comes_of_it() -> None:
     world = cluster()
     world.run_to_step(12)

@@ -209,6 +209,9 @@ def test_an_upload_that_waits_is_told_of_once_and_when_it_does_no_more() -> None
     keeper.done.pop()(failed)
     assert seen("503") == [failed]
     assert keeper.looks == [], "an upload that is over does not wait"
+    uploading.begin(order)
+    assert seen(None, None) == []
+    assert seen(None) == [ANSWERS], "what failed is no trouble any more once the next one goes on"
 
 
 def test_who_has_uploaded_says_so_when_asked_again_and_uploads_anew_when_told_anew() -> None:

@@ -105,8 +105,8 @@ class KeeperTasks:
                 self._reactor.post(partial(self._complain, "fence-slow", error))
         return self._call("fence", CALL_S, attempt)
 
-    def rebuild(self, start: m.Start, dirty: frozenset[int]) -> None:
-        """Get back what this node lacks of the plan, all images at once; then tell that it is ready.
+    def rebuild(self, start: m.Start, dirty: frozenset[int], then: Callable[[], None]) -> None:
+        """Get back what this node lacks of the plan, all images at once; then tell that it is ready, and call ``then``.
 
         What cannot be rebuilt ends the attempt, as if its rank had, or, where it was to come from object storage, with
         ``RestoreFailed``: nobody trains on bytes that do not verify.
@@ -114,6 +114,10 @@ class KeeperTasks:
         lacking = _lacking(start.restore, self._node)
         replies: list[dict[str, Any]] = []
         left, failed = len(lacking), False
+
+        def ready() -> None:
+            self._emit(_rebuilt(self._node, start.attempt, replies))
+            then()
 
         def done(restore: RankRestore, reply: dict[str, Any] | OutlastError) -> None:
             nonlocal left, failed
@@ -125,10 +129,10 @@ class KeeperTasks:
             else:
                 replies.append(reply)
             if left == 0 and not failed:
-                self._emit(_rebuilt(self._node, start.attempt, replies))
+                ready()
 
         if not lacking:
-            self._emit(_rebuilt(self._node, start.attempt, replies))
+            ready()
         for restore in lacking:
             fresh = restore.local_rank in dirty
             self._reactor.work(partial(self._rebuild, start, restore, fresh), partial(done, restore))

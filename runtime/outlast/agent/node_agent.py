@@ -97,6 +97,8 @@ class NodeAgent:
         self._ranks: Ranks | None = None
         self._clearing: Clearing | None = None
         self._begun: Attempt | None = None
+        self._rebuilt: Attempt | None = None
+        self._load: m.Load | None = None
         self._unconfirmed: frozenset[int] = frozenset()
         self._watch: KeeperWatch | None = None
         self._keeper_lost = self._joining = self._joined_once = False
@@ -283,7 +285,7 @@ class NodeAgent:
     def _launch(self, start: m.Start) -> None:
         if start.attempt != self._record.in_force:
             return
-        self._keeper.rebuild(start, self._unconfirmed)
+        self._keeper.rebuild(start, self._unconfirmed, partial(self._on_rebuilt, start.attempt))
         post = self._reactor.post
         try:
             self._ranks = Ranks.open(
@@ -294,13 +296,27 @@ class NodeAgent:
                 lambda ranks, rank: post(partial(self._news.disconnected, ranks, rank)),
             )
             self._ranks.spawn(self.config, self._job)
+            self._load_if_ready()
         except (OSError, RequestError) as error:
             self._news.failed_to_start(start, error)
         self._inform()
 
+    def _on_rebuilt(self, attempt: Attempt) -> None:
+        if attempt == self._record.in_force:
+            self._rebuilt = attempt
+            self._load_if_ready()
+
     def _do_load(self, load: m.Load) -> None:
-        ranks = self._ranks
-        if ranks is not None and ranks.attempt == load.attempt and not ranks.ending:
+        """A controller that is new may say so while this node still rebuilds: it is done then."""
+        self._load = load
+        self._load_if_ready()
+
+    def _load_if_ready(self) -> None:
+        load, ranks = self._load, self._ranks
+        if load is None or ranks is None or not (load.attempt == ranks.attempt == self._rebuilt):
+            return
+        self._load = None
+        if not ranks.ending:
             start = ranks.instruction
             limits = protection(self._job, start.seat, start.world_nodes, self.config.share)
             ranks.load(restore_message(self.config.node, self._memory, start, limits))

@@ -27,6 +27,7 @@ class Uploading:
         self._node, self._keeper, self._record, self._emit = node, keeper, record, emit
         self._under_way: _Job | None = None
         self._uploaded: tuple[_Job, m.Uploaded] | None = None
+        self._well = WELL_LOOKS
 
     def begin(self, upload: m.Upload) -> None:
         """Have the keeper do it; ``Uploaded`` or ``UploadFailed``. Who asks again meanwhile gets the same answer."""
@@ -42,26 +43,29 @@ class Uploading:
             self._keeper.upload(upload, record.started, record.seat, partial(self._done, job))
             self._watch(job)
 
-    def _watch(self, job: _Job, well: int = WELL_LOOKS) -> None:
-        self._keeper.store_trouble(LOOK_S, partial(self._looked, job, well))
+    def _watch(self, job: _Job) -> None:
+        self._keeper.store_trouble(LOOK_S, partial(self._looked, job))
 
-    def _looked(self, job: _Job, well: int, trouble: str | None) -> None:
+    def _looked(self, job: _Job, trouble: str | None) -> None:
         """Say of an upload that it waits, which is no failure yet: the keeper is patient; and when it does no more.
-        ``well``: looks without trouble so far, since there was some."""
+        An upload that failed is trouble too, until the next one was seen to go on."""
         if self._under_way is not job:
             return
-        if trouble is not None and well >= WELL_LOOKS:
+        if trouble is not None and self._well >= WELL_LOOKS:
             text = f"{self._node} waits for the store and tries again: {trouble}"
             self._emit(m.Note(self._node, None, "store-unavailable", text))
-        elif trouble is None and well == WELL_LOOKS - 1:
+        elif trouble is None and self._well == WELL_LOOKS - 1:
             self._emit(m.Note(self._node, None, "store-answers", f"{self._node}: the store answers again"))
-        self._watch(job, 0 if trouble is not None else well + 1)
+        self._well = 0 if trouble is not None else self._well + 1
+        self._watch(job)
 
     def _done(self, job: _Job, event: m.Uploaded | m.UploadFailed) -> None:
         """Nobody asked in this attempt for what another one began."""
         if self._under_way == job:
             self._under_way = None
         if isinstance(event, m.Uploaded):
-            self._uploaded = (job, event)
+            self._uploaded, self._well = (job, event), WELL_LOOKS
+        else:
+            self._well = 0
         if self._record().in_force == job[0]:
             self._emit(event)

@@ -223,6 +223,10 @@ class CheckpointCycle:
         work.waiting.discard(node)
         return self._answered(work)
 
+    def awaits(self, node: str, generation: Generation) -> bool:
+        """Whether it is not known yet what became of this node's part."""
+        return self._awaited(node, generation) is not None
+
     def _awaited(self, node: str, generation: Generation) -> _Work | None:
         work = self.work
         return work if work is not None and work.generation == generation and node in work.waiting else None

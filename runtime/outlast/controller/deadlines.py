@@ -131,6 +131,12 @@ def _judge_progress(job: Job, now: float) -> None:
         return
     if cycle is not None and cycle.holding:
         progress.moved_at = now
+    elif progress.ready and not job.all_ready and not progress.done:  # adopted while others still restore
+        progress.moved_at = now
+        waited = now - job.entered
+        if waited > job.config.start_timeout_s:
+            missing = sorted(set(range(job.world)) - progress.ready)[:8]
+            _give_up_start(job, f"ranks {missing} did not become ready within {waited:.0f} s", now)
     elif now > progress.hang_deadline(job.config.hang_timeout_s):
         if not _waits_at_end(job, now):
             _suspect_hang(job, now)

@@ -85,8 +85,9 @@ def upload_failed(job: Job, event: e.UploadFailed, now: float) -> None:
     elif event.trouble == "unavailable" and not job.members.nodes[event.node].keeper_up:
         return
     elif job.checkpoints is not None:
+        if event.trouble != "bad" and job.checkpoints.awaits(event.node, event.generation):
+            job.store_news.hear(now, event.reason)
         job.out += job.checkpoints.upload_failed(event, now)
-        job.store_news.hear(now, event.reason)
         ending.look(job, now)
 
 
@@ -113,7 +114,8 @@ def commit_failed(job: Job, event: e.CheckpointFailed, now: float) -> None:
         _taken_over(job, event.reason, now)
     elif job.checkpoints is not None:
         job.out += job.checkpoints.commit_failed(event, now)
-        job.store_news.hear(now, event.reason)
+        if event.trouble != "bad":
+            job.store_news.hear(now, event.reason)
 
 
 # --- restoring ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from outlast.snapshot.inventory import HeldImage, Inventory
 @dataclass(slots=True)
 class Departure:
     """A node's leave. ``told_at`` and ``grace_s``: when it was told, and after how many seconds it will be gone;
-    ``source``: it had a seat, so that its images may be needed; ``released``: it knows that they are not.
+    ``source``: it had a seat, so that its images may be needed; ``released``: it was told that they are not, and is
+    told so again ``again_at``.
     """
 
     told_at: float
@@ -29,6 +30,7 @@ class Departure:
     reason: str
     source: bool = False
     released: bool = False
+    again_at: float = math.inf
 
     @property
     def unneeded(self) -> bool:

@@ -36,6 +36,7 @@ HURRY_SHARE = 0.5
 """Of a leaving node's time: then its handing over begins without a snapshot of its own."""
 RELEASE_SHARE = 0.8
 """Of a leaving node's time: then it is let go in any case."""
+RELEASE_AGAIN_S = 5.0
 
 
 class Pause:
@@ -178,10 +179,14 @@ def release_done(job: Job, now: float) -> None:
     """Let those go of whom nothing is needed any more, or whose time is nearly over."""
     for node in list(job.members.leaving.values()):
         departure = node.leaving
-        if departure is None or departure.released:
+        if departure is None:
             continue
-        if departure.spent(now) >= RELEASE_SHARE or not _needed(job, node):
-            departure.released = True
+        if departure.released:
+            if now >= departure.again_at:  # a call to an agent may fail while the agent lives on
+                departure.again_at = now + RELEASE_AGAIN_S
+                job.out.append(Release(node.name))
+        elif departure.spent(now) >= RELEASE_SHARE or not _needed(job, node):
+            departure.released, departure.again_at = True, now + RELEASE_AGAIN_S
             job.emit("released", f"{node.name} may go: nothing of it is needed any more", node=node.name)
             job.out.append(Release(node.name))
 

@@ -284,6 +284,8 @@ class SnapshotCycle:
     def _abandon(self, work: Work, reason: str, now: float) -> list[Instruction]:
         """This generation will not be; the next one as soon as possible."""
         self.pace.called_off(work.generation.step, work.waiting_ranks, now)
+        if work.hold and not self._at_end(work.generation.step):  # where ranks wait for the next permit in any case
+            self._proceeding = _Proceeding(work.generation)
         self._rest()
         text = f"no snapshot at step {work.generation.step}: {reason}"
         fields = {"generation": str(work.generation), "step": work.generation.step, "reason": reason}

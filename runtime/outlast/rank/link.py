@@ -57,7 +57,8 @@ class AgentLink:
     def wait_restore(self, timeout_s: float) -> dict[str, Any]:
         """The agent's answer to ``hello``: what to restore from. Raises TransferError after ``timeout_s``."""
         if not self._restore.wait(timeout_s):
-            raise TransferError(f"the agent has not said within {timeout_s:.0f} s what to restore from")
+            text = f"the agent has not said within {timeout_s:.0f} s what to restore from"
+            raise TransferError(f"{text}: the job's events say what nodes wait for")
         return self._restore_message
 
     def take_permits(self, step: int) -> list[dict[str, Any]]:

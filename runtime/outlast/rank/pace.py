@@ -32,6 +32,10 @@ class Pace:
     def begin(self) -> None:
         self._began, self._fetched, self._stepping = time.perf_counter(), 0.0, None
 
+    def held(self, seconds: float) -> None:
+        """For so long the rank was kept waiting, on purpose: that is no part of the step."""
+        self._began += seconds
+
     def fetching(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
             before = time.perf_counter()

@@ -104,16 +104,21 @@ class RankSnapshots:
         if self.window is not None:
             self.window.wait()
 
-    def boundary(self, step: int) -> None:
-        """Obey what is permitted for ``step``, and stay while held; report permits that came too late."""
+    def boundary(self, step: int) -> float:
+        """Obey what is permitted for ``step``, and stay while held: the seconds of it. Report permits that came too
+        late."""
         if self._failure is not None:
             raise self._failure
         if not self.link.permits and self.window is None:
-            return
+            return 0.0
+        held_s = 0.0
         for generation in self._take(step):
+            began = time.monotonic()
             self.link.send("busy", label=f"held before step {step}", limit_s=HOLD_DEADLINE_S)
-            self._hold(generation, time.monotonic() + HOLD_DEADLINE_S)
+            self._hold(generation, began + HOLD_DEADLINE_S)
             self.link.send("idle")
+            held_s += time.monotonic() - began
+        return held_s
 
     def final(self, step: int) -> None:
         """Stay at the boundary after the last step, obeying permits, until told to proceed (or for 20 minutes)."""
