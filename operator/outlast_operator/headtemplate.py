@@ -16,10 +16,11 @@ from outlast_operator.template import containers, main_index, pod_spec
 HEAD_REQUESTS: Mapping[str, str] = {"cpu": "250m", "memory": "1Gi"}
 """Of a head whose template asks for nothing: Ray's head and the controller."""
 
+_SECRETS = "imagePullSecrets"
 _KEPT = (
     "serviceAccountName",
     "automountServiceAccountToken",
-    "imagePullSecrets",
+    _SECRETS,
     "volumes",
     "securityContext",
     "tolerations",
@@ -51,7 +52,7 @@ def head_template(spec: TrainingJobSpec) -> dict[str, Any]:
     own, workers = spec.head.template, spec.workers.template
     source = pod_spec(workers)
     main = containers(source)[main_index(containers(source))]
-    return _completed(own, main) if own else _derived(workers, source, main)
+    return _completed(own, source, main) if own else _derived(workers, source, main)
 
 
 def _derived(template: Mapping[str, Any], spec: Mapping[str, Any], main: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,14 +66,17 @@ def _derived(template: Mapping[str, Any], spec: Mapping[str, Any], main: Mapping
     return {"metadata": template.get("metadata") or {}, "spec": derived}
 
 
-def _completed(own: Mapping[str, Any], main: Mapping[str, Any]) -> dict[str, Any]:
-    """A template of the head's own, with the workers' image and modest requests where it is silent."""
-    spec = pod_spec(own)
+def _completed(own: Mapping[str, Any], source: Mapping[str, Any], main: Mapping[str, Any]) -> dict[str, Any]:
+    """A template of the head's own, with the workers' image, what it is pulled with, and modest requests where it is
+    silent."""
+    spec = dict(pod_spec(own))
     found = [dict(one) for one in containers(spec)]
     container = found[main_index(found)]
     container.setdefault("name", kube.CONTAINER)
     if not container.get("image"):
         container |= {name: main[name] for name in _IMAGE if name in main}
+        if _SECRETS in source and not spec.get(_SECRETS):
+            spec[_SECRETS] = source[_SECRETS]
     if not container.get("resources"):
         container["resources"] = {"requests": dict(HEAD_REQUESTS)}
     return {**own, "spec": {**spec, "containers": found}}

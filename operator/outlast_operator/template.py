@@ -85,7 +85,8 @@ def _shape_problems(path: str, template: Mapping[str, Any]) -> Iterator[Problem]
         if not isinstance(spec.get(name) or {}, Mapping):
             yield f"{path}.spec.{name}", "must be a mapping"
     for name in ("containers", "initContainers"):
-        for at, one in enumerate(spec.get(name) or () if not isinstance(spec.get(name), str) else ()):
+        found = spec.get(name)
+        for at, one in enumerate(found if isinstance(found, list) else ()):
             if isinstance(one, Mapping):
                 yield from _container_shape(f"{path}.spec.{name}[{at}]", one)
 

@@ -13,6 +13,7 @@ from outlast.kube import HEAD_ROLE, NODE_ROLE, pod_index
 from outlast.quantities import parse_duration
 from trainctl.cluster.connection import Cluster, Json
 from trainctl.cluster.controller import ask_status
+from trainctl.cluster.refusals import Unreadable
 from trainctl.cluster.resources import JobRef, Object, role_of
 from trainctl.cluster.where import Where
 from trainctl.podlogs import Container, Following, container_of, pod_lines, whole_output
@@ -102,6 +103,7 @@ class _RankLogs:
         self._current = int(status.get("attempt") or 0)
         self._procs = int((resource["spec"].get("workers") or {}).get("procsPerWorker", 1))
         self._seen: dict[str, str] = {}
+        self._unreadable: set[str] = set()
 
     def show(self) -> None:
         """What there is; then, if asked to, what comes."""
@@ -149,12 +151,19 @@ class _RankLogs:
         return [first] if len(first) == len(containers) else [first, containers]
 
     def _read(self, containers: Sequence[Container]) -> Iterable[RankLine]:
+        """Their ranks' lines. A Pod that cannot be read is told, once, and left out."""
         for container in containers:
-            for text in whole_output(self._job, container, self._asked.since):
-                self._seen[container.pod] = split_time(text)[0] or self._seen.get(container.pod, "")
-                line = parse_line(text)
-                if line is not None:
-                    yield line
+            if container.pod in self._unreadable:
+                continue
+            try:
+                for text in whole_output(self._job, container, self._asked.since):
+                    self._seen[container.pod] = split_time(text)[0] or self._seen.get(container.pod, "")
+                    line = parse_line(text)
+                    if line is not None:
+                        yield line
+            except Unreadable as error:
+                self._unreadable.add(container.pod)
+                print(f"note: {error}", file=sys.stderr, flush=True)
 
     def _attempt(self, found: Mapping[int, object]) -> int:
         """The attempt to show: as asked, else counted back from the newest there is or has been."""
@@ -165,9 +174,10 @@ class _RankLogs:
 
     def _note_older(self, attempt: int) -> None:
         if self._asked.attempt is None and not self._asked.back and attempt < self._current:
-            print(
-                f"note: nothing was written in attempt {self._current} yet; this is attempt {attempt}", file=sys.stderr
-            )
+            none = f"nothing was written in attempt {self._current} yet"
+            if self._unreadable:
+                none = f"the Pods that can be read have nothing of attempt {self._current}"
+            print(f"note: {none}; this is attempt {attempt}", file=sys.stderr)
 
     def _print(self, lines: Iterable[RankLine]) -> None:
         for line in lines:
@@ -199,7 +209,8 @@ class _RankLogs:
                 lines += [RankLine("", rank, chosen, line) for line in text.decode(errors="replace").splitlines()]
         if not lines:
             return None
-        print(f"note: from {url}/logs/attempt-{chosen}: no Pod has these lines any more", file=sys.stderr)
+        where = "no Pod that can be read has these lines" if self._unreadable else "no Pod has these lines any more"
+        print(f"note: from {url}/logs/attempt-{chosen}: {where}", file=sys.stderr)
         self._print(by_attempt(lines, Wanted(self._asked.rank), self._asked.tail)[chosen])
         return chosen
 
@@ -213,7 +224,8 @@ class _RankLogs:
             if asked.back
             else ""
         )
-        text = f"there is no output of {whose}{which}: not in the {pods} node Pods there are, {store}"
+        where = f"the {pods} node Pods there are" + (", as far as they can be read" if self._unreadable else "")
+        text = f"there is no output of {whose}{which}: not in {where}, {store}"
         return f"{text}: `trainctl describe {self._job.name}` tells how the job is"
 
     def _follow(self, attempt: int) -> None:
@@ -243,7 +255,7 @@ def _show_head(job: JobRef, resource: Object, asked: LogRequest) -> None:
     seen: dict[str, str] = {}
     if name in heads:
         container = heads[str(name)]
-        lines = list(pod_lines(job, container, previous=bool(asked.back), since=asked.since))
+        lines = _head_lines(job, container, asked)
         for text in lines if asked.tail is None else lines[max(0, len(lines) - asked.tail) :]:
             _print_head(text, asked)
         if lines:
@@ -255,6 +267,17 @@ def _show_head(job: JobRef, resource: Object, asked: LogRequest) -> None:
     if asked.follow:
         for _, text in Following(job, HEAD_ROLE, _newest, seen, ask_controller=False).lines():
             _print_head(text, asked)
+
+
+def _head_lines(job: JobRef, container: Container, asked: LogRequest) -> list[str]:
+    """What the head has said. Where it cannot be read and another one is waited for, that is told, and nothing read."""
+    try:
+        return list(pod_lines(job, container, previous=bool(asked.back), since=asked.since))
+    except Unreadable as error:
+        if not asked.follow:
+            raise
+        print(f"note: {error}", file=sys.stderr, flush=True)
+        return []
 
 
 def _newest(pods: Sequence[str], live: object) -> Sequence[str]:

@@ -43,9 +43,9 @@ def dumped(value: Object, form: Form) -> str:
     """One value as JSON or YAML, without an end of line at its end."""
     if form is Form.JSON:
         return json.dumps(value, indent=4, ensure_ascii=False)
-    import yaml
+    from trainctl.yamltext import as_yaml
 
-    return yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True).rstrip("\n")
+    return as_yaml(value).rstrip("\n")
 
 
 def one_of_many(value: Object, form: Form) -> str:

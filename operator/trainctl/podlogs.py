@@ -9,7 +9,15 @@ from typing import Any
 
 from outlast.errors import RequestError
 from outlast_operator.template import main_index
-from trainctl.cluster.refusals import Absent, Invalid
+from trainctl.cluster.refusals import (
+    Absent,
+    ClusterError,
+    Forbidden,
+    Invalid,
+    Unauthorized,
+    Unreachable,
+    Unreadable,
+)
 from trainctl.cluster.resources import JobRef, Object, core_path, role_of
 from trainctl.jobview import ENDED, phase_of
 from trainctl.merging import Ended, Merged
@@ -65,6 +73,7 @@ def pod_lines(
     """A container's output, each line with its time before it. Nothing where it has not started or is gone.
 
     ``previous``: of the container before its last restart; ``since``: sinceSeconds or sinceTime, as the API has them.
+    Raises Unreadable when it is this Pod alone that cannot be asked.
     """
     query = {
         "container": container.name,
@@ -78,6 +87,10 @@ def pod_lines(
         yield from job.cluster.lines(path, query, quiet_s=None if follow else 60.0)
     except (Absent, Invalid):
         return
+    except (Unreachable, Unauthorized, Forbidden):
+        raise
+    except ClusterError as error:
+        raise Unreadable(f"Pod {container.pod} cannot be read: {error}") from error
 
 
 def whole_output(job: JobRef, container: Container, since: Mapping[str, Any] | None) -> Iterator[str]:
@@ -157,6 +170,8 @@ class Following:
         if source == "live":
             self._told = True
             return
+        if isinstance(item.error, (Unauthorized, Forbidden)):
+            raise item.error
         container = (self._containers or {}).get(source)
         if container is None or not container.running:
             self._finished[source] = container.id if container else "gone"
@@ -196,4 +211,5 @@ class Following:
 
 def _whole_second(time: str) -> str:
     """The API takes no fractions: what comes twice is told apart by its own time."""
-    return time.partition(".")[0].rstrip("Z") + "Z"
+    second, _ = instant(time)
+    return f"{second}Z"

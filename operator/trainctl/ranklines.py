@@ -9,10 +9,12 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 _MARK = re.compile(r"\[rank (\d+) attempt (\d+)\] ?")
 _TIMESTAMP = re.compile(r"(\d{4}-\d\d-\d\dT[0-9:.]+(?:Z|[+-]\d\d:\d\d)) ?")
+_FRACTION = re.compile(r"\.(\d*)")
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,14 @@ def by_attempt(lines: Iterable[RankLine], wanted: Wanted, tail: int | None) -> d
 
 
 def instant(time: str) -> tuple[str, str]:
-    """What orders times of one zone: Kubernetes leaves out zeros at the end of their fractions."""
-    whole, _, fraction = time.rstrip("Z").partition(".")
-    return whole, f"{fraction:0<9}"
+    """What orders times of all zones: the second in UTC, and the fraction, whose last zeros Kubernetes leaves out."""
+    found = _FRACTION.search(time)
+    whole = _FRACTION.sub("", time)
+    try:
+        whole = datetime.fromisoformat(whole).astimezone(UTC).replace(tzinfo=None).isoformat()
+    except (ValueError, OverflowError):
+        pass  # there is no time
+    return whole, f"{found[1] if found else '':0<9}"
 
 
 def pods_of_ranks(pods: Sequence[str], live: Mapping[str, Any] | None, procs: int, rank: int | None) -> tuple[str, ...]:

@@ -283,6 +283,24 @@ def test_a_head_template_of_its_own_gets_the_workers_image() -> None:
     assert head_of(of({"image": "mine:1"}), of({"image": "head:2"}))["spec"]["containers"][0]["image"] == "head:2"
 
 
+@pytest.mark.parametrize(
+    ("image", "own", "found"),
+    [
+        ({}, {}, [{"name": "workers"}]),
+        ({}, {"imagePullSecrets": [{"name": "head"}]}, [{"name": "head"}]),
+        ({"image": "head:2"}, {}, None),
+    ],
+)
+def test_a_head_that_gets_the_workers_image_gets_what_it_is_pulled_with(image: Json, own: Json, found: Any) -> None:
+    head = of(image, **own)
+    before = copy.deepcopy(head)
+    workers = of({"image": "mine:1"}, imagePullSecrets=[{"name": "workers"}])
+    assert head_of(workers, head)["spec"].get("imagePullSecrets") == found
+    assert head_of(workers)["spec"]["imagePullSecrets"] == [{"name": "workers"}]
+    assert head == before, "a template is not changed"
+    assert "imagePullSecrets" not in head_of(of({"image": "mine:1"}), of())["spec"]
+
+
 # --- security -------------------------------------------------------------------------------------------------------
 
 

@@ -1,17 +1,22 @@
-"""Ranks' lines among a Pod's, which Pods to read, and several sources read as one."""
+"""Ranks' lines among a Pod's, which Pods to read, what is said where they cannot be, and several sources read as one."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from outlast.errors import RequestError
-from trainctl.logs import _check_rank, log_request
+from outlast.checkpoint.store import open_store
+from outlast.errors import OutlastError, RequestError
+from trainctl.cluster.refusals import Asked, Forbidden, Unauthorized, Unreadable, refusal
+from trainctl.cluster.resources import JobRef
+from trainctl.cluster.where import Where
+from trainctl.logs import _check_rank, log_request, show_logs
 from trainctl.merging import Ended, Merged
-from trainctl.podlogs import container_of
+from trainctl.podlogs import Following, container_of
 from trainctl.ranklines import (
     RankLine,
     Wanted,
@@ -54,6 +59,21 @@ def test_times_without_their_last_zeros_are_in_order() -> None:
     shuffled = [times[2], times[0], times[3], times[1]]
     assert sorted(shuffled, key=instant) == times
     assert sorted(times) != times, "as text they are not"
+
+
+def test_times_of_several_zones_are_in_order() -> None:
+    times = [
+        "2026-11-27T12:00:00Z",
+        "2026-11-27T21:00:00.123456788+09:00",
+        "2026-11-27T07:00:00.123456789-05:00",
+        "2026-11-28T01:45:01+13:45",
+        "2026-11-27T12:00:02Z",
+    ]
+    shuffled = [times[3], times[1], times[4], times[2], times[0]]
+    assert sorted(shuffled, key=instant) == times
+    assert instant("2026-11-27T14:00:00.5+02:00") == instant("2026-11-27T12:00:00.50Z")
+    assert instant("") < instant(times[0])
+    assert instant("2026-99-99T12:00:00Z"), "what a rank wrote so is no time"
 
 
 LINES = [
@@ -168,6 +188,132 @@ def test_an_attempt_that_is_over_may_have_had_more_ranks(given: dict[str, Any]) 
     with pytest.raises(RequestError, match="there is no rank 2: the job has ranks 0 to 1"):
         _check_rank(small, log_request(2, **PLAIN))  # type: ignore[arg-type]
     _check_rank(small, log_request(2, **{**PLAIN, **given}))
+
+
+# --- what a cluster's Pods say --------------------------------------------------------------------------------------
+
+
+def pod(number: int, role: str = "node") -> dict[str, Any]:
+    return {
+        "metadata": {"name": f"j-{role}-{number}", "labels": {"outlast.dev/role": role}},
+        "spec": {"containers": [{"name": "outlast"}]},
+        "status": status({"running": {}}, restartCount=0),
+    }
+
+
+class _Cluster:
+    """A job with three node Pods. ``output``: lines of Pods, or the status with which the API server refuses them."""
+
+    context = namespace = "lab"
+
+    def __init__(self, output: dict[str, list[str] | int], store: str = "") -> None:
+        self._output, self._store = output, store
+        self.asked: list[str] = []
+        self.since: list[object] = []
+
+    def __enter__(self) -> _Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def get(self, path: str, query: object = None, **_: object) -> dict[str, Any]:
+        if path.endswith("/pods"):
+            return {"items": [pod(0, "head"), *(pod(number) for number in range(3))], "metadata": {}}
+        spec = {"workers": {"replicas": 3}, **({"checkpoint": {"url": self._store}} if self._store else {})}
+        return {"metadata": {"name": "j", "namespace": "lab"}, "spec": spec, "status": {"attempt": 2}}
+
+    def lines(self, path: str, query: Mapping[str, object], **_: object) -> list[str]:
+        name = path.split("/")[-2]
+        self.asked.append(name)
+        self.since.append(query.get("sinceTime"))
+        output = self._output.get(name, [])
+        if isinstance(output, int):
+            raise refusal(output, b"dial tcp 10.0.0.4:10250: i/o timeout", Asked("GET", path, "lab"))
+        return output
+
+
+def logs_of(cluster: _Cluster, monkeypatch: pytest.MonkeyPatch, rank: int | None = 0, **given: Any) -> None:
+    """``trainctl logs``; the controller says that the rank is in j-node-1."""
+    live = {"nodes": {"j-node-1": {"node": "j-node-1", "seat": 0}}}
+    monkeypatch.setattr("trainctl.logs.Cluster", lambda where: cluster)
+    monkeypatch.setattr("trainctl.logs.ask_status", lambda job, resource: (live, ""))
+    show_logs(Where(), "j", log_request(rank, **{**PLAIN, **given}))
+
+
+DEAD = "note: Pod j-node-1 cannot be read: "
+
+
+@pytest.mark.parametrize("code", [500, 502, 503])
+def test_a_pod_whose_kubelet_is_away_hides_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    cluster = _Cluster({"j-node-0": [f"{T} [rank 0 attempt 1] one"], "j-node-1": code, "j-node-2": [f"{T} own"]})
+    logs_of(cluster, monkeypatch)
+    said = capsys.readouterr()
+    assert said.out == "one\n"
+    note, older = said.err.splitlines()
+    assert note.startswith(DEAD)
+    assert "i/o timeout" in note
+    assert older == "note: the Pods that can be read have nothing of attempt 2; this is attempt 1"
+    assert cluster.asked == ["j-node-1", "j-node-0", "j-node-2"], "it takes its time: it is asked once"
+
+
+def test_what_a_pod_that_cannot_be_read_has_said_comes_from_the_store(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    open_store(f"file://{tmp_path}/lab/j").put("logs/attempt-2/rank-0.log", b"stored\n")
+    logs_of(_Cluster({"j-node-1": 500}, f"file://{tmp_path}"), monkeypatch, attempt=2)
+    said = capsys.readouterr()
+    assert said.out == "stored\n"
+    assert said.err.startswith(DEAD)
+    assert said.err.endswith("logs/attempt-2: no Pod that can be read has these lines\n")
+    with pytest.raises(OutlastError, match="not in the 3 node Pods there are, as far as they can be read, and the job"):
+        logs_of(_Cluster({"j-node-1": 500}), monkeypatch, attempt=2)
+
+
+@pytest.mark.parametrize(("code", "kind"), [(401, Unauthorized), (403, Forbidden)])
+def test_what_holds_for_all_pods_is_told_as_an_error(
+    monkeypatch: pytest.MonkeyPatch, code: int, kind: type[OutlastError]
+) -> None:
+    for given in ({}, {"head": True}):
+        with pytest.raises(kind):
+            logs_of(_Cluster({"j-node-1": code, "j-head-0": code}), monkeypatch, None, **given)
+
+
+def test_a_head_that_cannot_be_read_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Unreadable, match="Pod j-head-0 cannot be read"):
+        logs_of(_Cluster({"j-head-0": 500}), monkeypatch, None, head=True)
+
+
+class _Job(JobRef):
+    """A job that neither ends nor changes."""
+
+    def watch_itself(self) -> Iterator[dict[str, Any]]:
+        yield self.get()
+        threading.Event().wait()
+
+    def watch_pods(self) -> Iterator[list[dict[str, Any]]]:
+        yield self.pods()
+        threading.Event().wait()
+
+
+def following(cluster: _Cluster, seen: dict[str, str]) -> Iterator[tuple[str, str]]:
+    job = _Job(cluster, "lab", "j")  # type: ignore[arg-type]
+    return Following(job, "node", lambda pods, live: ["j-node-0"], seen, ask_controller=False).lines()
+
+
+def test_what_is_followed_goes_on_from_the_last_second_in_utc() -> None:
+    before, after = (f"2026-11-27T21:00:00.{fraction}+09:00" for fraction in ("123456789", "2"))
+    cluster = _Cluster({"j-node-0": [f"{before} old", f"{after} new"]})
+    assert next(following(cluster, {"j-node-0": before})) == ("j-node-0", f"{after} new")
+    assert cluster.since == ["2026-11-27T12:00:00Z"]
+
+
+@pytest.mark.timeout(30)
+def test_following_ends_when_the_caller_may_not_read() -> None:
+    with pytest.raises(Forbidden):
+        next(following(_Cluster({"j-node-0": 403}), {}))
 
 
 # --- several sources as one -----------------------------------------------------------------------------------------

@@ -26,9 +26,11 @@ from trainctl.cluster.refusals import (
     Invalid,
     NotInstalled,
     Unauthorized,
+    Unreachable,
+    Unwell,
     refusal,
 )
-from trainctl.cluster.resources import Away
+from trainctl.cluster.resources import PATIENCE_S, Away, follow, list_all
 from trainctl.cluster.where import Where
 from trainctl.completion import complete_jobs
 
@@ -90,9 +92,12 @@ def body(message: str, **details: Any) -> bytes:
             503,
             b"",
             ("GET", JOBS, "list"),
-            ClusterError,
+            Unwell,
             "answers 503 (no reason given) when asked to list trainingjobs",
         ),
+        (429, body("Too many requests"), ("GET", JOBS, "watch"), Unwell, "answers 429 (Too many requests)"),
+        (500, body("dial tcp: i/o timeout"), ("GET", f"{PODS}/x/log"), ClusterError, "answers 500 (dial tcp"),
+        (500, body("a webhook failed"), ("POST", JOBS), ClusterError, "answers 500 (a webhook failed)"),
     ],
 )
 def test_refusals(status: int, answer: bytes, asked: Any, kind: type[OutlastError], said: str) -> None:
@@ -150,9 +155,18 @@ def test_the_namespace_is_the_contexts_unless_it_is_said(home: Path) -> None:
 def test_files_are_merged_and_the_persons_own_comes_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = write(home / "a", {**CONFIG, "current-context": ""})
     second = write(home / "b", {"current-context": "team"})
-    monkeypatch.setenv("KUBECONFIG", os.pathsep.join((str(first), str(home / "absent"), str(second))))
-    assert find_cluster(Where()).context == "team"
-    assert find_cluster(Where(kubeconfig=write(home / "c", CONFIG))).context == "here"
+    third = write(home / "c", {"current-context": "broken"})
+    files = (first, home / "absent", second, third)
+    monkeypatch.setenv("KUBECONFIG", os.pathsep.join(map(str, files)))
+    assert find_cluster(Where()).context == "team", "of the first file that names one"
+    assert find_cluster(Where(context="here")).context == "here"
+    assert find_cluster(Where(kubeconfig=write(home / "d", CONFIG))).context == "here"
+
+
+def test_files_that_are_empty_are_passed_over(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = (write(home / "a", ""), write(home / "b", "# later\n"), write(home / "c", CONFIG))
+    monkeypatch.setenv("KUBECONFIG", os.pathsep.join(map(str, files)))
+    assert find_cluster(Where()).context == "here"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +174,7 @@ def test_files_are_merged_and_the_persons_own_comes_first(home: Path, monkeypatc
     [
         (None, Where(), "no kubeconfig was found: there is none at ~/.kube/config: get one"),
         (None, Where(kubeconfig=Path("/nowhere")), "--kubeconfig /nowhere: there is no such file"),
-        ("", Where(), "file is empty"),
+        ("", Where(), "this is no usable kubeconfig: it is empty"),
         ("a: [", Where(), "this is no usable kubeconfig: it is no YAML"),
         ("- a\n", Where(), "this is no usable kubeconfig"),
         ({**CONFIG, "current-context": ""}, Where(), "no context is current: choose one with --context (here, team"),
@@ -208,8 +222,6 @@ def test_a_stream_that_breaks_off_gives_what_had_come() -> None:
 
 
 def test_an_api_server_that_is_away_is_waited_for_and_then_given_up() -> None:
-    from trainctl.cluster.refusals import Unreachable
-
     now, pauses = [0.0], []
 
     def pause(seconds: float) -> None:
@@ -229,6 +241,96 @@ def test_an_api_server_that_is_away_is_waited_for_and_then_given_up() -> None:
     away.over()
     away.wait_or_raise(Unreachable("again"))
     assert pauses[-1] == 0.5
+
+
+Answer = OutlastError | list[dict[str, Any]]
+
+
+class _Server:
+    """Answers with what it is told to, one after the other: a list's items, a watch's lines, or a refusal."""
+
+    def __init__(self, *answers: Answer) -> None:
+        self._answers = iter(answers)
+        self.asked: list[str] = []
+
+    def get(self, path: str, query: object = None, *, verb: str = "") -> dict[str, Any]:
+        return {"items": self._next(verb), "metadata": {"resourceVersion": "1"}}
+
+    def lines(self, path: str, query: object, *, verb: str, quiet_s: float) -> list[str]:
+        return [json.dumps(line) for line in self._next(verb)]
+
+    def _next(self, verb: str) -> list[dict[str, Any]]:
+        self.asked.append(verb)
+        answer = next(self._answers)
+        if isinstance(answer, OutlastError):
+            raise answer
+        return answer
+
+
+def item(name: str) -> dict[str, Any]:
+    return {"metadata": {"name": name, "uid": name, "resourceVersion": "2"}}
+
+
+def ill(status: int, verb: str) -> OutlastError:
+    return refusal(status, b"etcdserver: leader changed", Asked("GET", JOBS, "lab", verb))
+
+
+def watch_error(code: int) -> list[dict[str, Any]]:
+    return [{"type": "ERROR", "object": {"code": code, "message": f"it was {code}"}}]
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long was paused; the clock is moved on by it, and by nothing else."""
+    pauses: list[float] = []
+
+    def away() -> Away:
+        return Away(lambda: sum(pauses), pauses.append)
+
+    monkeypatch.setattr("trainctl.cluster.resources.Away", away)
+    return pauses
+
+
+def test_an_api_server_that_is_unwell_is_asked_again(slept: list[float]) -> None:
+    added = {"type": "ADDED", "object": item("b")}
+    server = _Server(
+        [item("a")],
+        watch_error(500),
+        ill(502, "list"),
+        [item("a")],
+        ill(429, "watch"),
+        [item("a")],
+        [added],
+        watch_error(504),
+        [item("b")],
+    )
+    following = follow(server, JOBS)  # type: ignore[arg-type]
+    assert [sorted(next(following)) for _ in range(5)] == [["a"], ["a"], ["a"], ["a", "b"], ["b"]]
+    assert slept == [0.5, 1.0, 2.0, 0.5], "a list alone does not tell that it is well"
+
+
+def test_what_the_api_server_will_not_do_ends_a_watch(slept: list[float]) -> None:
+    following = follow(_Server([item("a")], watch_error(403)), JOBS)  # type: ignore[arg-type]
+    next(following)
+    with pytest.raises(ClusterError, match="it was 403"):
+        next(following)
+    assert slept == []
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_an_api_server_that_stays_unwell_is_given_up(slept: list[float], lists: bool) -> None:
+    answers: list[Answer] = [[item("a")], watch_error(500)] if lists else [ill(500, "list")]
+    following = follow(_Server(*answers * 100), JOBS)  # type: ignore[arg-type]
+    with pytest.raises(Unwell):
+        list(following)
+    assert PATIENCE_S < sum(slept) < PATIENCE_S + 10
+
+
+def test_what_is_asked_once_tells_at_once_that_the_api_server_is_unwell(slept: list[float]) -> None:
+    server = _Server(ill(500, "list"))
+    with pytest.raises(ClusterError, match="etcdserver: leader changed"):
+        list_all(server, JOBS)  # type: ignore[arg-type]
+    assert (server.asked, slept) == (["list"], [])
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 
 from trainctl.columns import facts, section, table
 from trainctl.describing import description, spec_facts
 from trainctl.jobview import job_facts, job_table, node_table, pod_state, recovery_table, wall, why
 from trainctl.lifecycle import what_goes
+from trainctl.output import Form, dumped
 from trainctl.timeline import Entry, line, merged, of_controller, of_kubernetes, timeline
 
 NOW = wall("2026-11-27T12:00:00Z")
@@ -302,3 +304,26 @@ def test_columns_are_as_wide_as_what_is_in_them() -> None:
     assert facts([("a", "1\n2"), ("long", "")]) == "a      1\n       2\nlong   -"
     assert section("T", "") == ""
     assert section("T", "a\nb") == "T\n  a\n  b"
+
+
+# --- YAML -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1e-3", "1e5", "1.e+5", ".5e3", "-1_0", "0o17", "0x_1F", "0b+1", "y", "N", "on", "null", "~", "5", "1:30", "<<"],
+)
+def test_text_that_kubernetes_would_take_for_something_else_is_quoted(text: str) -> None:
+    shown = dumped({"list": [text], text: "key"}, Form.YAML)
+    assert shown == f"list:\n- '{text}'\n'{text}': key"
+    assert yaml.safe_load(shown) == {"list": [text], text: "key"}
+
+
+@pytest.mark.parametrize("text", ["1.2.3", "16Gi", "10m", "e5", "yy", "-n", "--lr", "_1", "0xg", "img:1", "ö"])
+def test_other_text_is_not(text: str) -> None:
+    assert dumped({"a": text}, Form.YAML) == f"a: {text}"
+
+
+def test_numbers_and_booleans_stay_what_they_are() -> None:
+    value = {"b": [1, -2.5, 1e-05, 1e20, True, None], "a": {}}
+    assert dumped(value, Form.YAML) == "b:\n- 1\n- -2.5\n- 1.0e-05\n- 1.0e+20\n- true\n- null\na: {}"

@@ -44,10 +44,10 @@ def find_cluster(where: Where) -> Found:
         return _in_cluster(where)
     text = os.pathsep.join(map(str, files))
     try:
-        loaded = KubeConfigMerger(text).config
+        loaded, current = _merged(files)
         if loaded is None:
             raise _wrong(text, "it is empty")
-        return _of_context(loaded, where, text)
+        return _of_context(loaded, current, where, text)
     except yaml.YAMLError as error:
         raise _wrong(text, f"it is no YAML: {' '.join(str(error).split())}") from error
     except (ConfigException, binascii.Error, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -79,9 +79,17 @@ def _files(where: Where) -> list[Path]:
     return files
 
 
-def _of_context(loaded: Any, where: Where, text: str) -> Found:
+def _merged(files: list[Path]) -> tuple[Any, Any]:
+    """The files as one, and the current context that the first to name one names; files that are empty do not count."""
+    filled = [str(path) for path in files if yaml.safe_load(path.read_text()) is not None]
+    merger = KubeConfigMerger(os.pathsep.join(filled))
+    named = (config.get("current-context") for config in merger.config_files.values())
+    return merger.config, next(filter(None, named), None)
+
+
+def _of_context(loaded: Any, current: Any, where: Where, text: str) -> Found:
     names = [str(context["name"]) for context in loaded["contexts"].value or []] if "contexts" in loaded else []
-    chosen = where.context or loaded.safe_get("current-context")
+    chosen = where.context or current
     if not chosen:
         raise RequestError(f"{text}: no context is current: choose one with --context ({_listed(names)})")
     if chosen not in names:

@@ -5,11 +5,13 @@
     OutlastError
     ├── ClusterError            the cluster cannot or will not: exit status 1
     │   ├── Unreachable         no answer: it is down, away, or not who it should be
+    │   │   └── Unwell          an answer that says so, to a list or a watch
     │   ├── Unauthorized        it does not know the caller
     │   ├── Forbidden           it knows, and does not allow
     │   ├── NotInstalled        it knows no TrainingJobs
     │   ├── Absent              there is no such object
     │   ├── Gone                a watch came too late: list anew
+    │   ├── Unreadable          a Pod's output cannot be had: its machine does not answer
     │   └── ControllerAway      a job's controller cannot be asked: says why
     └── RequestError
         ├── Invalid             what was sent is wrong: the server's own words
@@ -27,6 +29,8 @@ from outlast.errors import OutlastError, RequestError
 
 GROUP_PATH = "/apis/outlast.dev/"
 _VERBS = {"GET": "get", "POST": "create", "PATCH": "patch", "PUT": "update", "DELETE": "delete"}
+_FOLLOWED = ("list", "watch")
+"""The verbs of what is followed: a 500 to other requests may be the trouble of a kubelet or a webhook."""
 
 
 class ClusterError(OutlastError):
@@ -35,6 +39,10 @@ class ClusterError(OutlastError):
 
 class Unreachable(ClusterError):
     """There was no answer."""
+
+
+class Unwell(Unreachable):
+    """There was an answer, and none that helps: the API server is overloaded, or something behind it is away."""
 
 
 class Unauthorized(ClusterError):
@@ -55,6 +63,10 @@ class Absent(ClusterError):
 
 class Gone(ClusterError):
     """The version that a watch should begin at is no longer kept."""
+
+
+class Unreadable(ClusterError):
+    """The output of a Pod cannot be had."""
 
 
 class ControllerAway(ClusterError):
@@ -105,10 +117,16 @@ def refusal(status: int, body: bytes, asked: Asked) -> OutlastError:
         case 400 | 422 | 405 | 413 | 415:
             return Invalid(message)
         case _:
-            return ClusterError(
+            kind = Unwell if is_unwell(status) and asked.verb in _FOLLOWED else ClusterError
+            return kind(
                 f'the API server of context "{asked.context}" answers {status} ({message}) when asked to '
                 f"{asked.action}: try again; if it goes on, ask who runs the cluster"
             )
+
+
+def is_unwell(status: int) -> bool:
+    """Whether an answer tells of the API server's own trouble, which passes."""
+    return status == 429 or status >= 500
 
 
 def unreachable(server: str, context: str, reason: str) -> Unreachable:

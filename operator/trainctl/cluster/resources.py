@@ -11,7 +11,7 @@ from typing import Any
 
 from outlast.kube import JOB_LABEL, ROLE_LABEL, TOKEN_KEY, secret_name
 from trainctl.cluster.connection import Cluster, Json, Query
-from trainctl.cluster.refusals import Absent, ClusterError, Gone, Unreachable
+from trainctl.cluster.refusals import Absent, ClusterError, Gone, Unreachable, Unwell, is_unwell
 
 JOBS_API = "/apis/outlast.dev/v1alpha1"
 PAGE = 500
@@ -19,7 +19,7 @@ PAGE = 500
 WATCH_S, QUIET_S = 240, 270.0
 """How long the server keeps a watch, and when silence means that it is lost."""
 PATIENCE_S = 60.0
-"""How long a follower asks an API server that does not answer."""
+"""How long a follower asks an API server that does not answer, or is not well."""
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 
 Object = Mapping[str, Any]
@@ -139,13 +139,13 @@ def _listed(cluster: Cluster, path: str, query: Query) -> tuple[list[Json], str]
 def follow(cluster: Cluster, path: str, query: Query | None = None) -> Iterator[dict[str, Json]]:
     """All objects of a list by uid, now and after each change, for as long as they are asked for.
 
-    An API server that goes away is asked again for ``PATIENCE_S``; then, and when it refuses, its error is raised.
+    An API server that goes away, or is unwell, is asked again for ``PATIENCE_S``; then, and when it refuses, its error
+    is raised.
     """
     away = Away()
     while True:
         try:
             objects, version = _listed(cluster, path, query or {})
-            away.over()
             known = {item["metadata"]["uid"]: item for item in objects}
             yield dict(known)
             for kind, item in _changes(cluster, path, query or {}, version, away):
@@ -165,27 +165,29 @@ def _changes(cluster: Cluster, path: str, query: Query, version: str, away: Away
     """One watch after another. Raises Gone when it came too late."""
     while True:
         asked = {**query, "watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": WATCH_S}
-        lines = cluster.lines(path, {**asked, "resourceVersion": version}, verb="watch", quiet_s=QUIET_S)
-        away.over()
-        for line in lines:
+        for line in cluster.lines(path, {**asked, "resourceVersion": version}, verb="watch", quiet_s=QUIET_S):
             try:
                 change = json.loads(line)
             except ValueError:
                 break  # torn: the connection was lost in the middle of it
             if change["type"] == "ERROR":
                 raise _watch_error(change["object"])
+            away.over()
             version = change["object"]["metadata"]["resourceVersion"]
             if change["type"] != "BOOKMARK":
                 yield change["type"], change["object"]
+        away.over()
 
 
 def _watch_error(status: Object) -> ClusterError:
-    message = str(status.get("message", "the watch was ended"))
-    return Gone(message) if status.get("code") == 410 else ClusterError(message)
+    message, code = str(status.get("message", "the watch was ended")), int(status.get("code") or 0)
+    if code == 410:
+        return Gone(message)
+    return Unwell(message) if is_unwell(code) else ClusterError(message)
 
 
 class Away:
-    """Patience with an API server that does not answer."""
+    """Patience with an API server that does not answer, or is not well."""
 
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, pause: Callable[[float], None] = time.sleep
