@@ -51,6 +51,7 @@ class SimNode:
     dead_ranks: set[int] = field(default_factory=set)
     rebuilt: bool = False
     load: m.Load | None = None
+    begun: Attempt | None = None
     loaded: bool = False
     done: dict[int, str] = field(default_factory=dict)
     images: dict[tuple[str, int, int], HeldImage] = field(default_factory=dict)
@@ -374,8 +375,9 @@ class Cluster:
         self.join(node)
 
     def _on_start(self, node: SimNode, start: m.Start) -> None:
-        if node.fence != start.attempt:
+        if start.attempt in (node.begun, None) or node.fence != start.attempt:
             return
+        node.begun = start.attempt
         self._kill_ranks(node)
         node.seat, node.running, node.world_nodes = start.seat, start.attempt, start.world_nodes
         node.rebuilt, node.load = False, None

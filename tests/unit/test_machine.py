@@ -95,6 +95,26 @@ def one_recovery(world: Cluster, **expected: Any) -> dict[str, Any]:
     return record
 
 
+def test_nodes_that_have_not_heard_what_to_start_are_told_again() -> None:
+    world = cluster()
+    heard, lost = {m.Start: world._on_start, m.Load: world._on_load}, list[type]()
+
+    def hear_the_second_time(node: Any, told: Any) -> None:
+        kind = type(told)
+        if kind in lost or node.seat != (None if kind is m.Start else 1):
+            heard[kind](node, told)
+        else:
+            lost.append(kind)
+
+    world._on_start = world._on_load = hear_the_second_time  # type: ignore[method-assign, assignment]
+    began = world.now
+    world.run_to("snapshot-committed")
+    assert lost == [m.Start, m.Load]
+    assert 60.0 < world.now - began < 75.0
+    assert world.run_to_end().outcome == "succeeded"
+    assert "fault" not in world.kinds()
+
+
 def test_a_crashed_rank() -> None:
     world = cluster()
     world.run_to_step(12)

@@ -80,6 +80,7 @@ def _starting(job: Job, now: float) -> None:
     resizing.drive(job, now)
     if job.phase is not Phase.STARTING:
         return
+    preparing.start_again(job, now)
     if job.awaiting:
         if silence > job.config.start_timeout_s:
             names = ", ".join(sorted(job.awaiting)[:8])

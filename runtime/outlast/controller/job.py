@@ -35,7 +35,7 @@ from outlast.controller.snapshots import SnapshotCycle, Surroundings
 from outlast.controller.storenews import StoreNews
 from outlast.controller.story import Story
 from outlast.controller.suspending import Suspension
-from outlast.messages.instructions import Emit, Finish, GiveUp, Instruction, Load, Outcome, Stop
+from outlast.messages.instructions import Emit, Finish, GiveUp, Instruction, Load, Outcome, Start, Stop
 from outlast.messages.kept import Kept
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.stored import StoredCheckpoint
@@ -51,12 +51,12 @@ _END: dict[Outcome, Phase] = {
 class Job:
     """The state. ``attempt``: the living one, or the one in preparation (then ``before`` is the one that lived last);
     ``symptoms``: faults since it was last well; ``decide_at``: the end of a diagnosis or of finishing; ``awaiting``:
-    nodes that have not rebuilt what they lack; ``resumes``: the attempt has a state to load, ``origin``: from that
-    checkpoint; ``final``: the committed snapshot of the last step; ``ended_at``: when all ranks were done;
-    ``wanting_told_at``: when it was said last that nodes are missing; ``hold_until``: until when ranks shall wait for
-    another controller; ``lengths``: of the newest images that are known, by rank; ``epoch``: what makes wall seconds of
-    the machine's; ``first_began``: when the job's first controller did; ``started``: when its first rank did (wall
-    seconds); ``kept``: what the next controller would know.
+    nodes that have not rebuilt what they lack; ``starts``: what each was told, and is again ``start_again_at``;
+    ``resumes``: the attempt has a state to load, ``origin``: from that checkpoint; ``final``: the committed snapshot of
+    the last step; ``ended_at``: when all ranks were done; ``wanting_told_at``: when it was said last that nodes are
+    missing; ``hold_until``: until when ranks shall wait for another controller; ``lengths``: of the newest images that
+    are known, by rank; ``epoch``: what makes wall seconds of the machine's; ``first_began``: when the job's first
+    controller did; ``started``: when its first rank did (wall seconds); ``kept``: what the next controller would know.
     """
 
     def __init__(self, config: MachineConfig, now: float, new_incarnation: Callable[[], str], epoch: float) -> None:
@@ -88,6 +88,8 @@ class Job:
         self.budget = RestartBudget(config.max_restarts, config.window_s)
         self.symptoms: list[Symptom] = []
         self.awaiting: set[str] = set()
+        self.starts: dict[str, Start] = {}
+        self.start_again_at = math.inf
         self.stacks_awaited: set[str] = set()
         self.resumes = False
         self.origin: StoredCheckpoint | None = None
@@ -230,6 +232,7 @@ class Job:
     def run(self, now: float) -> None:
         """The attempt runs."""
         self.enter(Phase.RUNNING, now)
+        self.starts = {}
         self.story.running(self.progress.restored_step, now)
         self.progress.moved_at = now
         self.snapshot_rhythm.resumed(now)

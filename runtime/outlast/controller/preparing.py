@@ -16,9 +16,13 @@ from outlast.controller.phases import PREPARING, Phase
 from outlast.controller.progress import Progress
 from outlast.controller.recovery import Launch, Preparation, plan_launch, room, start_instructions
 from outlast.controller.snapshots import SnapshotCycle
+from outlast.messages.instructions import Load
 
 if TYPE_CHECKING:
     from outlast.controller.job import Job
+
+START_AGAIN_S = 30.0
+"""Nodes that have not begun by then are told again: a call to an agent may fail while the agent lives on."""
 
 
 def advance(job: Job, now: float) -> None:
@@ -171,7 +175,20 @@ def _launch(job: Job, launch: Launch, now: float) -> None:
     size, wanted, number = len(launch.seats), job.config.replicas, launch.attempt.number
     job.out += job.resizing.launched(before, size, wanted, number, launch.step, now)
     job.story.launched(launch, job.world, now)
-    job.out += start_instructions(launch, members, job.config.procs, job.restart_count)
+    starts = start_instructions(launch, members, job.config.procs, job.restart_count)
+    job.starts, job.start_again_at = {start.node: start for start in starts}, now + START_AGAIN_S
+    job.out += starts
+
+
+def start_again(job: Job, now: float) -> None:
+    """Say again what has ranks start to whoever may not have heard it."""
+    if now < job.start_again_at or job.attempt is None:
+        return
+    job.start_again_at = now + START_AGAIN_S
+    if job.awaiting:
+        job.out += [job.starts[name] for name in sorted(job.awaiting) if name in job.starts]
+    else:
+        job.out.append(Load(job.members.seated_names(), job.attempt))
 
 
 def _tell_restore(job: Job, launch: Launch) -> None:

@@ -186,7 +186,7 @@ def _own_parity(inventory: Inventory, member: int) -> Inventory:
     return Inventory(inventory.node, own)
 
 
-def start_instructions(launch: Launch, members: Membership, procs: int, restart_count: int) -> list[Instruction]:
+def start_instructions(launch: Launch, members: Membership, procs: int, restart_count: int) -> list[Start]:
     """``Start`` for every seat; the first seat's node is the ranks' rendezvous."""
     master = members.nodes[launch.seats[0]]
     start = partial(
