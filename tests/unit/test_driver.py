@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +19,7 @@ from outlast.checkpoint.line import Retention
 from outlast.clock import SystemClock
 from outlast.controller import link
 from outlast.controller.archivist import Archivist, Charge
+from outlast.controller.controller_actor import CRASH_STATUS
 from outlast.controller.driver import Driver, Logs
 from outlast.controller.keptfile import read_kept
 from outlast.controller.link import AgentDied
@@ -279,6 +283,24 @@ def test_metrics_have_one_line_per_step_of_the_attempt_in_force(tmp_path: Path) 
     assert [line.step for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
+def test_a_heartbeat_that_comes_with_metrics_counts_although_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            monkeypatch.setattr(w.driver._logs.metrics, "append", full)
+            fields = {"node": "node-0", "rank": 0, "attempt": str(ATTEMPT), "step": 1, "metrics": {"loss": 1.0}}
+            metrics = {"type": "Metrics", **fields}
+            answer = w.driver.receive("node-0", json.dumps([metrics, m.to_json(heartbeat())]))
+            assert "refused" not in answer
+            await until(lambda: w.machine.of(m.Heartbeat))
+
+    asyncio.run(scenario())
+
+
 def test_info_of_agents_is_in_the_status(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with world(tmp_path) as w:
@@ -388,3 +410,31 @@ def test_a_bug_in_the_machine_ends_the_run(tmp_path: Path) -> None:
             await driver.run()
 
     asyncio.run(scenario())
+
+
+ENDED = """
+import asyncio, errno
+from types import SimpleNamespace
+from outlast.controller import controller_actor
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "no space left")
+
+async def crash():
+    full()
+
+async def main():
+    actor = SimpleNamespace(_logs=SimpleNamespace(events=SimpleNamespace(append=full)))
+    task = asyncio.get_running_loop().create_task(crash())
+    task.add_done_callback(lambda it: controller_actor.ControllerActor._ended(actor, it))
+    await asyncio.sleep(30)
+
+asyncio.run(main())
+"""
+
+
+def test_a_controller_that_cannot_write_why_it_ends_ends_all_the_same() -> None:
+    """Ray starts another one: a disk that was full for a moment is no reason to have none."""
+    done = subprocess.run([sys.executable, "-c", ENDED], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == CRASH_STATUS, done
+    assert "no space left" in done.stderr

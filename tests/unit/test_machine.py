@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from outlast.controller.settings import CheckpointConfig, MachineConfig
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.inventory import HeldImage, Inventory
 from outlast.snapshot.stored import StoredCheckpoint
-from support.simulated import Cluster
+from support.simulated import LENGTH, Cluster
 from support.simulated_store import URL
 
 CONFIG = MachineConfig(replicas=4, spares=1, every_steps=5)
@@ -93,6 +94,52 @@ def one_recovery(world: Cluster, **expected: Any) -> dict[str, Any]:
     assert {key: record[key] for key in expected} == expected
     assert record["total_s"] > 0
     return record
+
+
+def test_nodes_that_verify_large_images_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they hold says how long; heartbeats go on."""
+    monkeypatch.setattr("outlast.controller.job.VERIFIED_BYTES_S", LENGTH / 20)
+    world = cluster()
+    stop, verifying = world._on_stop, []
+
+    def take_long(node: Any, told: m.Stop) -> None:
+        say = world.say
+        world.say = lambda event, delay=0.005: say(event, delay + 70.0 * isinstance(event, m.Stopped))  # type: ignore[method-assign]
+        verifying.append(node.name)
+        stop(node, told)
+        world.say = say  # type: ignore[method-assign]
+
+    world.run_to_step(35)
+    world._on_stop = take_long  # type: ignore[method-assign]
+    world.crash_rank(1)
+    world.run_to("recovered", 200.0)
+    assert len(verifying) == len(world.nodes)
+    assert "node-lost" not in world.kinds()
+
+
+def test_what_verifies_and_gives_wrong_bytes_is_not_used_again() -> None:
+    """Parity that was made of a byte that was wrong only then: an older generation, or the store, has what it lacks."""
+    config = replace(CONFIG, checkpoint=CheckpointConfig(URL, interval_steps=20))
+    world = cluster(config=config, total=200)
+    rebuild, wrong = world._rebuild, []
+
+    def decode(node: Any, start: m.Start) -> None:
+        plan = start.restore
+        lacking = [one for one in plan.on_node(node.name) if one.source == "memory-decode"] if plan is not None else []
+        if plan is None or not lacking or (wrong and plan.generation not in wrong):
+            rebuild(node, start)
+            return
+        wrong.append(plan.generation)
+        text = "1 blocks do not verify after the rebuild"
+        world.say(m.RestoreFailed(node.name, start.attempt, plan.generation, text, "bad", lacking[0].rank, memory=True))
+
+    world._rebuild = decode  # type: ignore[method-assign]
+    world.run_to_step(57)
+    world.lose_node(world.seated(1))
+    world.run_to("recovered", 200.0)
+    assert len(wrong) == 1
+    assert world.store.quarantined == [], "the store's own copy is not the one that was bad"
+    assert world.run_to_end().outcome == "succeeded"
 
 
 def test_nodes_that_have_not_heard_what_to_start_are_told_again() -> None:

@@ -31,8 +31,8 @@ from outlast.snapshot.stored import StoredImage
 CALL_S = 30.0
 """A call that moves no images; long enough for a keeper to be restarted."""
 FENCE_TRIES = 3
-VERIFY_S = 300.0
-"""Hashing all of a node's images (a core does several GB a second)."""
+VERIFY_S = 3600.0
+"""Hashing all of a node's images (a core does several GB a second); the controller waits by how much it is."""
 REBUILD_S = 600.0
 FETCH_S = 3600.0
 """Getting one image from object storage; a store that does not answer is given up sooner."""
@@ -108,8 +108,8 @@ class KeeperTasks:
     def rebuild(self, start: m.Start, dirty: frozenset[int], then: Callable[[], None]) -> None:
         """Get back what this node lacks of the plan, all images at once; then tell that it is ready, and call ``then``.
 
-        What cannot be rebuilt ends the attempt, as if its rank had, or, where it was to come from object storage, with
-        ``RestoreFailed``: nobody trains on bytes that do not verify.
+        What cannot be rebuilt ends the attempt, as if its rank had, or, where what it is made of is bad, or the store
+        says so, with ``RestoreFailed``: nobody trains on bytes that do not verify.
         """
         lacking = _lacking(start.restore, self._node)
         replies: list[dict[str, Any]] = []
@@ -149,8 +149,10 @@ class KeeperTasks:
     def _not_rebuilt(self, start: m.Start, restore: RankRestore, error: OutlastError) -> m.RestoreFailed | m.RankExited:
         plan, trouble = start.restore, trouble_of(error)
         assert plan is not None
-        if restore.source == "object" and trouble is not None:
-            return m.RestoreFailed(self._node, start.attempt, plan.generation, str(error), trouble, restore.rank)
+        stored = restore.source == "object"
+        if trouble == "bad" or (stored and trouble is not None):
+            told_of = (self._node, start.attempt, plan.generation, str(error))
+            return m.RestoreFailed(*told_of, trouble, restore.rank, memory=not stored)
         rank = start.seat * start.procs if plan.direct else restore.rank  # the old world's ranks are nobody's
         told = m.ErrorInfo(self._clock.wall(), type(error).__name__, f"its state could not be rebuilt: {error}")
         return m.RankExited(self._node, start.attempt, rank, error=told, time=told.time)

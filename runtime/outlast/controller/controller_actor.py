@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import secrets
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -91,9 +92,13 @@ class ControllerActor:
         if error is None:
             return
         text = "".join(traceback.format_exception(error))
-        self._logs.events.append("controller-error", f"{type(error).__name__}: {error}", 0, {"traceback": text})
-        time.sleep(CRASH_WAIT_S)
-        os._exit(CRASH_STATUS)
+        try:
+            self._logs.events.append("controller-error", f"{type(error).__name__}: {error}", 0, {"traceback": text})
+        except OSError:  # it may be what ended the driver
+            print(text, file=sys.stderr, flush=True)
+        finally:
+            time.sleep(CRASH_WAIT_S)
+            os._exit(CRASH_STATUS)
 
     def _leave(self) -> None:
         if self._leaving is None:

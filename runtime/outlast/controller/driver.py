@@ -15,6 +15,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -211,9 +212,11 @@ class Driver:
             return
         if item.get("total") is not None:
             self._total = int(item["total"])
-        self._logs.metrics.append(
-            StepMetrics(int(item["step"]), attempt.number, int(item["rank"]), dict(item["metrics"]))
-        )
+        metrics = StepMetrics(int(item["step"]), attempt.number, int(item["rank"]), dict(item["metrics"]))
+        try:
+            self._logs.metrics.append(metrics)
+        except OSError as error:  # a full disk; what comes with them, a heartbeat, is worth more
+            print(f"metrics of step {metrics.step} are not written: {error}", file=sys.stderr, flush=True)
 
     # --- what people and the cluster ask for ------------------------------------------------------------------------
 

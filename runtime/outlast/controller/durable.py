@@ -132,7 +132,10 @@ def restore_failed(job: Job, event: e.RestoreFailed, now: float) -> None:
     if event.trouble == "denied":
         job.finish("failed", text, now)
         return
-    if event.trouble == "bad" and job.claims.exclude(generation) is not None:
+    if event.trouble == "bad" and event.memory:
+        job.members.distrusted.add(generation)
+        job.emit("image-damaged", f"what nodes hold of step {generation.step} is not used again", node=event.node)
+    elif event.trouble == "bad" and job.claims.exclude(generation) is not None:
         job.out.append(Quarantine(generation, event.reason))
     job.fault(Symptom("restore-failed", text, now, now, event.node, event.rank, generation.step), now)
 

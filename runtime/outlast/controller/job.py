@@ -47,6 +47,9 @@ _END: dict[Outcome, Phase] = {
     "suspended": Phase.SUSPENDED,
 }
 
+VERIFIED_BYTES_S = 0.5e9
+"""Bytes that a busy node verifies in a second, at least."""
+
 
 class Job:
     """The state. ``attempt``: the living one, or the one in preparation (then ``before`` is the one that lived last);
@@ -154,7 +157,7 @@ class Job:
         self._leave_attempt(now, planned)
         first = self.attempt is None
         self.attempt = Attempt(number, self._new_incarnation())
-        deadline = now + self.config.patience.stop_s
+        deadline = now + self._stop_s()
         self.preparation = Preparation(self.attempt, now, set(members.alive), deadline, concluded=not self.symptoms)
         self.preparation.size = self._sufficient(planned)
         self.enter(Phase.STOPPING, now)
@@ -164,6 +167,13 @@ class Job:
         self.emit(kind, f"attempt {number} {text} all ranks", attempt=number, step=step, nodes=len(members.alive))
         self.out += [Stop(name, self.attempt) for name in members.alive]
         self.out += self.claims.ask(self.attempt, now, self.config.patience.claim_s)
+
+    def _stop_s(self) -> float:
+        """How long a node may take to end its ranks, and to verify the files that it holds."""
+        lengths, members = self.lengths.values(), self.members.alive.values()
+        made = 2 * self.config.slots * self.config.procs * max(lengths, default=0)
+        held = max((sum(image.length for image in node.held) for node in members), default=0)
+        return self.config.patience.stop_s + max(made, held) / VERIFIED_BYTES_S
 
     def _leave_attempt(self, now: float, planned: Planned | None) -> None:
         """What belonged to the living attempt ends: permits with its ranks, encodings and uploads with its fence."""
@@ -189,7 +199,7 @@ class Job:
             if self.members.best_seen_attempt >= self.attempt.number:
                 self.prepare_anew(self.preparation, now)
             else:
-                self.out.append(self.preparation.ask(node, now, self.config.patience.stop_s))
+                self.out.append(self.preparation.ask(node, now, self._stop_s()))
                 self.enter(Phase.STOPPING, now)
         else:
             self.out.append(Stop(node.name, self.attempt))

@@ -82,7 +82,8 @@ class Node:
 
 class Membership:
     """All nodes. ``alive``: those not given up, in the order of joining; ``seats``: the living attempt's, or, between
-    two attempts, those of the one before; ``leaving``: those of the living that were told to go.
+    two attempts, those of the one before; ``leaving``: those of the living that were told to go; ``distrusted``:
+    generations of which images verify, and do not give what they should.
     """
 
     def __init__(self, config: MachineConfig) -> None:
@@ -91,6 +92,7 @@ class Membership:
         self.leaving: dict[str, Node] = {}
         self.seats: dict[int, str] = {}
         self.best_seen_attempt = 0
+        self.distrusted: set[Generation] = set()
         self.watch = Watch(config.detector)
 
     def join(self, event: Joined, awake: float, now: float) -> Node:
@@ -167,8 +169,9 @@ class Membership:
         return tuple(name for _, name in sorted(self.seats.items()))
 
     def inventories(self) -> list[Inventory]:
-        """What the living nodes hold, verified."""
-        return [node.inventory for node in self.alive.values() if node.inventory is not None]
+        """What the living nodes hold, verified; without what turned out to be wrong all the same."""
+        found = [node.inventory for node in self.alive.values() if node.inventory is not None]
+        return [held.without(self.distrusted) for held in found] if self.distrusted else found
 
     def candidates(self) -> list[Candidate]:
         """The nodes that may have a seat, with what they hold."""

@@ -12,13 +12,13 @@ class Patience:
     """Seconds that the machine waits for an answer before it does without it.
 
     ``settle_s``: for further nodes after enough have joined, when they may bring snapshots; ``stop_s``: for a node to
-    confirm that its ranks are dead and to verify its files; ``collateral_s``: for the cause, after an error that only
-    says that somebody else is gone; ``stacks_s``: for the stacks of hung ranks; ``silent_s``: for a rank to say
-    anything, before the script counts as one that does not use outlast; ``copy_s`` and ``encode_s``: for a snapshot's
-    two parts; ``commit_s``: before a commit is said again; ``finish_s``: for the driver to end everything;
-    ``claim_s``: for the object store, before an attempt begins without having claimed it; ``final_s``: for the
-    store to answer well, when training is over and the last checkpoint is not there; ``upload_s``: for that checkpoint
-    in all, as long as nobody complains.
+    confirm that its ranks are dead and to verify its files, and more where these are large; ``collateral_s``: for the
+    cause, after an error that only says that somebody else is gone; ``stacks_s``: for the stacks of hung ranks;
+    ``silent_s``: for a rank to say anything, before the script counts as one that does not use outlast; ``copy_s`` and
+    ``encode_s``: for a snapshot's two parts; ``commit_s``: before a commit is said again; ``finish_s``: for the driver
+    to end everything; ``claim_s``: for the object store, before an attempt begins without having claimed it;
+    ``final_s``: for the store to answer well, when training is over and the last checkpoint is not there; ``upload_s``:
+    for that checkpoint in all, as long as nobody complains.
     """
 
     settle_s: float = 3.0

@@ -148,8 +148,8 @@ class RestoreReady:
 class RestoreFailed:
     """What ``Start.restore`` names could not be had from the object store, or a rank could not read it.
 
-    ``trouble`` "bad": the checkpoint ``generation`` must not be used again. Ranks that wait for it are of no use: the
-    attempt is over.
+    ``trouble`` "bad": the checkpoint ``generation`` must not be used again; with ``memory``, what nodes hold of it.
+    Ranks that wait for it are of no use: the attempt is over.
     """
 
     node: str
@@ -158,6 +158,7 @@ class RestoreFailed:
     reason: str
     trouble: StoreTrouble = "bad"
     rank: int | None = None
+    memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)

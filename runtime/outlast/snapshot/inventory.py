@@ -6,7 +6,7 @@ JSON by ``to_json`` and ``from_json`` (which raises ValueError, KeyError or Type
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -106,6 +106,10 @@ class Inventory:
 
     node: str
     images: tuple[HeldImage, ...] = ()
+
+    def without(self, generations: Collection[Generation]) -> Inventory:
+        """The images of all other generations."""
+        return Inventory(self.node, tuple(image for image in self.images if image.generation not in generations))
 
     def to_json(self) -> Json:
         return {"node": self.node, "images": [image.to_json() for image in self.images]}
