@@ -146,8 +146,13 @@ def _start(command: list[str], directory: Path, folder: Path) -> subprocess.Pope
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Close the supervisor's input, which ends it if nothing else has, and wait for it."""
+    """Close the supervisor's input, which ends it if nothing else has, and wait for it.
+
+    Its output is closed first, so that it does not wait for what it says to be read.
+    """
     assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdout.close()
     process.stdin.close()
     try:
         process.wait(timeout=_END_LIMIT_S)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
+import resource
 import signal
 import subprocess
 import sys
@@ -101,6 +103,25 @@ class ForkClientClosing:
 
     def __exit__(self, *_: object) -> None:
         self.client.close()
+
+
+def test_a_server_without_descriptors_goes_on_and_takes_clients_later(
+    server: tuple[Path, subprocess.Popen[bytes]], bench: Bench
+) -> None:
+    pid, log = server[1].pid, server[0] / "server.log"
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    open_files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (open_files + 1, limits[1]))
+    with contextlib.ExitStack() as clients:
+        try:
+            others = [clients.enter_context(ForkClientClosing(bench.socket)) for _ in range(4)]
+            eventually(lambda: "accepts no connections for now" in log.read_text())
+            with pytest.raises(RequestError, match="no child"):
+                bench.client.kill("nobody", signal.SIGTERM)
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        assert [other.state().pid for other in others] == [pid] * 4
+    assert log.read_text().count("accepts no connections for now") == 1
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import resource
 import signal
 import subprocess
 import threading
@@ -359,3 +361,26 @@ def test_parity_of_the_same_group_stays_for_the_next_build() -> None:
             assert isinstance(reply, dict), reply
         assert nodes.nodes[0].call("commit", **identity(NEXT), generation=str(later), slots=2, procs=1)["removed"] == 0
         assert nodes.parity_path(0).exists()
+
+
+def test_a_keeper_without_descriptors_goes_on_and_takes_connections_later() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    try:
+        with cluster(1) as nodes:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            (keeper,) = nodes.nodes
+            pid, log = keeper.process.pid, nodes.base / "node-0.log"
+            assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (hard, hard)
+            with keeper.client() as early, contextlib.ExitStack() as clients:
+                early.call("waiting")
+                open_files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (open_files, hard))
+                others = [clients.enter_context(keeper.client()) for _ in range(4)]
+                wait_until(lambda: "accepting no connections for now" in log.read_text(), "the keeper says nothing")
+                assert early.call("waiting") == {"ok": True, "trouble": None}
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+                assert [other.call("status")["node"] for other in others] == ["node-0"] * 4
+            assert log.read_text().count("accepting no connections for now") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

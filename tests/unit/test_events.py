@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from outlast.clock import ManualClock
+from outlast.telemetry import events, lines
 from outlast.telemetry.events import RECENT, EventLog, LogEvent, read_events
-from outlast.telemetry.lines import TAIL, LineFile, last_object, read_lines
+from outlast.telemetry.lines import TAIL, LineFile, last_object, parse, read_lines
 from outlast.telemetry.metrics_log import MetricsLog, StepMetrics, read_metrics
 
 
@@ -46,6 +47,43 @@ def test_old_events_come_from_the_file(tmp_path: Path) -> None:
         log.append("k", str(number))
     assert [event.seq for event in log.after(0, limit=3)] == [1, 2, 3]
     assert [event.seq for event in log.after(RECENT)] == list(range(RECENT + 1, RECENT + 11))
+
+
+def long_log(path: Path, count: int) -> EventLog:
+    """Texts of all lengths, and a torn line now and then."""
+    log = open_log(path)
+    for number in range(count):
+        log.append("k", "x" * (number * 37 % 150) if number % 1000 else "x" * 3 * events.REACH)
+        if number % 777 == 0:
+            with path.open("ab") as file:
+                file.write(b'{"time": 1, "se\n')
+    return log
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_pages_equal_the_whole(tmp_path: Path, restarted: bool) -> None:
+    path = tmp_path / "events.jsonl"
+    log = long_log(path, 2 * RECENT)
+    if restarted:
+        log = open_log(path)
+    whole = read_events(path)
+    assert [event.seq for event in whole] == list(range(1, 2 * RECENT + 1))
+    for limit in (1, 300, 1000):
+        for seq in range(0, len(whole), limit if limit > 1 else 97):
+            assert log.after(seq, limit) == whole[seq : seq + limit]
+
+
+def test_a_page_reads_little_more_than_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = long_log(tmp_path / "events.jsonl", 5 * RECENT)
+    parsed: list[bytes] = []
+    counted = lambda line: parsed.append(line) or parse(line)  # noqa: E731
+    for module in (events, lines):
+        monkeypatch.setattr(module, "parse", counted, raising=False)
+    assert [event.seq for event in log.after(3 * RECENT, limit=100)] == list(range(3 * RECENT + 1, 3 * RECENT + 101))
+    assert 100 <= len(parsed) < 300
+    parsed.clear()
+    assert [event.seq for event in log.after(0, limit=3)] == [1, 2, 3]
+    assert len(parsed) < 30
 
 
 @pytest.mark.parametrize("torn", [b'{"time": 1, "se', b"\xff\xfe", b"[1, 2]\n"])

@@ -30,7 +30,6 @@ waited for, and told when it attends.
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import selectors
 import signal
@@ -43,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from outlast.agent import isolation
+from outlast.agent.accepting import Acceptor
 from outlast.agent.forkchild import become, redirect, separate
 from outlast.agent.forkconnection import Connection, listen
 from outlast.agent.forkprotocol import DEFAULT_PRELOAD, ServerSetup, Spawn, preload
@@ -99,6 +99,7 @@ class ForkServer:
     def __init__(self, setup: ServerSetup, listener: socket.socket, missing: Sequence[str], watch: int | None) -> None:
         self._setup = setup
         self._listener = listener
+        self._acceptor = Acceptor(listener, "the forkserver")
         self._missing = list(missing)
         self._watch = watch
         self._children: dict[int, _Child] = {}
@@ -160,13 +161,9 @@ class ForkServer:
     # -- clients
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.ECONNABORTED):
-                return
-            raise
-        sock.setblocking(False)
+        sock = self._acceptor.accept()
+        if sock is None:
+            return
         client = Connection(sock)
         self._clients.add(client)
         self._selector.register(sock, selectors.EVENT_READ, client)

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from outlast.agent.accepting import Acceptor
+
 Message = dict[str, Any]
 
 LONGEST_LINE = 16 << 20
@@ -55,6 +57,7 @@ class RankLink:
         self._listener.bind(str(path))
         path.chmod(0o600)
         self._listener.listen(64)
+        self._acceptor = Acceptor(self._listener, "the ranks' link")
         self._woken, self._waker = socket.socketpair()
         for sock in (self._listener, self._woken, self._waker):
             sock.setblocking(False)
@@ -99,11 +102,9 @@ class RankLink:
         self._selector.close()
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
+        sock = self._acceptor.accept()
+        if sock is None:
             return
-        sock.setblocking(False)
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         connection = _Connection(sock, int(_CREDENTIALS.unpack(credentials)[0]))
         self._selector.register(sock, selectors.EVENT_READ, connection)

@@ -33,14 +33,17 @@ Run as ``python -m outlast.snapshot.keeper CONFIG`` (a JSON file with the fields
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +66,7 @@ HELLO_SECONDS = 10.0
 IDLE_SECONDS = 900.0
 FRAME_SECONDS = 30.0
 DEFAULT_SECONDS = 30.0
+PAUSE_SECONDS = 0.1
 
 Message = Mapping[str, Any]
 Reply = dict[str, Any]
@@ -106,6 +110,7 @@ class Keeper:
             where = f"{config.host}:{config.port}"
             raise RequestError(f"{config.node}: the keeper cannot listen on {where}: {error.strerror}") from error
         self.host, self.port = config.host, int(self._listener.getsockname()[1])
+        self._short = False
         self._rebuilds: dict[Place, threading.Lock] = {}
         self._uploads = Uploads()
         self._handlers: dict[str, Callable[[Message, Channel, Deadline], Reply | None]] = {
@@ -128,15 +133,32 @@ class Keeper:
         log.info("ready node=%s host=%s port=%d", self._config.node, self.host, self.port)
         while True:
             try:
-                sock, address = self._listener.accept()
-            except OSError:
-                return
-            channel = Channel(sock, f"{address[0]}:{address[1]}")
-            threading.Thread(target=self._converse, args=(channel,), name=channel.peer, daemon=True).start()
+                self._accept()
+            except (OSError, RuntimeError) as error:
+                if self._listener.fileno() < 0:
+                    return
+                self._pause(error)
 
     def close(self) -> None:
         """Stop accepting."""
         self._listener.close()
+
+    def _accept(self) -> None:
+        """Raises OSError, and RuntimeError when there can be no further thread."""
+        sock, address = self._listener.accept()
+        channel = Channel(sock, f"{address[0]}:{address[1]}")
+        try:
+            threading.Thread(target=self._converse, args=(channel,), name=channel.peer, daemon=True).start()
+        except RuntimeError:
+            channel.close()
+            raise
+
+    def _pause(self, error: Exception) -> None:
+        """Descriptors, memory or threads are short: leave some time for others to give them back."""
+        if not self._short:
+            log.warning("accepting no connections for now node=%s reason=%s", self._config.node, error)
+        self._short = True
+        time.sleep(PAUSE_SECONDS)
 
     def _converse(self, channel: Channel) -> None:
         """One connection, to its end."""
@@ -253,12 +275,20 @@ class Keeper:
 def run(config: KeeperConfig, objects: ObjectTier | None) -> None:
     """Be a keeper until SIGTERM; its files stay."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    _allow_descriptors()
     keeper = Keeper(config, objects)
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     try:
         keeper.serve()
     finally:
         keeper.close()
+
+
+def _allow_descriptors() -> None:
+    """Let this process have as many open files as it may."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def main(config: Message) -> None:

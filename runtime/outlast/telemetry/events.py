@@ -6,18 +6,21 @@ misses nothing and sees nothing twice, whichever controller it asks.
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from outlast.clock import Clock
-from outlast.telemetry.lines import LineFile, exact, last_object, read_lines
+from outlast.telemetry.lines import LineFile, exact, last_object, parse, read_lines
 
 RECENT = 2048
 """Events kept in memory; older ones are read from the file."""
+REACH = 16 * 1024
+"""Bytes of the file within which an event is looked for line by line."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class EventLog:
         if seq + 1 >= oldest:
             first = max(0, seq + 1 - oldest)
             return list(islice(self._recent, first, first + limit))
-        return [event for event in read_events(self._file.path) if event.seq > seq][:limit]
+        return list(islice(_events_after(self._file.path, seq), limit))
 
     def close(self) -> None:
         self._file.close()
@@ -97,3 +100,39 @@ class EventLog:
 def read_events(path: Path) -> list[LogEvent]:
     """All events of a file, oldest first."""
     return [LogEvent.from_json(value) for value in read_lines(path)]
+
+
+def _events_after(path: Path, seq: int) -> Iterator[LogEvent]:
+    """The events of a file with a greater number than ``seq``, oldest first, each read when it is asked for."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        _go_near(file, seq)
+        for line in file:
+            value = parse(line)
+            if value is not None and int(value["seq"]) > seq:
+                yield LogEvent.from_json(value)
+
+
+def _go_near(file: BinaryIO, seq: int) -> None:
+    """Go to a line before the first event beyond ``seq``, by halving: numbers grow along the file."""
+    before, beyond = 0, file.seek(0, os.SEEK_END)
+    while beyond - before > REACH:
+        middle = (before + beyond) // 2
+        file.seek(middle)
+        file.readline()
+        start = file.tell()
+        found = _next_seq(file)
+        if found is None or found > seq:
+            beyond = middle
+        else:
+            before = start
+    file.seek(before)
+
+
+def _next_seq(file: BinaryIO) -> int | None:
+    for line in file:
+        value = parse(line)
+        if value is not None:
+            return int(value["seq"])
+    return None
