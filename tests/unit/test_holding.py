@@ -23,6 +23,7 @@ from outlast.data import ElasticSampler
 from outlast.errors import CapacityError
 from outlast.protect.capture import Capture, Seat
 from outlast.protect.leaves import Collector
+from outlast.protect.shards import LocalShard, Shards
 from outlast.rank import snapshots
 from outlast.rank.link import AgentLink
 from outlast.rank.pace import Pace
@@ -90,6 +91,20 @@ def planned(agent: Agent, ranks: RankSnapshots, step: int) -> None:
     wait_for(ranks, lambda: bool(agent.link.permits))
     ranks.boundary(step)
     agent.hear("planned")
+    train_step(ranks)
+
+
+def train_step(ranks: RankSnapshots) -> None:
+    for optimizer in ranks.capture.collector.optimizers.values():
+        optimizer.step()
+
+
+def answer(agent: Agent, ranks: RankSnapshots, step: int, **fields: Any) -> dict[str, Any]:
+    """What the rank says to a permit, sent and obeyed at the boundary before ``step``."""
+    agent.permit(step, **fields)
+    wait_for(ranks, lambda: bool(agent.link.permits))
+    ranks.boundary(step)
+    return agent.hear("planned", "copied", "missed")
 
 
 def wait_for(ranks: RankSnapshots, condition: Callable[[], bool]) -> None:
@@ -223,6 +238,119 @@ def test_trouble_reaches_a_rank_that_waits(agent: Agent, ranks: RankSnapshots) -
     agent.permit(9, hold=True, replan=True)
     ending.join(30)
     assert [str(error) for error in caught] == ["too little memory"]
+
+
+# --- gradients that are no part of a snapshot ----------------------------------------------------------------------------
+
+
+def test_no_snapshot_where_gradients_may_be_summed_over_steps(
+    agent: Agent, ranks: RankSnapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of run.steps make one of the optimizer's; the boundary between them is only good for a plan."""
+    monkeypatch.setattr(snapshots, "HOLD_DEADLINE_S", 1.0)
+    planned(agent, ranks, 3)
+    ranks.boundary(4)
+    missed = answer(agent, ranks, 5, hold=True)
+    assert (missed["op"], missed["reason"]) == ("missed", snapshots.ACCUMULATING)
+    assert answer(agent, ranks, 6, replan=True)["op"] == "planned"
+    train_step(ranks)
+    assert answer(agent, ranks, 7)["op"] == "copied"
+    assert answer(agent, ranks, 8)["op"] == "missed"
+
+
+def test_the_first_boundary_is_good_for_a_snapshot(agent: Agent, ranks: RankSnapshots) -> None:
+    ranks.capture.make_plan(ranks.capture.observe({}), {})
+    assert answer(agent, ranks, 5)["op"] == "copied"
+
+
+def test_the_last_step_is_snapshot_whatever_was_summed_before_it(agent: Agent, ranks: RankSnapshots) -> None:
+    planned(agent, ranks, 7)
+    ranks.boundary(8)
+    ranks.boundary(9)
+    ending = at(lambda: ranks.final(10))
+    generation = agent.permit(10, hold=True)
+    agent.hear("copied")
+    agent.send("proceed", generation=generation)
+    ending.join(30)
+    assert not ending.is_alive()
+
+
+def test_without_an_optimizer_nothing_is_summed(agent: Agent, tmp_path: pathlib.Path) -> None:
+    capture = Capture(Collector({"model": nn.Linear(4, 4)}), Seat(tmp_path, 0, 1, 0, 0))
+    ranks = RankSnapshots(agent.link, capture, lambda: {"step": 5}, lambda size: None, check=False)
+    assert answer(agent, ranks, 5, replan=True)["op"] == "planned"
+    assert answer(agent, ranks, 6)["op"] == "copied"
+    ranks.close()
+
+
+# --- optimizers that make their state anew ------------------------------------------------------------------------------
+
+
+class Anew(torch.optim.Optimizer):
+    """Makes a new tensor of each state at every step; ``grow``: and one more, under a name of its own."""
+
+    def __init__(self, parameters: Any, *, grow: bool) -> None:
+        super().__init__(parameters, {})
+        self.grow = grow
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["mean"] = 0.9 * state.get("mean", torch.ones_like(parameter)) + parameter
+            if self.grow:
+                state[f"past-{len(state)}"] = parameter.clone()
+            parameter.mul_(0.99)
+
+
+@pytest.fixture
+def anew(agent: Agent, tmp_path: pathlib.Path, request: pytest.FixtureRequest) -> Iterator[RankSnapshots]:
+    model = nn.Linear(40, 40)
+    objects = {"model": model, "optimizer": Anew(model.parameters(), grow=request.param)}
+    capture = Capture(Collector(objects), Seat(tmp_path, 0, 1, 0, 0))
+    ranks = RankSnapshots(agent.link, capture, lambda: {}, lambda size: None, check=False)
+    train_step(ranks)
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize("anew", [False], indirect=True)
+def test_a_plan_holds_where_the_optimizer_only_makes_new_tensors(
+    agent: Agent, anew: RankSnapshots, tmp_path: pathlib.Path
+) -> None:
+    assert answer(agent, anew, 1, replan=True)["op"] == "planned"
+    layout = anew.capture.plan.layout if anew.capture.plan else None
+    for step in range(2, 6):
+        train_step(anew)
+        live = anew.capture.collector.collect().leaves
+        copied = answer(agent, anew, step)
+        assert copied["op"] == "copied"
+        assert anew.capture.plan is not None
+        assert anew.capture.plan.layout is layout
+        image = LocalShard(tmp_path / f"slot-0-{copied['slot']}.img", Generation.parse(copied["generation"]))
+        shards = Shards(image, {}.__getitem__, 0)
+        for name, leaf in live.items():
+            assert torch.equal(shards.tensor(name), leaf.tensor)
+        image.close()
+
+
+@pytest.mark.parametrize("anew", [True], indirect=True)
+def test_state_that_grows_at_every_step_is_held_and_told_once(agent: Agent, anew: RankSnapshots) -> None:
+    said, replan = [], True
+    for step in range(1, 12):
+        agent.permit(step, replan=replan)
+        wait_for(anew, lambda: bool(agent.link.permits))
+        anew.boundary(step)
+        message = agent.hear("planned", "copied", "missed", "note")
+        if message["op"] == "note":
+            assert message["kind"] == "state-unsteady"
+            assert "optimizer/state/model/weight/past-" in message["text"]
+            said.append("note")
+            message = agent.hear("planned", "copied", "missed")
+        replan = message["op"] == "missed"
+        said.append(message["op"])
+        train_step(anew)
+    assert said == ["planned", "missed", "planned", "missed", "planned", "note", *["copied"] * 6]
 
 
 # --- a whole run of one rank --------------------------------------------------------------------------------------------

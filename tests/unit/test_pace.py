@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from outlast import messages as m
 from outlast.controller.pace import ECHO_S, MOST_MARGIN_FACTOR, Next, Pace
 from outlast.controller.progress import Progress
@@ -83,6 +85,23 @@ def test_the_same_step_is_permitted_again_once_all_have_answered() -> None:
     assert pace.next(at(100), 1.0) is None
     pace.answered(100, 1)
     assert step_of(pace.next(at(100), 1.0)) == 100
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5, 8])
+def test_the_boundary_at_which_no_gradients_wait_is_found(steps: int) -> None:
+    """However far apart tries are: here every fourth step is as soon as ranks can be told."""
+    pace, done, tries = planned(), 12 * steps + 1, 0
+    while done % steps:
+        permit = None
+        while permit is None:
+            done += 4
+            permit = pace.next(at(done, 10**6), 0.0)
+        assert not permit.replan, "the plan holds"
+        done, tries = permit.step, tries + 1
+        if done % steps:
+            pace.missed("accumulating: no optimizer step since the last boundary", 0.0)
+            pace.called_off(done, set(), 0.0)
+    assert tries <= 2 * steps
 
 
 def test_who_never_answers_is_not_waited_for_for_ever() -> None:

@@ -6,13 +6,19 @@ import copy
 import itertools
 import pathlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper as checkpointed
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import PostLocalSGDOptimizer
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from outlast.errors import ImageError, StateError
 from outlast.protect import rng
@@ -138,6 +144,7 @@ def test_what_has_no_json_form_is_refused_by_path() -> None:
     [
         {"a": [1, None, True, "x", 1e-300, float("inf")]},
         {1: "int key", ("t", 2): [b"\x00\xff", {3, 1}]},
+        {frozenset({1, 2}): {frozenset({3}), frozenset()}},
         {"$odd": {"nested": (1, (2,))}},
         {"z": 1 + 2j, "d": torch.bfloat16, "s": np.float32(0.1)},
     ],
@@ -148,6 +155,11 @@ def test_trees_survive_json(value: object) -> None:
     tensors: list[tuple[str, torch.Tensor]] = []
     tree = json.loads(json.dumps(flatten(value, "p", tensors)))
     assert unflatten(tree, dict(tensors).__getitem__) == value
+
+
+def test_frozen_sets_of_earlier_images_come_back() -> None:
+    assert unflatten({"$set": [{"$set": [1]}]}, lambda name: pytest.fail(name)) == {frozenset({1})}
+    assert unflatten({"$dict": [[{"$set": [1]}, 2]]}, lambda name: pytest.fail(name)) == {frozenset({1}): 2}
 
 
 def test_parts_cover_a_leaf_exactly() -> None:
@@ -273,6 +285,299 @@ def test_a_buffer_shared_between_modules_comes_back(tmp_path: pathlib.Path) -> N
     again_from(objects, fresh, tmp_path)
     assert fresh["model"][0].table is fresh["model"][1].table
     assert torch.equal(fresh["model"][1].table, torch.arange(3.0))
+
+
+# --- what else holds the live objects ---------------------------------------------------------------------------------
+
+
+def test_trained_tensors_in_a_dict_stay_what_the_optimizer_trains(tmp_path: pathlib.Path) -> None:
+    def build() -> dict[str, object]:
+        torch.manual_seed(1)
+        weights = {"w": nn.Parameter(torch.randn(3, 2).t()), "deep": [{"b": torch.randn(3, requires_grad=True)}]}
+        trained = [weights["w"], weights["deep"][0]["b"]]
+        return {"weights": weights, "optimizer": torch.optim.Adam(trained, lr=0.1)}
+
+    def step(objects: dict[str, object]) -> None:
+        weights, optimizer = objects["weights"], objects["optimizer"]
+        optimizer.zero_grad()
+        (weights["w"] * weights["deep"][0]["b"]).square().sum().backward()
+        optimizer.step()
+
+    objects, fresh = build(), build()
+    step(objects)
+    before = fresh["weights"]["w"], fresh["weights"]["deep"][0]["b"]
+    again_from(objects, fresh, tmp_path)
+    assert fresh["weights"]["w"] is before[0]
+    assert fresh["weights"]["deep"][0]["b"] is before[1]
+    assert fresh["weights"]["w"].stride() == (1, 2)
+    step(objects)
+    step(fresh)
+    assert torch.equal(objects["weights"]["w"], fresh["weights"]["w"])
+    assert torch.equal(objects["weights"]["deep"][0]["b"], fresh["weights"]["deep"][0]["b"])
+
+
+def test_trained_tensors_of_another_shape_are_refused_by_path(tmp_path: pathlib.Path) -> None:
+    saved, live = ({"s": {"w": torch.ones(size, requires_grad=True)}} for size in (3, 2))
+    with pytest.raises(StateError, match=r"'s/w' is \(2,\) torch\.float32 in the script but \(3,\)"):
+        again_from(saved, live, tmp_path)
+    with pytest.raises(StateError, match="t does not take its state"):
+        again_from({"t": torch.ones(1)}, {"t": torch.zeros(2)}, tmp_path)
+
+
+def test_what_a_script_holds_of_dicts_and_lists_comes_back_in_place(tmp_path: pathlib.Path) -> None:
+    def build(value: int) -> tuple[dict[str, object], list[object]]:
+        held: list[object] = [torch.full((2,), value), np.full((2, 2), value, order="F"), list(range(value)), {value}]
+        held.append(torch.full((), value))
+        tensor, array, numbers, seen, inner = held
+        state = {"tensor": tensor, "deep": {"array": array, "numbers": numbers}, "seen": seen, "pair": (inner, value)}
+        return {"state": state, "again": state, "list": [state["deep"]]}, held
+
+    objects, _ = build(3)
+    fresh, held = build(1)
+    again_from(objects, fresh, tmp_path)
+    state = fresh["state"]
+    places = [state["tensor"], state["deep"]["array"], state["deep"]["numbers"], state["seen"], state["pair"][0]]
+    assert all(place is mine for place, mine in zip(places, held, strict=True))
+    assert held[0].tolist() == [3, 3]
+    assert held[1].tolist() == [[3, 3], [3, 3]]
+    assert held[1].flags.f_contiguous
+    assert held[2:4] == [[0, 1, 2], {3}]
+    assert state["pair"] == (torch.tensor(3), 3)
+
+
+def test_memory_that_was_shared_only_at_the_start_is_written_once(tmp_path: pathlib.Path) -> None:
+    def build(*, apart: bool) -> dict[str, object]:
+        model, flat = nn.Linear(2, 2), torch.zeros(4)
+        average = model.weight.data + 1 if apart else model.weight.data
+        views = {"one": flat[:2], "two": flat[2:], "third": torch.ones(2) * 7 if apart else flat[:2]}
+        return {"model": model, "average": {"w": average, "b": model.bias, **views}}
+
+    objects, fresh = build(apart=True), build(apart=False)
+    one, two = fresh["average"]["one"], fresh["average"]["two"]
+    again_from(objects, fresh, tmp_path)
+    assert bits(fresh) == bits(objects)
+    assert fresh["average"]["b"] is fresh["model"].bias
+    assert fresh["average"]["one"] is one
+    assert fresh["average"]["two"] is two
+
+
+# --- tensors of other kinds ------------------------------------------------------------------------------------------
+
+
+class Wrapping(torch.Tensor):
+    """Its elements are those of another tensor."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapping:
+        made: Wrapping = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        return function(*[a.inner if isinstance(a, cls) else a for a in args], **(kwargs or {}))
+
+
+class Flattened(Wrapping):
+    """One that says of which tensors it is made."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):  # type: ignore[no-untyped-def]
+        return cls(inner["inner"])
+
+
+@pytest.mark.parametrize("kind", [Wrapping, Flattened])
+def test_tensors_around_others_are_refused_by_path(kind: type[Wrapping]) -> None:
+    plain = nn.Parameter(torch.ones(300))
+    optimizer = torch.optim.SGD([plain], lr=0.1)
+    optimizer.state[plain]["moment"] = kind(torch.arange(300.0))
+    with pytest.raises(StateError, match=rf"'o/state/o/parameter/0/moment' is a {kind.__name__} around"):
+        Collector({"o": optimizer}).collect()
+    with pytest.raises(StateError, match=rf"'model/cache' is a {kind.__name__} around"):
+        Collector({"model": buffered(kind(torch.ones(2)))}).collect()
+    assert Collector({"t": torch.empty(0), "o": torch.optim.SGD([nn.Parameter(torch.ones(2))])}).collect().leaves
+
+
+def test_expanded_buffers_come_back(tmp_path: pathlib.Path) -> None:
+    objects, fresh = ({"model": buffered(torch.full((1, 4), v).expand(3, 4))} for v in (2.0, 0.0))
+    again_from(objects, fresh, tmp_path)
+    assert torch.equal(fresh["model"].cache, torch.full((3, 4), 2.0))
+    assert fresh["model"].cache.stride() == (0, 1)
+
+
+def test_arrays_without_a_dimension_come_back_so(tmp_path: pathlib.Path) -> None:
+    fresh: dict[str, object] = {"state": {}}
+    again_from({"state": {"x": np.array(3.5)}}, fresh, tmp_path)
+    assert fresh["state"]["x"].shape == ()
+    assert fresh["state"]["x"] == 3.5
+
+
+def test_conjugated_and_negated_states_of_an_optimizer_come_back(tmp_path: pathlib.Path) -> None:
+    def build(value: complex) -> dict[str, object]:
+        plain = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+        optimizer = torch.optim.SGD([plain], lr=0.1)
+        moment = torch.full((3,), value, dtype=torch.complex64).conj()
+        optimizer.state[plain] |= {"conj": moment, "neg": torch.full((3,), value, dtype=torch.complex64).conj().imag}
+        return {"optimizer": optimizer}
+
+    objects, fresh = build(1 + 2j), build(0j)
+    again_from(objects, fresh, tmp_path)
+    ((_, state),) = fresh["optimizer"].state.items()
+    assert state["conj"].tolist() == [1 - 2j] * 3
+    assert state["neg"].tolist() == [-2.0] * 3
+
+
+# --- modules that change after protect -------------------------------------------------------------------------------
+
+
+def test_parameters_and_parts_put_in_after_protect_are_refused_by_name() -> None:
+    def changed(change: Callable[[nn.Module], object]) -> Collector:
+        model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2), nn.ReLU())
+        collector = Collector({"model": model})
+        change(model)
+        return collector
+
+    with pytest.raises(StateError, match=r"model\.0\.weight was put into the model after protect"):
+        changed(lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(4, 3)))).collect()
+    with pytest.raises(StateError, match=r"model\.1 was put into the model after protect"):
+        changed(lambda m: m.__setitem__(1, nn.Linear(3, 2))).collect()
+    with pytest.raises(StateError, match=r"model\.1\.table was put into the model after protect"):
+        changed(lambda m: m[1].add_module("table", nn.BatchNorm1d(2, affine=False))).collect()
+    for harmless in (
+        lambda m: m.__setitem__(2, nn.Tanh()),
+        lambda m: m.__setitem__(1, checkpointed(m[1])),
+        lambda m: m.double(),
+        lambda m: nn.utils.parametrize.register_parametrization(m[1], "weight", nn.Identity()),
+    ):
+        changed(harmless).collect()
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """One rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_sharded_tensors_in_a_dict_are_filled_and_whole_parameters_after_an_evaluation_are_no_change(
+    tmp_path: pathlib.Path, mesh: DeviceMesh
+) -> None:
+    def build(value: float) -> dict[str, object]:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        fully_shard(model, mesh=mesh)
+        weight = nn.Parameter(distribute_tensor(torch.full((4, 2), value), mesh, [Shard(0)]))
+        return {"model": model, "weights": {"w": weight}, "optimizer": torch.optim.SGD([weight], lr=0.1)}
+
+    objects, fresh = build(2.0), build(0.0)
+    collector, weight = Collector(fresh), fresh["weights"]["w"]
+    with torch.no_grad():
+        fresh["model"](torch.ones(3))
+    assert not isinstance(fresh["model"][0].weight, DTensor)
+    assert "model/0.weight" in collector.collect().leaves
+    again_from(objects, fresh, tmp_path)
+    assert fresh["weights"]["w"] is weight
+    assert torch.equal(weight.to_local(), torch.full((4, 2), 2.0))
+
+
+# --- optimizers with state of their own ------------------------------------------------------------------------------
+
+
+class Counting(torch.optim.SGD):
+    """Steps less and less, and averages in a tensor of its own."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self.count, self.average = 0, torch.zeros(2)
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        self.count += 1
+        self.average += self.count
+        super().step()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.div_(self.count)
+
+    def state_dict(self) -> dict[str, object]:
+        return {**super().state_dict(), "count": self.count, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.count, self.average = state["count"], state["average"]  # type: ignore[assignment]
+        super().load_state_dict({k: v for k, v in state.items() if k in ("state", "param_groups")})
+
+
+def test_what_an_optimizer_keeps_beside_its_states_comes_back(tmp_path: pathlib.Path) -> None:
+    def build() -> dict[str, object]:
+        torch.manual_seed(1)
+        model = nn.Linear(2, 2, dtype=torch.bfloat16)
+        return {"model": model, "optimizer": Counting(model.parameters(), lr=0.1, momentum=0.9)}
+
+    def step(objects: dict[str, object]) -> None:
+        objects["model"](torch.ones(2, dtype=torch.bfloat16)).sum().backward()
+        objects["optimizer"].step()
+
+    objects, fresh = build(), build()
+    for _ in range(3):
+        step(objects)
+    groups = fresh["optimizer"].param_groups
+    again_from(objects, fresh, tmp_path)
+    assert fresh["optimizer"].count == 3
+    assert fresh["optimizer"].param_groups is groups
+    for each in (objects, fresh):
+        each["optimizer"].zero_grad()
+        step(each)
+    assert bits(fresh) == bits(objects)
+    plain = {"model": fresh["model"], "optimizer": torch.optim.SGD(fresh["model"].parameters(), lr=0.1)}
+    with pytest.raises(StateError, match=r"optimizer: state_dict\(\) has 'count', 'average' beside"):
+        again_from(objects, plain, tmp_path)
+
+
+def test_a_wrapped_optimizer_and_its_averager_come_back(tmp_path: pathlib.Path) -> None:
+    def build() -> torch.optim.Optimizer:
+        averager = PeriodicModelAverager.__new__(PeriodicModelAverager)
+        averager.step = 0
+        inner = torch.optim.Adam([nn.Parameter(torch.ones(2))], lr=0.1)
+        return PostLocalSGDOptimizer(inner, averager)
+
+    saved, live = build(), build()
+    saved.averager.step = 7
+    again_from({"optimizer": saved}, {"optimizer": live}, tmp_path)
+    assert live.averager.step == 7
+    assert live.param_groups is live.optim.param_groups
+
+
+def test_optimizers_whose_state_would_be_missed_are_refused_by_name() -> None:
+    class ZeroRedundancyOptimizer(torch.optim.SGD):
+        pass
+
+    class Elsewhere(torch.optim.SGD):
+        def state_dict(self) -> dict[str, object]:
+            return {**super().state_dict(), "state": {0: {"slow": torch.ones(2)}}}
+
+    class Forgetting(torch.optim.SGD):
+        def state_dict(self) -> dict[str, object]:
+            return {**super().state_dict(), "count": 3}
+
+    class Rich(Counting):
+        def state_dict(self) -> dict[str, object]:
+            return {**super().state_dict(), "thing": object()}
+
+    for kind, why in (
+        (ZeroRedundancyOptimizer, r"o is a .*ZeroRedundancyOptimizer.* Use FSDP2"),
+        (Elsewhere, r"o: .*Elsewhere\.state_dict\(\) has tensors that are not in the optimizer's own \.state"),
+        (Forgetting, r"o: state_dict\(\) has 'count' beside states and groups.*give .*Forgetting one that takes it"),
+        (Rich, r"o/others/__own__/thing.*builtins\.object"),
+    ):
+        with pytest.raises(StateError, match=why):
+            Collector({"o": kind([nn.Parameter(torch.ones(2))], lr=0.1)})
 
 
 # --- names that would be the same -------------------------------------------------------------------------------------

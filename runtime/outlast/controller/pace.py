@@ -17,6 +17,8 @@ from outlast.controller.settings import MachineConfig
 MOST_MARGIN_FACTOR = 16
 RETRY_S = 1.0
 LONGEST_RETRY_S = 30.0
+ACCUMULATING = "accumulating"
+"""Begins why a rank has missed a snapshot at a boundary at which gradients wait for an optimizer's step."""
 ECHO_S = 10.0
 """How long answers to a permit that was called off are waited for before the same step is permitted again."""
 
@@ -59,7 +61,7 @@ class Pace:
         self._last_permitted = -1
         self._last_copied: int | None = None
         self._factor = 1
-        self._errors = 0
+        self._errors = self._unsound = 0
         self._not_before = 0.0
         self._not_before_step = 0
         self._echo = _Echo()
@@ -94,10 +96,15 @@ class Pace:
 
     def copied(self, step: int) -> None:
         """All ranks have taken it."""
-        self.hurry, self._last_copied, self._errors = False, step, 0
+        self.hurry, self._last_copied, self._errors, self._unsound = False, step, 0, 0
 
     def missed(self, reason: str, now: float) -> None:
         """A rank did not take it."""
+        if reason.startswith(ACCUMULATING):
+            # Every so many steps a boundary is sound: tries that are ever further apart find one.
+            self._unsound += 1
+            self._not_before_step = self._last_permitted + 1 + self._unsound
+            return
         if reason == "late":
             self._factor = min(MOST_MARGIN_FACTOR, 2 * self._factor)
         else:

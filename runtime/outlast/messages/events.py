@@ -282,7 +282,7 @@ class Copied:
 @dataclass(frozen=True, slots=True)
 class Missed:
     """A rank did not take a permitted snapshot. ``reason``: "late" (the permit came too late), "replan" (its plan no
-    longer holds) or an error's text.
+    longer holds), "accumulating…" (gradients wait there for an optimizer's step) or an error's text.
     """
 
     node: str

@@ -1,4 +1,4 @@
-"""One snapshot of one rank: planned at most once per set of storages, staged at the boundary, copied behind training.
+"""One snapshot of one rank: planned at most once per set of leaves, staged at the boundary, copied behind training.
 
 The boundary stages what anything may change (eager leaves, JSON state); the copier then fills the image in the
 background while forward and backward run; whoever is about to change parameters waits first (lazy copy after
@@ -12,7 +12,7 @@ import os
 import pathlib
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,9 @@ from outlast.protect.tree import flatten
 from outlast.snapshot.copier import Copier, CopyTicket, Piece
 from outlast.snapshot.identity import Generation
 from outlast.snapshot.image import ImageFile, Layout, plan_layout
+
+MOST_FAILED_PLANS = 2
+"""In a row; after that, tensors that come and go are stored whole instead of planned for again."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,22 @@ class Moment:
     def leaves(self) -> Mapping[str, Leaf]:
         return self.collected.leaves
 
+    def lazy_keys(self) -> frozenset[str]:
+        return frozenset(leaf.key for leaf in self.leaves.values() if leaf.lazy)
+
 
 @dataclass(frozen=True)
 class SnapshotPlan:
-    """Which part of which leaf goes where; valid while the signature stays the same."""
+    """Which part of which leaf goes where. ``voted``: the keys of the leaves that ranks compared for the cut."""
 
     signature: tuple[Any, ...]
+    voted: frozenset[str]
     parts: tuple[Part, ...]
     layout: Layout
     cut: Cut
     eager: Mapping[str, Leaf]
     pieces: tuple[Piece, ...]
-    """What the copier reads of lazy leaves: the same objects for as long as the plan holds."""
+    """What the copier reads of lazy leaves: the same objects for as long as the signature stays the same."""
 
 
 class Capture:
@@ -83,6 +90,10 @@ class Capture:
         self.collector, self.seat = collector, seat
         self.copier = copier or Copier()
         self.plan: SnapshotPlan | None = None
+        self.unsteady: frozenset[str] = frozenset()
+        """Keys of lazy leaves that came or went since the plan was made, when plans before it had failed for that."""
+        self._failed = 0
+        self._seen: frozenset[str] | None = None
         self._images: dict[int, ImageFile] = {}
         self._made: set[int] = set()  # slots whose file this process made or took over
         self._allocating = threading.Lock()
@@ -100,21 +111,39 @@ class Capture:
         return Moment(collected, state.encode())
 
     def needs_plan(self, moment: Moment) -> bool:
-        """Whether ranks must agree (again) on how replicated state is cut."""
-        return self.plan is None or self.plan.signature != moment.collected.signature()
+        """Whether ranks must agree (again) on how replicated state is cut. Ask once at each boundary to be copied.
 
-    def make_plan(self, moment: Moment, cut: Cut) -> SnapshotPlan:
-        """Lay out the image for the leaves of this moment and the cut that the ranks agreed on."""
+        A leaf that was not voted on may be stored whole, but one that the cut names must be there: others hold the rest
+        of it. So plans that fail in a row are kept until leaves stay the same from one such boundary to the next.
+        """
+        keys, plan = moment.lazy_keys(), self.plan
+        same_as_before, self._seen = keys == self._seen, keys
+        self.unsteady = frozenset()
+        if plan is None or keys == plan.voted:
+            self._failed = 0
+            return plan is None
+        if self._failed >= MOST_FAILED_PLANS:
+            self.unsteady = keys ^ plan.voted
+            if not same_as_before and plan.cut.keys() <= keys:
+                return False
+        self._failed += 1
+        return True
+
+    def votable(self, moment: Moment) -> frozenset[str]:
+        """Keys of the lazy leaves that a plan may count on: they were there at the boundary before, if one is known."""
+        keys = moment.lazy_keys()
+        return keys if self._seen is None else keys & self._seen
+
+    def make_plan(self, moment: Moment, cut: Cut, voted: frozenset[str] | None = None) -> SnapshotPlan:
+        """Lay out the image for the leaves of this moment and the cut that the ranks agreed on.
+
+        voted: the keys they compared for it; None for those of all lazy leaves.
+        """
         parts = tuple(make_parts(moment.leaves, cut, self.seat.rank))
         entries = [state_entry(state_capacity(len(moment.state))), *(part.entry() for part in parts)]
         layout = plan_layout(entries, self.seat.meta())
-        eager = {part.leaf.name: part.leaf for part in parts if not part.leaf.lazy}
-        pieces = tuple(
-            Piece(part.leaf.name, part.leaf.tensor, part.start, part.stop)
-            for part in parts
-            if part.leaf.lazy and part.stop > part.start
-        )
-        self.plan = SnapshotPlan(moment.collected.signature(), parts, layout, cut, eager, pieces)
+        voted = moment.lazy_keys() if voted is None else voted
+        self.plan = _plan(moment, parts, layout, cut, voted)
         return self.plan
 
     def start(self, moment: Moment, generation: Generation, slot: int, *, fresh: bool) -> CopyTicket:
@@ -127,14 +156,17 @@ class Capture:
         return self.copier.start(image, generation, eager, plan.pieces)
 
     def _current_plan(self, moment: Moment) -> SnapshotPlan:
-        """The plan, laid out anew when eager state changed its shape or outgrew its room (the cut stays)."""
+        """The plan, laid out anew when leaves have another form or the state outgrew its room (the cut stays)."""
         plan = self.plan
         assert plan is not None
-        leaves = moment.leaves
-        same = len(plan.parts) == len(leaves) and all(_fits(plan.eager[name], leaves.get(name)) for name in plan.eager)
-        if same and len(moment.state) + 8 <= plan.layout.entry(STATE).nbytes:
-            return plan
-        return self.make_plan(moment, plan.cut)
+        leaves, parts = moment.leaves, plan.parts
+        same = len(parts) == len(leaves) and all(_fits(part.leaf, leaves.get(part.leaf.name)) for part in parts)
+        if not same or len(moment.state) + 8 > plan.layout.entry(STATE).nbytes:
+            return self.make_plan(moment, plan.cut, plan.voted)
+        if plan.signature != moment.collected.signature():
+            moved = tuple(replace(part, leaf=leaves[part.leaf.name]) for part in parts)
+            plan = self.plan = _plan(moment, moved, plan.layout, plan.cut, plan.voted)
+        return plan
 
     def prepare(self, slot: int, *, fresh: bool) -> None:
         """Allocate and fault in the slot's file ahead of its boundary: fresh pages cost ten times the copy."""
@@ -173,14 +205,23 @@ class Capture:
         self._images.clear()
 
 
-def _fits(planned: Leaf, live: Leaf | None) -> bool:
-    if live is planned:
-        return True
-    return live is not None and (live.shape, live.tensor.dtype, live.lazy) == (
-        planned.shape,
-        planned.tensor.dtype,
-        planned.lazy,
+def _plan(moment: Moment, parts: tuple[Part, ...], layout: Layout, cut: Cut, voted: frozenset[str]) -> SnapshotPlan:
+    eager = {part.leaf.name: part.leaf for part in parts if not part.leaf.lazy}
+    pieces = tuple(
+        Piece(part.leaf.name, part.leaf.tensor, part.start, part.stop)
+        for part in parts
+        if part.leaf.lazy and part.stop > part.start
     )
+    return SnapshotPlan(moment.collected.signature(), voted, parts, layout, cut, eager, pieces)
+
+
+def _fits(planned: Leaf, live: Leaf | None) -> bool:
+    return live is planned or (live is not None and _form(live) == _form(planned))
+
+
+def _form(leaf: Leaf) -> tuple[Any, ...]:
+    """All that an image's header says of a leaf."""
+    return leaf.key, leaf.lazy, leaf.global_shape, leaf.distributed, leaf.device
 
 
 def _shared(share: Mapping[str, Any], needed: int) -> str:

@@ -42,7 +42,7 @@ def set_bucket_order(ddp: DistributedDataParallel, order: list[list[int]]) -> No
     """Give ``ddp`` a new reducer with these buckets; its first backward then adds in that order already.
 
     Left alone when the order is of another number of parameters. Communication hooks go with it (Python's; built-in
-    ones are recorded nowhere: register them after ``protect``).
+    ones are recorded nowhere: register them after ``protect``), as does what else was set on the reducer.
     """
     now = bucket_order(ddp)
     if order == now or sorted(itertools.chain(*order)) != sorted(itertools.chain(*now)):
@@ -62,8 +62,7 @@ def set_bucket_order(ddp: DistributedDataParallel, order: list[list[int]]) -> No
         ddp._ddp_init_helper(parameters, expect_sparse, names, ddp.static_graph)  # type: ignore[no-untyped-call]
     finally:
         module._compute_bucket_assignment_by_size = original
-    for hook, state in ddp._comm_hooks:
-        module._register_comm_hook(ddp.reducer, state, hook)
+    _equip(ddp)
 
 
 def rebuild_buckets(ddp: DistributedDataParallel) -> bool:
@@ -78,6 +77,22 @@ def is_settled(ddp: DistributedDataParallel) -> bool:
     """Whether the buckets will stay as they are."""
     never_rebuilt = ddp.find_unused_parameters and not ddp.static_graph
     return never_rebuilt or bool(ddp._get_ddp_logging_data().get("has_rebuilt_buckets"))  # type: ignore[no-untyped-call]
+
+
+def _equip(ddp: DistributedDataParallel) -> None:
+    """Set on a new reducer what DDP's constructor, its first forward and the script had set on the one before."""
+    module: Any = torch.distributed
+    reducer: Any = ddp.reducer
+    for hook, state in ddp._comm_hooks:
+        module._register_comm_hook(reducer, state, hook)
+    if ddp.mixed_precision is not None:
+        reducer._set_mixed_precision_param_dtype(ddp.mixed_precision.param_dtype)
+    if ddp._lazy_init_ran and any(hasattr(parameter, "_in_backward_optimizers") for parameter in ddp.parameters()):
+        reducer._set_optimizer_in_backward()
+    if ddp.static_graph:
+        ddp._static_graph_delay_allreduce_enqueued = False
+        reducer._set_static_graph()
+        ddp.logger._set_static_graph()  # type: ignore[union-attr]
 
 
 def _reduced(ddp: DistributedDataParallel) -> list[torch.Tensor]:

@@ -18,11 +18,15 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from outlast.errors import StateError
 from outlast.protect.tree import Json, flatten
 
 _WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+OWN = "__own__"
+"""The key, in the state of an optimizer as a whole, of what its own ``state_dict()`` has beside the usual."""
 
 
 @runtime_checkable
@@ -94,20 +98,83 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def make_leaf(name: str, tensor: torch.Tensor, *, lazy: bool) -> Leaf:
-    """A leaf of a live tensor. Raises StateError for tensor kinds without plain bytes."""
+    """A leaf of a live tensor. Raises StateError for tensor kinds without plain bytes of their own."""
     local = local_of(tensor)
     distributed = local is not tensor and hasattr(tensor, "_local_tensor")
     if local.layout is not torch.strided or local.is_quantized or local.is_meta:
         raise StateError(
             f"tensor {name!r} ({local.layout}, {local.device}) has no plain bytes; a snapshot cannot hold it"
         )
+    if not _has_bytes(local):
+        raise StateError(
+            f"tensor {name!r} is a {type(tensor).__qualname__} around other tensors and has no bytes of its own; a "
+            f"snapshot cannot hold it. Keep it as plain tensors (or a DTensor of plain ones), and make it from them"
+        )
     offset: tuple[int, ...] = (0,) * local.dim()
     if distributed:
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
-    lazy = lazy and local.is_contiguous()
+    lazy = lazy and local.is_contiguous() and not local.is_conj() and not local.is_neg()
     return Leaf(name, local, lazy, tuple(tensor.shape), tuple(offset), distributed, local.device.type)
+
+
+def _has_bytes(local: torch.Tensor) -> bool:
+    """Whether a local tensor's elements lie where it says: those of a wrapper lie in the tensors inside it."""
+    if is_traceable_wrapper_subclass(local):
+        return False
+    try:
+        return local.numel() == 0 or local.data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
+def own_state(key: str, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimizer's own ``state_dict()`` has beside states and groups; nothing when it is that of torch.
+
+    Raises StateError when it takes other ranks to make one, when its states are others than the optimizer's, or when
+    nothing takes back what it has beside them.
+    """
+    kind = type(optimizer)
+    if any(base.__name__ == "ZeroRedundancyOptimizer" for base in kind.__mro__):
+        raise StateError(
+            f"{key} is a {kind.__qualname__}, which spreads its state over the ranks and only gathers it all together; "
+            f"a snapshot cannot hold it. Use FSDP2 (fully_shard), or DDP with a plain optimizer"
+        )
+    if kind.state_dict is torch.optim.Optimizer.state_dict:
+        return {}
+    said = optimizer.state_dict()
+    if not isinstance(said, Mapping):
+        raise StateError(f"{key}: {kind.__qualname__}.state_dict() gave a {type(said).__qualname__}, not a dict")
+    held = {id(tensor) for tensor in tensors_in(optimizer.state)}
+    if any(id(tensor) not in held for tensor in tensors_in(said.get("state"))):
+        raise StateError(
+            f"{key}: {kind.__qualname__}.state_dict() has tensors that are not in the optimizer's own .state, so a "
+            f"snapshot would miss them. Protect the optimizer that it wraps, and the rest of its state as a dict or "
+            f"an object with state_dict()"
+        )
+    own = {name: value for name, value in said.items() if name not in ("state", "param_groups")}
+    if own:
+        check_takes_own(key, optimizer, own)
+    return own
+
+
+def check_takes_own(key: str, optimizer: torch.optim.Optimizer, own: Mapping[str, Any]) -> None:
+    """Raises StateError when an optimizer does not take back what ``state_dict()`` has beside the usual."""
+    if type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict:
+        raise StateError(
+            f"{key}: state_dict() has {', '.join(map(repr, own))} beside states and groups, which torch's "
+            f"load_state_dict() drops: give {type(optimizer).__qualname__} one that takes it"
+        )
+
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """The tensors in nested mappings, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
 
 
 def reshard(modules: Mapping[str, nn.Module]) -> None:
@@ -196,9 +263,13 @@ class Collector:
         self._memo: dict[str, tuple[torch.Tensor, bool, Leaf]] = {}
         self._states: dict[str, _OptimizerStates] = {}
         self._parts = {key: list(module.named_modules()) for key, module in self.modules.items()}
+        self._part_ids = {id(part) for parts in self._parts.values() for _, part in parts}
+        self._sharded = set[tuple[int, str]]()
         self._names = Names()
         self._index_modules()
         self._check_names()
+        for key, optimizer in self.optimizers.items():
+            flatten(own_state(key, optimizer), f"{key}/others/{OWN}", [])
 
     def _leaf(self, name: str, tensor: torch.Tensor, *, lazy: bool) -> Leaf:
         """``make_leaf``, or the leaf made before when the tensor is the same and lies where it lay."""
@@ -218,6 +289,10 @@ class Collector:
                 name = f"{key}/{clean(path)}"
                 self._names.take(name, f"{key}.{path}", parameter)
                 self.parameters.setdefault(id(parameter), (name, parameter))
+            parts = self._parts[key]
+            if any(isinstance(part, FSDPModule) for _, part in parts):
+                for _, part in parts:
+                    self._sharded |= {(id(part), n) for n, p in part._parameters.items() if hasattr(p, "_local_tensor")}
 
     def _check_names(self) -> None:
         """Raises StateError when two tensors, or the extra states of two modules, would share a name."""
@@ -230,6 +305,36 @@ class Collector:
             pass
         for _ in state_tensors(self.modules):
             pass
+
+    def _check_same(self) -> None:
+        """Raises StateError when a module has parameters or parts with state that it did not have at ``protect``.
+
+        Parameters that FSDP2 shards are left to it: whole ones take their places for a while.
+        """
+        for key, parts in self._parts.items():
+            for path, part in parts:
+                new = [
+                    place
+                    for place, parameter in part._parameters.items()
+                    if parameter is not None
+                    and id(parameter) not in self.parameters
+                    and (id(part), place) not in self._sharded
+                ]
+                new += [place for place, child in part._modules.items() if child is not None and self._is_new(child)]
+                if new:
+                    raise StateError(
+                        f"{f'{key}.{path}'.rstrip('.')}.{new[0]} was put into the model after protect, which still "
+                        f"holds what was there before. Change the model before protect, or copy into the tensors it has"
+                    )
+
+    def _is_new(self, child: nn.Module) -> bool:
+        """Whether a part of a module, or something in it, came later and has state of its own."""
+        if id(child) in self._part_ids:
+            return False
+        later = [part for part in child.modules() if id(part) not in self._part_ids]
+        return any(
+            has_extra_state(part) or any(b is not None for b in part._buffers.values()) for part in later
+        ) or any(id(parameter) not in self.parameters for parameter in child.parameters())
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """(name, buffer) of all modules, those too that the first forward would make. Raises as ``_check_names``."""
@@ -285,6 +390,7 @@ class Collector:
 
     def collect(self) -> Collected:
         """Walk all objects now. Cheap enough for every boundary: no tensor is read."""
+        self._check_same()
         found = Collected()
         stepped = {
             id(p) for optimizer in self.optimizers.values() for group in optimizer.param_groups for p in group["params"]
@@ -315,7 +421,9 @@ class Collector:
             known = self._states[key] = self._optimizer_states(key)
         found.leaves |= known.leaves
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        others = {k: v for k, v in optimizer.state.items() if not isinstance(k, torch.Tensor)}
+        others: dict[Any, Any] = {k: v for k, v in optimizer.state.items() if not isinstance(k, torch.Tensor)}
+        if own := own_state(key, optimizer):
+            others[OWN] = own
         text = dump(self._tree(groups, f"{key}/groups", found, lazy=False))
         other = dump(self._tree(others, f"{key}/others", found, lazy=False))
         found.state[key] = f'{{"states":{known.text},"members":{known.members},"groups":{text},"others":{other}}}'

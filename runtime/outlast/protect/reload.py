@@ -7,15 +7,31 @@ put together for the shards that there are now; what each rank had for itself is
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from outlast.errors import StateError
-from outlast.protect.leaves import Collector, ExtraStates, Leaf, Stateful, clean, clean_owner, local_of, make_leaf
+from outlast.protect.leaves import (
+    OWN,
+    Collector,
+    ExtraStates,
+    Leaf,
+    Stateful,
+    check_takes_own,
+    clean,
+    clean_owner,
+    local_of,
+    make_leaf,
+    tensors_in,
+)
+from outlast.protect.replicas import bytes_of
 from outlast.protect.resize import OnResize, chosen_states, follows_its_sampler, set_position
 from outlast.protect.shards import LocalPieces, LocalShard, ShardReader, Shards, Want
 from outlast.protect.tree import Json, tensor_names, unflatten
@@ -61,9 +77,8 @@ def load_module(key: str, module: torch.nn.Module, shards: Shards) -> None:
     problems += _misfits({places[name]: leaf for name, leaf in leaves.items() if places[name] in held}, shards)
     _refuse(problems, f"the model does not fit {shards.label}", "")
     shards.expect(Want(places[name], leaf) for name, leaf in leaves.items())
-    with torch.no_grad():
-        for name, leaf in leaves.items():
-            leaf.tensor.copy_(shards.tensor(Want(places[name], leaf)))
+    for name, leaf in leaves.items():
+        _write(leaf.tensor, shards.tensor(Want(places[name], leaf)))
     _load_late_buffers(key, module, shards)
     if key in state["objects"]:
         _load_extra_state(key, module, unflatten(state["objects"][key], shards.tensor))
@@ -159,8 +174,16 @@ def _wants(collector: Collector, leaves: Mapping[str, Leaf], state: Json, shards
 
 
 def _copy_in(name: str, live: torch.Tensor, shards: Shards) -> None:
+    _write(local_of(live), shards.tensor(name))
+
+
+def _write(local: torch.Tensor, saved: torch.Tensor) -> None:
+    """Copy; elements of an expanded tensor that are one in memory are written once."""
+    for dim, (size, stride) in enumerate(zip(local.shape, local.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            local, saved = local.narrow(dim, 0, 1), saved.narrow(dim, 0, 1)
     with torch.no_grad():
-        local_of(live).copy_(shards.tensor(name))
+        local.copy_(saved)
 
 
 def _load_buffers(key: str, module: torch.nn.Module, shards: Shards) -> None:
@@ -194,6 +217,8 @@ def _load_optimizer(collector: Collector, key: str, saved: Json, shards: Shards)
     groups = unflatten(saved["groups"], shards.tensor)
     if len(groups) != len(optimizer.param_groups):
         raise StateError(f"{key} has {len(optimizer.param_groups)} parameter groups but the snapshot has {len(groups)}")
+    others = unflatten(saved["others"], shards.tensor)
+    _load_own_state(key, optimizer, others.pop(OWN, {}))
     for live, options in zip(optimizer.param_groups, groups, strict=True):
         for option, value in options.items():
             if isinstance(live.get(option), torch.Tensor) and isinstance(value, torch.Tensor):
@@ -201,13 +226,30 @@ def _load_optimizer(collector: Collector, key: str, saved: Json, shards: Shards)
             else:
                 live[option] = value
     optimizer.state.clear()
-    optimizer.state.update(unflatten(saved["others"], shards.tensor))
+    optimizer.state.update(others)
     for name, parameter in collector.parameters_of(key):
         if id(parameter) not in collector.parameters:
             _copy_in(name, parameter, shards)
         if name in saved["states"]:
             tensor = partial(_optimizer_tensor, parameter=parameter, shards=shards)
             optimizer.state[parameter] = unflatten(saved["states"][name], tensor)
+
+
+def _load_own_state(key: str, optimizer: torch.optim.Optimizer, own: dict[str, Any]) -> None:
+    """Give an optimizer's own ``load_state_dict`` what only it knows.
+
+    torch's part of it does nothing meanwhile: it would cast states and replace groups, which are loaded as they were.
+    """
+    if not own:
+        return
+    check_takes_own(key, optimizer, own)
+    base: Any = torch.optim.Optimizer
+    original = base.load_state_dict
+    base.load_state_dict = lambda *_: None
+    try:
+        optimizer.load_state_dict({**optimizer.state_dict(), **own})
+    finally:
+        base.load_state_dict = original
 
 
 def _state_want(name: str, live: Leaf, shards: Shards) -> Want:
@@ -270,11 +312,15 @@ def _load_others(
     follows = {k for k, v in collector.others.items() if k not in chosen and shards.resized and follows_its_sampler(v)}
     kept = [saved[key] for key in collector.others if key not in chosen and key not in follows]
     shards.expect(Want(name) for name in tensor_names(kept) if not shards.info(name)["distributed"])
+    filling, loaded = _Filling(_loaded(collector)), set[int]()
     for key, value in collector.others.items():
+        if id(value) in loaded:
+            continue  # one object under two keys
+        loaded.add(id(value))
         if key in chosen:
-            _load_other(value, chosen[key])
+            _load_other(key, value, chosen[key], filling)
         elif key not in follows:
-            _load_other(value, unflatten(saved[key], _tensors_of(collector, key, shards)))
+            _load_other(key, value, unflatten(saved[key], _tensors_of(collector, key, shards)), filling)
         elif not any(other is value.batch_sampler for other in collector.others.values()):
             set_position(value.batch_sampler, step)
 
@@ -296,13 +342,127 @@ def _tensors_of(collector: Collector, key: str, shards: Shards) -> Callable[[str
     return tensor
 
 
-def _load_other(live: Any, saved: Any) -> None:
+def _load_other(key: str, live: Any, saved: Any, filling: _Filling) -> None:
     if isinstance(live, Stateful):
         live.load_state_dict(saved)
-    elif isinstance(live, dict):
-        live.clear()
-        live.update(saved)
-    elif isinstance(live, list):
-        live[:] = saved
-    else:
-        local_of(live).copy_(local_of(saved))
+    elif filling.fill(live, list(saved) if isinstance(live, list) else saved, key) is not live:
+        raise StateError(
+            f"{key} does not take its state: another kind of object, or memory of other state that differs"
+        )
+
+
+def _loaded(collector: Collector) -> Iterator[torch.Tensor]:
+    """The live tensors of modules and optimizers."""
+    for module in collector.modules.values():
+        yield from module.parameters()
+        yield from module.buffers()
+    for key, optimizer in collector.optimizers.items():
+        yield from (parameter for _, parameter in collector.parameters_of(key))
+        yield from tensors_in(optimizer.state)
+
+
+class _Filling:
+    """Puts saved state into live dicts and lists, and into the tensors in them: who else holds these keeps them.
+
+    A live object takes one state. A tensor in memory that was loaded before is written no more: it stays where it has
+    the saved bits already, else it is replaced.
+    """
+
+    def __init__(self, loaded: Iterable[torch.Tensor]) -> None:
+        self._filled: dict[int, object] = {}
+        self._starts, self._stops = list[int](), list[int]()
+        for start, stop in sorted(_span(local) for local in map(local_of, loaded) if local.numel()):
+            if self._stops and start < self._stops[-1]:
+                self._stops[-1] = max(stop, self._stops[-1])
+            else:
+                self._starts.append(start)
+                self._stops.append(stop)
+
+    def fill(self, live: Any, saved: Any, path: str) -> Any:
+        """``saved``, in ``live`` where that can take it. Raises StateError for another shape of what is trained."""
+        content = saved
+        if isinstance(saved, Mapping):
+            known = live if isinstance(live, Mapping) else {}
+            content = {key: self.fill(known.get(key), value, f"{path}/{key}") for key, value in saved.items()}
+        elif isinstance(saved, (list, tuple)):
+            old = live if isinstance(live, (list, tuple)) else ()
+            pairs = itertools.zip_longest(old[: len(saved)], saved)
+            content = [self.fill(one, value, f"{path}/{index}") for index, (one, value) in enumerate(pairs)]
+            content = tuple(content) if isinstance(saved, tuple) else content
+        return live if self._put(live, content, path) else content
+
+    def _put(self, live: Any, content: Any, path: str) -> bool:
+        """Whether a live object has that content now."""
+        match live, content:
+            case torch.Tensor(), torch.Tensor():
+                return self._write(live, content, path)
+            case np.ndarray(), np.ndarray():
+                return self._write_array(live, content, path)
+            case (MutableMapping(), dict()) | (set(), set()):
+                if self._is_new(live):
+                    live.clear()
+                    live.update(content)
+                    return True
+            case list(), list():
+                if self._is_new(live):
+                    live[:] = content
+                    return True
+        return False
+
+    def _is_new(self, container: object) -> bool:
+        known = id(container) in self._filled
+        self._filled[id(container)] = container
+        return not known
+
+    def _write_array(self, live: npt.NDArray[Any], saved: npt.NDArray[Any], path: str) -> bool:
+        try:
+            return live.flags.writeable and self._write(torch.from_numpy(live), torch.from_numpy(saved.copy()), path)
+        except (TypeError, ValueError):  # arrays that torch cannot look at
+            return False
+
+    def _write(self, live: torch.Tensor, saved: torch.Tensor, path: str) -> bool:
+        local, new = local_of(live), local_of(saved)
+        if not _is_like(live, saved):
+            if live.requires_grad and live.is_leaf:
+                raise StateError(
+                    f"tensor {path!r} is {tuple(local.shape)} {local.dtype} in the script but {tuple(new.shape)} "
+                    f"{new.dtype} in the snapshot, and is trained: make it as it was before protect"
+                )
+            return False
+        if local.layout is not torch.strided or local.is_quantized or local.is_meta or local.is_inference():
+            return False
+        if any(stride == 0 and size > 1 for size, stride in zip(local.shape, local.stride(), strict=True)):
+            return False
+        if not self._take(local):
+            return _bits(local) == _bits(new)
+        _write(local, new)
+        return True
+
+    def _take(self, local: torch.Tensor) -> bool:
+        """Whether nothing was loaded yet into a tensor's memory. It is taken then."""
+        if not local.numel():
+            return True
+        start, stop = _span(local)
+        index = bisect.bisect_right(self._starts, start)
+        before = index > 0 and self._stops[index - 1] > start
+        if before or (index < len(self._starts) and self._starts[index] < stop):
+            return False
+        self._starts.insert(index, start)
+        self._stops.insert(index, stop)
+        return True
+
+
+def _is_like(live: torch.Tensor, saved: torch.Tensor) -> bool:
+    local, new = local_of(live), local_of(saved)
+    sharded = hasattr(live, "_local_tensor") == hasattr(saved, "_local_tensor")
+    return sharded and (live.shape, local.shape, local.dtype) == (saved.shape, new.shape, new.dtype)
+
+
+def _span(local: torch.Tensor) -> tuple[int, int]:
+    """The addresses between which a tensor's elements lie."""
+    last = sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
+    return local.data_ptr(), local.data_ptr() + (last + 1) * local.element_size()
+
+
+def _bits(local: torch.Tensor) -> bytes:
+    return bytes_of(local.cpu().resolve_conj().resolve_neg().contiguous()).tobytes()

@@ -37,7 +37,8 @@ def flatten(value: object, path: str, tensors: Named) -> Json:
         items = [flatten(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
     if isinstance(value, (set, frozenset)):
-        return {"$set": [flatten(item, path, tensors) for item in sorted(value, key=repr)]}
+        tag = "$set" if isinstance(value, set) else "$frozenset"
+        return {tag: [flatten(item, path, tensors) for item in sorted(value, key=repr)]}
     if isinstance(value, (bytes, bytearray)):
         return {"$bytes": base64.b64encode(value).decode()}
     return _flatten_rare(value, path, tensors)
@@ -52,7 +53,7 @@ def _flatten_mapping(value: Mapping[Any, object], path: str, tensors: Named) -> 
 
 def _flatten_rare(value: object, path: str, tensors: Named) -> Json:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        tensors.append((path, torch.from_numpy(np.ascontiguousarray(value))))
+        tensors.append((path, torch.from_numpy(np.asarray(value, order="C"))))
         return {"$array": path}
     if isinstance(value, np.generic) and value.dtype.kind in "biuf":
         return {"$scalar": [value.dtype.str, base64.b64encode(value.tobytes()).decode()]}
@@ -102,9 +103,11 @@ def _unflatten_tagged(tag: str, body: Json, tensor: Callable[[str], torch.Tensor
         case "$tuple":
             return tuple(unflatten(item, tensor) for item in body)
         case "$set":
-            return {unflatten(item, tensor) for item in body}
+            return {_hashable(unflatten(item, tensor)) for item in body}
+        case "$frozenset":
+            return frozenset(_hashable(unflatten(item, tensor)) for item in body)
         case "$dict":
-            return {unflatten(key, tensor): unflatten(item, tensor) for key, item in body}
+            return {_hashable(unflatten(key, tensor)): unflatten(item, tensor) for key, item in body}
         case "$bytes":
             return base64.b64decode(body)
         case "$scalar":
@@ -116,3 +119,8 @@ def _unflatten_tagged(tag: str, body: Json, tensor: Callable[[str], torch.Tensor
         case "$int" | "$float":
             return body
     raise StateError(f"a snapshot's state has the tag {tag!r}, which this version of outlast does not know")
+
+
+def _hashable(value: Any) -> Any:
+    """A set where only a frozen one can have been: earlier images do not tell them apart."""
+    return frozenset(value) if isinstance(value, set) else value

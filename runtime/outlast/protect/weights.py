@@ -32,7 +32,7 @@ def full_state(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Te
     for name in sorted(named):
         tensor = named[name]
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        yield name, whole.detach().cpu().contiguous()
+        yield name, whole.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
 class WeightsDigest:

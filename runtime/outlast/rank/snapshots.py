@@ -4,6 +4,9 @@ A permit names one coming step. At its boundary the rank either copies, or (when
 on which replicas are equal; at any other boundary it says why it could not. From the boundary until ``Window.closed``
 parameters and optimizer states must not change: the optimizer pre-step hook waits for it.
 
+Gradients are in no snapshot. Where no optimizer has stepped since the boundary before, they may be a part of a sum over
+several steps, and no snapshot is taken; after the last step nothing uses them.
+
 A permit may ask the rank to stay at the boundary when it has copied, until it is told to proceed, or ended: what was
 done by then is not done again elsewhere. After the last step of a job with an object tier all ranks stay so.
 """
@@ -32,6 +35,9 @@ WINDOW_DEADLINE_S = 600.0
 HOLD_DEADLINE_S = 7 * 3600.0
 """For a word of the controller's, which may wait for an upload of six hours."""
 FINAL_DEADLINE_S = 1200.0
+ACCUMULATING = "accumulating: no optimizer step since the last boundary"
+NAMED = 5
+"""Tensors that a note names at most."""
 
 
 @dataclass
@@ -93,26 +99,34 @@ class RankSnapshots:
         self._distrusted: set[str] = set()  # leaves that were found to differ between replicas once
         self.window: Window | None = None
         self._vote: ReplicaVote | None = None
+        self._stepped = True  # since the boundary before; nothing is lost at the first one
+        self._told_unsteady = False
         self._work: queue.SimpleQueue[tuple[str, Callable[[], None]]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="outlast-snapshots", daemon=True).start()
         link.on_abort.append(self._abort)
         link.on_permit.append(self._prepare)
-        self._hook = register_optimizer_step_pre_hook(lambda *_: self.barrier())
+        self._hook = register_optimizer_step_pre_hook(lambda *_: self._before_step())
 
     def barrier(self) -> None:
         """Called before anything changes lazy leaves: each optimizer step, and the next boundary."""
         if self.window is not None:
             self.window.wait()
 
+    def _before_step(self) -> None:
+        self.barrier()
+        self._stepped = True
+
     def boundary(self, step: int) -> float:
         """Obey what is permitted for ``step``, and stay while held: the seconds of it. Report permits that came too
         late."""
         if self._failure is not None:
             raise self._failure
+        accumulating = bool(self.capture.collector.optimizers) and not self._stepped
+        self._stepped = False
         if not self.link.permits and self.window is None:
             return 0.0
         held_s = 0.0
-        for generation in self._take(step):
+        for generation in self._take(step, accumulating=accumulating):
             began = time.monotonic()
             self.link.send("busy", label=f"held before step {step}", limit_s=HOLD_DEADLINE_S)
             self._hold(generation, began + HOLD_DEADLINE_S)
@@ -131,7 +145,7 @@ class RankSnapshots:
         text = f"the last step was not made durable in {FINAL_DEADLINE_S / 60:.0f} min: going on to write the weights"
         self._note("final-snapshot-late", text)
 
-    def _take(self, step: int) -> list[Generation]:
+    def _take(self, step: int, *, accumulating: bool = False) -> list[Generation]:
         """Obey what is permitted for ``step``; the generations at which to stay."""
         self.barrier()
         held = []
@@ -139,6 +153,8 @@ class RankSnapshots:
             generation = Generation.parse(permit["generation"])
             if permit["step"] < step or permit["generation"] in self.link.aborted:
                 self.link.send("missed", generation=str(generation), reason="late")
+            elif accumulating and not permit.get("replan"):
+                self.link.send("missed", generation=str(generation), reason=ACCUMULATING)
             elif self._obey(permit, generation) and permit.get("hold"):
                 held.append(generation)
         return held
@@ -176,22 +192,38 @@ class RankSnapshots:
         began = time.perf_counter()
         moment = self.capture.observe(self.extra())
         replan = bool(permit.get("replan"))
-        if self.capture.needs_plan(moment) and not replan:
+        if not replan and self._needs_plan(moment):
             self.link.send("missed", generation=str(generation), reason="replan")
             return False
         window = self.window = Window(generation, opened=began)
         if replan:
-            self._work.put((str(generation), lambda: self._agree(window, moment)))
+            voted = self.capture.votable(moment)
+            self._work.put((str(generation), lambda: self._agree(window, moment, voted)))
         else:
             self._copy_or_tell(window, moment, permit)
         window.stalled_s += time.perf_counter() - began
         return not replan
 
+    def _needs_plan(self, moment: Moment) -> bool:
+        """``Capture.needs_plan``; tensors for whose sake plans fail again and again are told once."""
+        needed = self.capture.needs_plan(moment)
+        names = sorted({key.split("@")[0] for key in self.capture.unsteady})
+        if names and not self._told_unsteady:
+            self._told_unsteady = True
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            text = (
+                f"optimizer tensors come, go or change their shape from step to step, so ranks cannot share their "
+                f"copies: {', '.join(names[:NAMED])}{more}; each rank stores its own whole. Keep their names and "
+                f"shapes the same to spare memory and time"
+            )
+            self._note("state-unsteady", text)
+        return needed
+
     # -- voting on replicas
 
-    def _agree(self, window: Window, moment: Moment) -> None:
+    def _agree(self, window: Window, moment: Moment, voted: frozenset[str]) -> None:
         try:
-            lazy = [leaf for leaf in moment.leaves.values() if leaf.lazy]
+            lazy = [leaf for leaf in moment.leaves.values() if leaf.lazy and leaf.key in voted]
             digests = {leaf.key: None if leaf.key in self._distrusted else digest(leaf.tensor) for leaf in lazy}
         finally:
             window.closed.set()
@@ -201,7 +233,7 @@ class RankSnapshots:
         else:
             vote = self._voter()
             cut = vote.agree(str(window.generation), digests, window.given_up)
-        plan = self.capture.make_plan(moment, cut)
+        plan = self.capture.make_plan(moment, cut, voted)
         try:
             self.fits(plan.layout.total_bytes)
         except CapacityError as error:
