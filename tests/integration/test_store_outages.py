@@ -269,7 +269,7 @@ def test_a_lost_object_and_flipped_bytes_are_passed_over(tmp_path: pathlib.Path,
             place.door.flips = lambda _: False
             hurry(tmp_path)
 
-        spec = durable(place, tmp_path, 0.25, checkpoint={"interval": 10})
+        spec = durable(place, tmp_path, 0.5, checkpoint={"interval": 10})
         with meanwhile(spoil):
             outcome = trainctl_run(spec, tmp_path, everything, ("--replace-after", "1"))
         assert place.door.flipped > 0
