@@ -31,6 +31,7 @@ from outlast.errors import (
     StoreDenied,
     StoreUnavailable,
 )
+from support.mounts import small_file_system
 from support.stores import Proxy, environment, lab_s3, moto_s3, new_bucket
 
 pytestmark = pytest.mark.timeout(120)
@@ -623,13 +624,8 @@ def test_wrong_credentials_are_told_at_once() -> None:
 @pytest.fixture
 def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A file system of 1 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no small file system can be mounted here")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
+    with small_file_system(tmp_path, 1) as place:
+        yield place
 
 
 def test_a_full_folder_is_told(small_disk: pathlib.Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from support.mounts import small_file_system
 from support.plain_python import run_plain
 from support.runs import Interrupt, Outcome, job, trainctl_run
 
@@ -190,16 +191,7 @@ def free_when_told(events: pathlib.Path, filler: pathlib.Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: pathlib.Path) -> Any:
     """A file system of 64 MiB."""
-    import os
-
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
     place = tmp_path / "disk"
     place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"no small file system: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with small_file_system(place, 64):
+        yield place

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from outlast.checkpoint import formats
 from outlast.checkpoint.export import main
 from outlast.snapshot.identity import Generation
 from support import checkpoints
+from support.mounts import small_file_system
 from support.plain_net import optimizer_digest
 from support.plain_python import run_plain
 
@@ -132,16 +132,11 @@ def test_what_is_wrong_is_said_and_leaves_nothing(
 @pytest.fixture
 def mounted(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     """An empty file system of its own, of 1 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
     place = tmp_path / "mounted"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no file system can be mounted here")
-    (place / "lost+found").mkdir()  # as a new one has
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with small_file_system(place, 1):
+        (place / "lost+found").mkdir()  # as a new one has
+        yield place
 
 
 def test_a_file_system_of_its_own_is_exported_to(

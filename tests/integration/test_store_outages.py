@@ -29,6 +29,7 @@ from outlast.checkpoint.archive import Archive
 from outlast.checkpoint.store import StoreOptions, open_store
 from outlast.checkpoint.verify import verify
 from support.lines import Line, line_to
+from support.mounts import small_file_system
 from support.runs import Outcome, job, trainctl_run
 from support.s3door import Asked, Door, Hold
 from support.stores import environment, new_bucket, s3
@@ -408,13 +409,7 @@ def test_a_controller_that_was_paused_at_the_commit_moves_nothing(
 @pytest.fixture
 def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A file system of 64 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
     place = tmp_path / "disk"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no small file system: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with small_file_system(place, 64):
+        yield place

@@ -180,16 +180,16 @@ class CheckpointCycle:
         line = Emit("checkpoint-started", f"step {generation.step} goes to the store", fields)
         return [line, *(self._upload(tuple(n for n in nodes if n in waiting)) if waiting else self._commit(work))]
 
-    def _upload(self, nodes: tuple[str, ...]) -> list[Instruction]:
+    def _upload(self, nodes: tuple[str, ...], *, again: bool = False) -> list[Instruction]:
         work, config = self.work, self.config
-        return [Upload(nodes, work.generation, config.url, config.bandwidth)] if work is not None else []
+        return [Upload(nodes, work.generation, config.url, config.bandwidth, again)] if work is not None else []
 
     def _tell_again(self, now: float) -> list[Instruction]:
-        work, config = self.work, self.config
+        work = self.work
         if work is None or now < work.told_at + AGAIN_S:
             return []
-        work.told_at, nodes = now, tuple(name for name in work.nodes if name in work.waiting)
-        return [Upload(nodes, work.generation, config.url, config.bandwidth, again=True)]
+        work.told_at = now
+        return self._upload(tuple(name for name in work.nodes if name in work.waiting), again=True)
 
     # --- upload -----------------------------------------------------------------------------------------------------
 

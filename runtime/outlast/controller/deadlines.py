@@ -86,9 +86,7 @@ def _starting(job: Job, now: float) -> None:
             names = ", ".join(sorted(job.awaiting)[:8])
             _give_up_start(job, f"{names} did not finish restoring within {silence:.0f} s", now)
     elif progress.ready:
-        if silence > job.config.start_timeout_s:
-            missing = sorted(set(range(job.world)) - progress.ready)[:8]
-            _give_up_start(job, f"ranks {missing} did not become ready within {silence:.0f} s", now)
+        _await_ready(job, now)
     elif job.resumes:  # its ranks use outlast, and may have much to read
         if silence > job.config.start_timeout_s:
             _give_up_start(job, f"no rank has loaded its state within {silence:.0f} s", now)
@@ -96,6 +94,14 @@ def _starting(job: Job, now: float) -> None:
         text = "no rank uses outlast so far: the script is restarted when it fails, and not restored"
         job.emit("unprotected", text)
         job.run(now)
+
+
+def _await_ready(job: Job, now: float) -> None:
+    """Some ranks have their state: the others have startTimeout for it."""
+    waited = now - job.entered
+    if waited > job.config.start_timeout_s:
+        missing = sorted(set(range(job.world)) - job.progress.ready)[:8]
+        _give_up_start(job, f"ranks {missing} did not become ready within {waited:.0f} s", now)
 
 
 def _give_up_start(job: Job, text: str, now: float) -> None:
@@ -134,10 +140,7 @@ def _judge_progress(job: Job, now: float) -> None:
         progress.moved_at = now
     elif progress.ready and not job.all_ready and not progress.done:  # adopted while others still restore
         progress.moved_at = now
-        waited = now - job.entered
-        if waited > job.config.start_timeout_s:
-            missing = sorted(set(range(job.world)) - progress.ready)[:8]
-            _give_up_start(job, f"ranks {missing} did not become ready within {waited:.0f} s", now)
+        _await_ready(job, now)
     elif now > progress.hang_deadline(job.config.hang_timeout_s):
         if not _waits_at_end(job, now):
             _suspect_hang(job, now)
