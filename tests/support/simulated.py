@@ -24,7 +24,7 @@ from outlast import messages as m
 from outlast.controller.machine import Machine
 from outlast.controller.settings import MachineConfig
 from outlast.snapshot.identity import Attempt, Generation
-from outlast.snapshot.inventory import GUEST_SLOT, GroupInfo, HeldImage, Inventory, RankRestore
+from outlast.snapshot.inventory import GUEST_SLOT, GroupInfo, HeldImage, Inventory, RankRestore, RestorePlan
 from outlast.snapshot.restore import plan_restore
 from support.simulated_store import SimStore
 
@@ -59,6 +59,7 @@ class SimNode:
     held: Generation | None = None
     at_end: bool = False
     world_nodes: int = 0
+    restores: RestorePlan | None = None
     upload: object = None
     leaving: bool = False
     memory: int | None = None
@@ -74,7 +75,8 @@ class SimNode:
 
 
 class Cluster:
-    """``handled`` counts events and ``handling_s`` the real seconds that the machine took for them."""
+    """``handled`` counts events and ``handling_s`` the real seconds that the machine took for them; ``sums``: over so
+    many steps ranks sum gradients."""
 
     def __init__(
         self,
@@ -114,6 +116,7 @@ class Cluster:
         self._loaded: dict[Attempt, set[int]] = defaultdict(set)
         self.handled, self.handling_s = 0, 0.0
         self.epoch = 0
+        self.sums = 1
         self.machine = self._new_machine()
         for _ in range(nodes):
             self.add_node()
@@ -278,7 +281,7 @@ class Cluster:
         self._counts[line.kind] += 1
         if line.kind in ("snapshot-committed", "protected", "restored"):
             self.kept = Generation.parse(line.fields["generation"])
-        elif line.kind in ("restored-none", "adopted"):
+        elif line.kind == "restored-none":
             self.kept = None
 
     # --- agents -----------------------------------------------------------------------------------------------------
@@ -319,6 +322,8 @@ class Cluster:
                 registration=node.registration,
                 memory=node.memory,
                 world_nodes=node.world_nodes if running else 0,
+                restores=node.restores.generation if running and node.restores is not None else None,
+                stored=running and node.restores is not None and "object" in node.restores.origins(),
             )
         )
         if node.leaving:
@@ -381,6 +386,7 @@ class Cluster:
         self._kill_ranks(node)
         node.seat, node.running, node.world_nodes = start.seat, start.attempt, start.world_nodes
         node.rebuilt, node.load = False, None
+        node.restores = start.restore
         self._sizes[start.attempt] = start.world_nodes
         self._at_seat[start.attempt, start.seat] = node
         self.at(0.05, lambda: self._rebuild(node, start))
@@ -492,6 +498,9 @@ class Cluster:
                     self.say(m.Missed(node.name, rank, generation, "late"))
                 elif permit.replan:
                     self.say(m.Planned(node.name, rank, generation), 0.05)
+                elif step % self.sums and not node.at_end:
+                    sound = (step - step % self.sums, self.sums)
+                    self.say(m.Missed(node.name, rank, generation, "accumulating: no optimizer step", sound))
                 else:
                     node.held = generation if permit.hold else None
                     self._copy(node, attempt, rank, permit)

@@ -251,11 +251,12 @@ def test_no_snapshot_where_gradients_may_be_summed_over_steps(
     planned(agent, ranks, 3)
     ranks.boundary(4)
     missed = answer(agent, ranks, 5, hold=True)
-    assert (missed["op"], missed["reason"]) == ("missed", snapshots.ACCUMULATING)
+    assert (missed["op"], missed["reason"], missed["sound"]) == ("missed", snapshots.ACCUMULATING, [4, 1])
     assert answer(agent, ranks, 6, replan=True)["op"] == "planned"
     train_step(ranks)
     assert answer(agent, ranks, 7)["op"] == "copied"
-    assert answer(agent, ranks, 8)["op"] == "missed"
+    missed = answer(agent, ranks, 8)
+    assert (missed["op"], missed["sound"]) == ("missed", [7, 3])
 
 
 def test_the_first_boundary_is_good_for_a_snapshot(agent: Agent, ranks: RankSnapshots) -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
 import pytest
 
 from outlast import messages as m
@@ -87,21 +93,43 @@ def test_the_same_step_is_permitted_again_once_all_have_answered() -> None:
     assert step_of(pace.next(at(100), 1.0)) == 100
 
 
-@pytest.mark.parametrize("steps", [2, 3, 5, 8])
-def test_the_boundary_at_which_no_gradients_wait_is_found(steps: int) -> None:
-    """However far apart tries are: here every fourth step is as soon as ranks can be told."""
-    pace, done, tries = planned(), 12 * steps + 1, 0
-    while done % steps:
-        permit = None
-        while permit is None:
-            done += 4
-            permit = pace.next(at(done, 10**6), 0.0)
-        assert not permit.replan, "the plan holds"
-        done, tries = permit.step, tries + 1
-        if done % steps:
-            pace.missed("accumulating: no optimizer step since the last boundary", 0.0)
-            pace.called_off(done, set(), 0.0)
-    assert tries <= 2 * steps
+def taken(every: Callable[[int], bool], boundaries: int, **config: Any) -> list[int]:
+    """Steps of snapshots of a script whose gradients wait before all steps but those of ``every``, as ranks answer."""
+    pace, permit, found, sound = planned(replace(MachineConfig(2), **config)), None, [], []
+    for done in range(1, boundaries):
+        sound = [*sound[-1:], done] if every(done) else sound
+        if permit is not None and done == permit.step:
+            if every(done):
+                pace.copied(done)
+                found.append(done)
+            else:
+                rhythm = (sound[1], sound[1] - sound[0]) if len(sound) == 2 else None
+                pace.missed("accumulating: no optimizer step since the last boundary", 0.0, rhythm)
+                pace.called_off(done, set(), 0.0)
+            permit = None
+        permit = permit or pace.next(at(done, 10**6), 0.0)
+    return found
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32])
+def test_boundaries_at_which_no_gradients_wait_are_found(every: int) -> None:
+    for phase in {0, 1 % every, every // 2, every - 1}:
+        steps = taken(lambda done, phase=phase: done % every == phase, 40 * every + 100)
+        gaps = [later - before for before, later in pairwise([0, *steps, 40 * every + 100])]
+        assert max(gaps[:3]) <= 3 * every + 20, (every, phase, steps)
+        assert max(gaps[3:]) <= every + 12, (every, phase, steps)
+
+
+@pytest.mark.parametrize("lengths", [(3, 5), (2, 2, 7), (4, 4, 4, 1), (1, 6)])
+def test_they_are_found_without_a_steady_rhythm(lengths: tuple[int, ...]) -> None:
+    ends = set(itertools.accumulate(itertools.islice(itertools.cycle(lengths), 2000)))
+    steps = taken(ends.__contains__, 2000)
+    assert max(later - before for before, later in pairwise([0, *steps, 2000])) <= 200, lengths
+
+
+def test_every_so_many_steps_means_the_next_at_which_no_gradients_wait() -> None:
+    steps = taken(lambda done: done % 3 == 1, 200, every_steps=10)
+    assert {later - before for before, later in pairwise(steps[1:])} <= {9, 12}, steps
 
 
 def test_who_never_answers_is_not_waited_for_for_ever() -> None:

@@ -443,6 +443,18 @@ def test_a_suspended_job_has_its_last_step_in_the_store() -> None:
     assert "is in the store" in found["reason"]
 
 
+@pytest.mark.parametrize("sums", [3, 4, 8])
+def test_suspended_between_two_sums_of_gradients_it_takes_the_next_boundary(sums: int) -> None:
+    world = cluster(config=STORED, total=10**4, step_s=10.0)
+    world.sums = sums
+    world.run(40 * 10.0 * sums)
+    world.tell(m.SuspendRequested(60.0))
+    found = suspended(world, 1000.0)
+    step = found["suspended"]["step"]
+    assert found["suspended"]["checkpoint_step"] == step
+    assert step % sums == 0
+
+
 def test_asked_again_while_it_ends_it_goes_on_ending() -> None:
     world = cluster(config=STORED)
     world.run_to_step(12)

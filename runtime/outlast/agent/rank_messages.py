@@ -51,7 +51,8 @@ def event_of(speaker: Speaker, said: Mapping[str, Any]) -> m.Event | None:
         case "planned":
             return m.Planned(node, rank, Generation.parse(said["generation"]))
         case "missed":
-            return m.Missed(node, rank, Generation.parse(said["generation"]), said["reason"])
+            sound = (int(said["sound"][0]), int(said["sound"][1])) if said.get("sound") else None
+            return m.Missed(node, rank, Generation.parse(said["generation"]), said["reason"], sound)
         case "copied":
             return _copied(speaker, said)
     return None

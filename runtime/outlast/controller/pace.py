@@ -1,8 +1,10 @@
 """At which step the next snapshot is taken, and what is asked of the ranks there. Pure.
 
 A permit must be ahead of the ranks, so that all hear of it in time, and near, so that it is wanted still. The first of
-an attempt, and the one after a plan that no longer holds, asks for a plan. With an object tier ranks stay at the
-boundary after their last step until a snapshot of it is committed: permits for that boundary are never too late.
+an attempt, and the one after a plan that no longer holds, asks for a plan. Where a script sums gradients over steps
+snapshots are possible only before some; ranks say before which once they were asked for another. With an object tier
+ranks stay at the boundary after their last step until a snapshot of it is committed: permits for that boundary are
+never too late.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ class _Echo:
 
 class Pace:
     """``hold``: whoever sets it wants the ranks to stay at the next snapshot; ``hurry``: the next one is wanted soon;
-    ``ended``: no more. ``interval``: as for ``every_steps`` None. ``adopted``: permits of the controller before this
-    one may still be on their way.
+    ``ended``: no more. ``unsound``: how often in a row gradients waited. ``interval``: as for ``every_steps`` None.
+    ``adopted``: permits of the controller before this one may still be on their way.
     """
 
     def __init__(
@@ -61,7 +63,8 @@ class Pace:
         self._last_permitted = -1
         self._last_copied: int | None = None
         self._factor = 1
-        self._errors = self._unsound = 0
+        self._errors = self.unsound = 0
+        self._sound: tuple[int, int] | None = None
         self._not_before = 0.0
         self._not_before_step = 0
         self._echo = _Echo()
@@ -90,20 +93,32 @@ class Pace:
     def _step(self, first: int, progress: Progress, now: float) -> int:
         every, hurry = self._config.every_steps, self.hurry or self.hold or not self.planned
         interval_s = self._interval(now) if every is None else 0.0
-        return policy.next_snapshot(every, first, self._last_copied, interval_s, progress.step_s, hurry)
+        return self._soundly(policy.next_snapshot(every, first, self._last_copied, interval_s, progress.step_s, hurry))
+
+    def _soundly(self, first: int) -> int:
+        """The first step from ``first`` on before which no gradients wait, as far as is known."""
+        if self._sound is None or not self.planned:
+            return first
+        at, period = self._sound
+        return first + (at - first) % period
+
+    @property
+    def period(self) -> int:
+        """Steps from one possible snapshot to the next, as far as is known."""
+        return self._sound[1] if self._sound is not None else 1
 
     # --- how it went ------------------------------------------------------------------------------------------------
 
     def copied(self, step: int) -> None:
         """All ranks have taken it."""
-        self.hurry, self._last_copied, self._errors, self._unsound = False, step, 0, 0
+        self.hurry, self._last_copied, self._errors, self.unsound = False, step, 0, 0
 
-    def missed(self, reason: str, now: float) -> None:
-        """A rank did not take it."""
+    def missed(self, reason: str, now: float, sound: tuple[int, int] | None = None) -> None:
+        """A rank did not take it. ``sound``: as in ``Missed``."""
         if reason.startswith(ACCUMULATING):
-            # Every so many steps a boundary is sound: tries that are ever further apart find one.
-            self._unsound += 1
-            self._not_before_step = self._last_permitted + 1 + self._unsound
+            self.unsound += 1
+            self._sound = sound if sound is not None and sound[1] > 0 else self._sound
+            self._not_before_step = self._last_permitted + self.unsound  # ever further: a rhythm may be none
             return
         if reason == "late":
             self._factor = min(MOST_MARGIN_FACTOR, 2 * self._factor)

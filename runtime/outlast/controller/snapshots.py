@@ -34,6 +34,8 @@ from outlast.messages.instructions import Abort, Commit, Emit, Instruction, Perm
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.placement import Group
 
+UNSOUND_TOLD = 20
+"""So many snapshots in a row were not taken for the sake of gradients: somebody should know."""
 LET_GO_S = 2.0
 """Ranks that have not moved for so long under a new controller may be held by a permit of the one before it."""
 
@@ -278,8 +280,9 @@ class SnapshotCycle:
             self.pace.answered(event.generation.step, event.rank)
             return []
         work.waiting_ranks.discard(event.rank)
-        self.pace.missed(event.reason, now)
-        return self._abandon(work, f"rank {event.rank}: {event.reason}", now)
+        self.pace.missed(event.reason, now, event.sound)
+        told = self._abandon(work, f"rank {event.rank}: {event.reason}", now)
+        return [*told, _never_sound()] if self.pace.unsound == UNSOUND_TOLD else told
 
     def _abandon(self, work: Work, reason: str, now: float) -> list[Instruction]:
         """This generation will not be; the next one as soon as possible."""
@@ -401,3 +404,11 @@ class SnapshotCycle:
         """The work under way, if it is that generation at that stage; what speaks of another one is late."""
         work = self.work
         return work if work is not None and self.stage is stage and work.generation == generation else None
+
+
+def _never_sound() -> Emit:
+    text = (
+        f"{UNSOUND_TOLD} snapshots in a row were not taken, as gradients waited for an optimizer's step at each "
+        f"boundary: have a step of run.steps be one of the optimizer's, and sum within it (run.last, run.weight)"
+    )
+    return Emit("no-snapshots", text, {"tries": UNSOUND_TOLD})

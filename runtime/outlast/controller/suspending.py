@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 JOINING_S = 5.0
 """Nodes whose ranks outlived a controller have joined the next one by then."""
 STEPS = 6
-"""A snapshot is taken within so many steps, where these are longer than one's patience."""
+"""A snapshot is taken within so many steps, where these are longer than one's patience; two rounds of them later where
+gradients are summed over some."""
 
 
 @dataclass
@@ -42,8 +43,7 @@ def ask(job: Job, asked: SuspendRequested, now: float) -> None:
     """End the job as soon as its state is safe."""
     if job.outcome is not None or job.suspension is not None:
         return
-    wait_s = max(asked.patience_s, STEPS * (job.progress.step_s or 0.0))
-    job.suspension = Suspension(now, asked.patience_s, asked.reason, now + wait_s)
+    job.suspension = Suspension(now, asked.patience_s, asked.reason, now + asked.patience_s)
     why = f" ({asked.reason})" if asked.reason else ""
     job.emit("suspending", f"the job is suspended{why}", patience_s=asked.patience_s, reason=asked.reason)
     drive(job, now)
@@ -57,6 +57,9 @@ def drive(job: Job, now: float) -> None:
     held = job.cycle.held if job.cycle is not None else None
     if held is not None and not suspension.holding:
         suspension.holding, suspension.until = True, now + suspension.patience_s
+    elif not suspension.holding and job.cycle is not None:
+        steps = STEPS + 2 * (job.cycle.pace.period - 1)
+        suspension.until = max(suspension.until, suspension.asked_at + steps * (job.progress.step_s or 0.0))
     newest = job.claims.newest
     if held is not None and newest is not None and newest.generation == held:
         _end(job, "", now)

@@ -37,7 +37,8 @@ class Joined:
     this). ``held``: the images its keeper holds, as it says without verifying them. ``free_port``: a port on ``host``
     for a rendezvous. ``best_seen_attempt``: the highest attempt number that agent or keeper was ever told. ``memory``:
     bytes that the node's images may take in all (None: not known). ``dirty``: as in ``Stopped``. ``world_nodes``: how
-    many nodes the attempt has that is ``running`` (0: not known).
+    many nodes the attempt has that is ``running`` (0: not known), ``restores``: the generation that it began with,
+    ``stored``: which is in the object store.
     """
 
     node: str
@@ -56,6 +57,8 @@ class Joined:
     memory: int | None = None
     dirty: tuple[tuple[int, int], ...] = ()
     world_nodes: int = 0
+    restores: Generation | None = None
+    stored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,13 +285,16 @@ class Copied:
 @dataclass(frozen=True, slots=True)
 class Missed:
     """A rank did not take a permitted snapshot. ``reason``: "late" (the permit came too late), "replan" (its plan no
-    longer holds), "accumulating…" (gradients wait there for an optimizer's step) or an error's text.
+    longer holds), "accumulating…" (gradients wait there for an optimizer's step) or an error's text. ``sound``: of an
+    accumulating rank, once known: the last step before which no gradients waited, and how many steps before it that was
+    so last.
     """
 
     node: str
     rank: int
     generation: Generation
     reason: str
+    sound: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

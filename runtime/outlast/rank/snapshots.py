@@ -100,6 +100,7 @@ class RankSnapshots:
         self.window: Window | None = None
         self._vote: ReplicaVote | None = None
         self._stepped = True  # since the boundary before; nothing is lost at the first one
+        self._sound: tuple[int, ...] = ()  # the last two boundaries at which no gradients waited
         self._told_unsteady = False
         self._work: queue.SimpleQueue[tuple[str, Callable[[], None]]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="outlast-snapshots", daemon=True).start()
@@ -123,6 +124,8 @@ class RankSnapshots:
             raise self._failure
         accumulating = bool(self.capture.collector.optimizers) and not self._stepped
         self._stepped = False
+        if not accumulating:
+            self._sound = (*self._sound[-1:], step)
         if not self.link.permits and self.window is None:
             return 0.0
         held_s = 0.0
@@ -154,10 +157,14 @@ class RankSnapshots:
             if permit["step"] < step or permit["generation"] in self.link.aborted:
                 self.link.send("missed", generation=str(generation), reason="late")
             elif accumulating and not permit.get("replan"):
-                self.link.send("missed", generation=str(generation), reason=ACCUMULATING)
+                self.link.send("missed", generation=str(generation), reason=ACCUMULATING, sound=self._rhythm())
             elif self._obey(permit, generation) and permit.get("hold"):
                 held.append(generation)
         return held
+
+    def _rhythm(self) -> tuple[int, int] | None:
+        """The last boundary at which no gradients waited, and the steps from the one before to it."""
+        return (self._sound[1], self._sound[1] - self._sound[0]) if len(self._sound) == 2 else None
 
     def _hold(self, generation: Generation, until: float) -> None:
         """Stay until this generation is aborted, or permitted anew, or one of its step is a reason to proceed."""
