@@ -6,6 +6,7 @@ import copy
 import itertools
 import pathlib
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -25,7 +26,7 @@ from outlast.protect import rng
 from outlast.protect.capture import Capture, Seat
 from outlast.protect.leaves import Collector, clean
 from outlast.protect.plan import cut_of, group_equal, part_range, rotating_sample
-from outlast.protect.reload import LocalShard, Shards, reload
+from outlast.protect.reload import LocalShard, Shards, _device_of, reload
 from outlast.protect.replicas import digest
 from outlast.protect.tree import flatten, unflatten
 from outlast.protect.weights import full_state
@@ -361,6 +362,39 @@ def test_memory_that_was_shared_only_at_the_start_is_written_once(tmp_path: path
     assert fresh["average"]["two"] is two
 
 
+def test_tensors_over_what_was_filled_are_filled_where_they_go_beyond(tmp_path: pathlib.Path) -> None:
+    def build() -> tuple[torch.Tensor, dict[str, object]]:
+        flat = torch.zeros(4, 3)
+        model = nn.Linear(3, 1, bias=False)
+        model.weight.data = flat[3:]
+        views = {"head": flat[:1], "third": flat[2], "all": flat.t(), "tail": flat.view(-1)[6:].numpy()}
+        return flat, {"model": model, "views": views}
+
+    saved, objects = build()
+    saved += torch.arange(12.0).view(4, 3)
+    live, fresh = build()
+    again_from(objects, fresh, tmp_path)
+    assert torch.equal(live, saved)
+    assert fresh["views"]["all"].data_ptr() == live.data_ptr()
+    assert fresh["views"]["tail"].base is not None
+
+
+def test_tensors_that_parted_from_what_was_filled_are_replaced(tmp_path: pathlib.Path) -> None:
+    flat, apart = torch.zeros(6, dtype=torch.complex64), torch.arange(6.0).to(torch.complex64)
+    saved = {"head": torch.ones(2, dtype=torch.complex64), "all": apart, "tail": torch.full((2,), 7 + 1j)}
+    fresh = {"views": {"head": flat[:2], "all": flat, "tail": flat[4:]}}
+    again_from({"views": saved}, fresh, tmp_path)
+    assert bits(fresh) == bits({"views": saved})
+    assert flat.tolist() == [1, 1, 0, 0, 7 + 1j, 7 + 1j]
+
+
+def test_what_already_had_its_bits_is_written_no_more(tmp_path: pathlib.Path) -> None:
+    saved = {"a": torch.ones(4), "b": torch.tensor([1.0, 1, 0, 0]), "c": torch.full((4,), 5.0)}
+    flat = torch.zeros(8)
+    again_from({"views": saved}, fresh := {"views": {"a": flat[:4], "b": flat[2:6], "c": flat[4:]}}, tmp_path)
+    assert bits(fresh) == bits({"views": saved})
+
+
 # --- tensors of other kinds ------------------------------------------------------------------------------------------
 
 
@@ -552,6 +586,178 @@ def test_a_wrapped_optimizer_and_its_averager_come_back(tmp_path: pathlib.Path) 
     again_from({"optimizer": saved}, {"optimizer": live}, tmp_path)
     assert live.averager.step == 7
     assert live.param_groups is live.optim.param_groups
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """As davda54/sam has it: torch's ``state_dict()``, groups in common with the one inside, states apart."""
+
+    def __init__(self, params: object, **options: object) -> None:
+        super().__init__(params, {"rho": 0.05, **options})  # type: ignore[arg-type]
+        self.base_optimizer = torch.optim.SGD(self.param_groups, **options)  # type: ignore[arg-type]
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], object]) -> None:  # type: ignore[override]
+        parameters = [(p, group["rho"]) for group in self.param_groups for p in group["params"]]
+        for parameter, rho in parameters:
+            self.state[parameter]["old_p"] = parameter.data.clone()
+            parameter.add_(parameter.grad * rho / (parameter.grad.norm() + 1e-12))
+        self.zero_grad()
+        torch.enable_grad()(closure)()
+        for parameter, _ in parameters:
+            parameter.data = self.state[parameter]["old_p"]
+        self.base_optimizer.step()
+        self.zero_grad()
+
+
+class Lookahead(torch.optim.Optimizer):
+    """As it is often copied: its own ``state_dict()``, which takes the one inside along."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups, self.defaults = optimizer, optimizer.param_groups, optimizer.defaults
+        self.state = defaultdict(dict)
+        for group in self.param_groups:
+            group["counter"] = 0
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        self.optimizer.step()
+        for group in self.param_groups:
+            group["counter"] += 1
+            for fast in group["params"] if group["counter"] % 3 == 0 else ():
+                slow = self.state[fast].setdefault("slow_param", torch.zeros_like(fast))
+                slow += (fast - slow) / 2
+                fast.copy_(slow)
+
+    def state_dict(self) -> dict[str, object]:
+        inner = self.optimizer.state_dict()
+        return {"fast_state": inner["state"], "slow_state": dict(self.state), "param_groups": inner["param_groups"]}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        super().load_state_dict({"state": state["slow_state"], "param_groups": state["param_groups"]})
+        self.optimizer.load_state_dict({"state": state["fast_state"], "param_groups": state["param_groups"]})
+
+    def slow(self) -> list[object]:
+        return [self.state[parameter] for group in self.param_groups for parameter in group["params"]]
+
+
+def sharpness_aware(model: nn.Module) -> SharpnessAware:
+    return SharpnessAware(model.parameters(), lr=1e-2, momentum=0.9)
+
+
+def lookahead(model: nn.Module) -> Lookahead:
+    return Lookahead(torch.optim.Adam(model.parameters(), lr=1e-2))
+
+
+@pytest.mark.parametrize(
+    ("make", "protected"),
+    [
+        (sharpness_aware, lambda outer: {"outer": outer, "inner": outer.base_optimizer}),
+        (sharpness_aware, lambda outer: {"inner": outer.base_optimizer, "outer": outer}),
+        (sharpness_aware, lambda outer: {"inner": outer.base_optimizer}),
+        (lookahead, lambda outer: {"inner": outer.optimizer, "slow": outer.slow()}),
+    ],
+)
+def test_what_a_refused_wrapper_is_told_to_protect_is_enough(
+    make: Callable[[nn.Module], torch.optim.Optimizer],
+    protected: Callable[[torch.optim.Optimizer], dict[str, object]],
+    tmp_path: pathlib.Path,
+) -> None:
+    def build() -> tuple[dict[str, object], Callable[[int], None]]:
+        torch.manual_seed(1)
+        model = nn.Linear(4, 3)
+        outer = make(model)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(outer, 0.9)
+
+        def closure() -> None:
+            model.zero_grad()
+            model(torch.ones(2, 4)).square().sum().backward()
+
+        def go_on(steps: int) -> None:
+            for _ in range(steps):
+                closure()
+                outer.step(closure)
+                schedule.step()
+
+        return {"model": model, **protected(outer), "schedule": schedule}, go_on
+
+    objects, go_on = build()
+    go_on(7)
+    fresh, go_on_afresh = build()
+    again_from(objects, fresh, tmp_path)
+    assert bits(fresh) == bits(objects)
+    go_on(5)
+    go_on_afresh(5)
+    assert bits(fresh) == bits(objects)
+
+
+def test_optimizers_around_one_with_a_state_of_its_own_are_refused_by_name() -> None:
+    class Timm(Lookahead):
+        def state_dict(self) -> dict[str, object]:
+            return self.optimizer.state_dict()
+
+    class Many(torch.optim.SGD):
+        def __init__(self, params: list[nn.Parameter], held: Callable[[torch.optim.Optimizer], object]) -> None:
+            super().__init__(params)
+            self.each = held(torch.optim.Adam(params))
+
+    def refused(outer: torch.optim.Optimizer, why: str, **others: object) -> None:
+        with pytest.raises(StateError, match=why):
+            Collector({"o": outer, **others})
+
+    model = nn.Linear(2, 2)
+    sam, ahead, timm = sharpness_aware(model), lookahead(model), Timm(torch.optim.Adam(model.parameters()))
+    refused(sam, r"o: SharpnessAware\.base_optimizer is another .*\(SGD\).* Protect the optimizer that it wraps too$")
+    refused(sam, "would miss", other=torch.optim.SGD(model.parameters()))
+    for outer in (ahead, timm):
+        why = (
+            r"o: .*\.optimizer is another .*\(Adam\).* in its place, and the rest of its state as a dict, a list or an"
+        )
+        refused(outer, why)
+        refused(outer, why, inner=outer.optimizer)
+    for held in (lambda one: [one], lambda one: (1, one), lambda one: {"w": one}):
+        refused(Many(list(model.parameters()), held), r"o: .*Many\.each is another")
+
+
+def test_an_optimizer_that_is_hidden_in_another_still_takes_its_state(tmp_path: pathlib.Path) -> None:
+    class Hiding(Counting):
+        def __init__(self, params: list[nn.Parameter]) -> None:
+            super().__init__(params, lr=0.1)
+            self.hidden = [[torch.optim.SGD(params, lr=0.1, momentum=0.9)]]
+
+        def state_dict(self) -> dict[str, object]:
+            return {**super().state_dict(), "inner": self.hidden[0][0].state_dict()}
+
+        def load_state_dict(self, state: dict[str, object]) -> None:
+            super().load_state_dict(state)
+            self.hidden[0][0].load_state_dict(state_dict=state["inner"])
+
+    saved, live = (Hiding([nn.Parameter(torch.ones(2))]) for _ in range(2))
+    inner = saved.hidden[0][0]
+    (parameter,) = inner.param_groups[0]["params"]
+    parameter.grad = torch.ones(2)
+    inner.step()
+    again_from({"o": saved}, {"o": live}, tmp_path)
+    assert [state["momentum_buffer"].tolist() for state in live.hidden[0][0].state.values()] == [[1, 1]]
+
+
+def test_what_an_optimizer_keeps_beside_its_states_comes_back_where_it_is_trained(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> torch.optim.Optimizer:
+        return Counting([nn.Parameter(torch.ones(2))], lr=torch.tensor(0.1))
+
+    def info(self: Shards, name: str) -> object:
+        return {**told(self, name), **({"device": "cuda"} if "average" in name or "/lr" in name else {})}
+
+    told, live = Shards.info, build()
+    live.param_groups[0]["lr"] = 0.1
+    monkeypatch.setattr(Shards, "info", info)
+    assert _device_of(live) == torch.device("cpu")
+    monkeypatch.setattr("outlast.protect.reload._device_of", lambda optimizer: torch.device("meta"))
+    again_from({"o": build()}, {"o": live}, tmp_path)
+    assert live.average.is_meta
+    assert live.param_groups[0]["lr"].is_meta
 
 
 def test_optimizers_whose_state_would_be_missed_are_refused_by_name() -> None:

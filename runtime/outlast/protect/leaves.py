@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -129,11 +129,13 @@ def _has_bytes(local: torch.Tensor) -> bool:
         return False
 
 
-def own_state(key: str, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def own_state(
+    key: str, optimizer: torch.optim.Optimizer, protected: Collection[torch.optim.Optimizer] = ()
+) -> dict[str, Any]:
     """What an optimizer's own ``state_dict()`` has beside states and groups; nothing when it is that of torch.
 
-    Raises StateError when it takes other ranks to make one, when its states are others than the optimizer's, or when
-    nothing takes back what it has beside them.
+    Raises StateError when it takes other ranks to make one, when its states are others than the optimizer's, when one
+    that it wraps, and that is not ``protected`` too, has others, or when nothing takes back what it has beside them.
     """
     kind = type(optimizer)
     if any(base.__name__ == "ZeroRedundancyOptimizer" for base in kind.__mro__):
@@ -141,6 +143,7 @@ def own_state(key: str, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
             f"{key} is a {kind.__qualname__}, which spreads its state over the ranks and only gathers it all together; "
             f"a snapshot cannot hold it. Use FSDP2 (fully_shard), or DDP with a plain optimizer"
         )
+    _check_wrapped(key, optimizer, protected)
     if kind.state_dict is torch.optim.Optimizer.state_dict:
         return {}
     said = optimizer.state_dict()
@@ -157,6 +160,33 @@ def own_state(key: str, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     if own:
         check_takes_own(key, optimizer, own)
     return own
+
+
+def _check_wrapped(key: str, optimizer: torch.optim.Optimizer, protected: Collection[torch.optim.Optimizer]) -> None:
+    """Raises StateError when an optimizer wraps one with a state of its own, unless that is protected too.
+
+    That is no help to one with its own ``state_dict()``: what takes this back loads the inner one as well, whose groups
+    are then no longer the outer's.
+    """
+    kind = type(optimizer)
+    plain = kind.state_dict is torch.optim.Optimizer.state_dict
+    for name, inner in _wrapped(optimizer):
+        if inner.state is not optimizer.state and not (plain and any(inner is each for each in protected)):
+            rest = "in its place, and the rest of its state as a dict, a list or an object with state_dict()"
+            raise StateError(
+                f"{key}: {kind.__qualname__}.{name} is another optimizer ({type(inner).__qualname__}) with a state of "
+                f"its own, which a snapshot of {key} would miss. Protect the optimizer that it wraps "
+                f"{'too' if plain else rest}"
+            )
+
+
+def _wrapped(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.optim.Optimizer]]:
+    """(attribute, optimizer) of those that an optimizer holds, be it in a list, tuple or dict."""
+    for name, value in vars(optimizer).items():
+        if name == "state":  # as many entries as there are parameters
+            continue
+        held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        yield from ((name, inner) for inner in held if isinstance(inner, torch.optim.Optimizer))
 
 
 def check_takes_own(key: str, optimizer: torch.optim.Optimizer, own: Mapping[str, Any]) -> None:
@@ -268,8 +298,11 @@ class Collector:
         self._names = Names()
         self._index_modules()
         self._check_names()
-        for key, optimizer in self.optimizers.items():
-            flatten(own_state(key, optimizer), f"{key}/others/{OWN}", [])
+        for key in self.optimizers:
+            flatten(self._own_state(key), f"{key}/others/{OWN}", [])
+
+    def _own_state(self, key: str) -> dict[str, Any]:
+        return own_state(key, self.optimizers[key], self.optimizers.values())
 
     def _leaf(self, name: str, tensor: torch.Tensor, *, lazy: bool) -> Leaf:
         """``make_leaf``, or the leaf made before when the tensor is the same and lies where it lay."""
@@ -422,7 +455,7 @@ class Collector:
         found.leaves |= known.leaves
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         others: dict[Any, Any] = {k: v for k, v in optimizer.state.items() if not isinstance(k, torch.Tensor)}
-        if own := own_state(key, optimizer):
+        if own := self._own_state(key):
             others[OWN] = own
         text = dump(self._tree(groups, f"{key}/groups", found, lazy=False))
         other = dump(self._tree(others, f"{key}/others", found, lazy=False))

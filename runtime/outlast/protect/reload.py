@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -214,10 +214,11 @@ def _load_extra_state(key: str, module: torch.nn.Module, extra: Mapping[str, Any
 
 def _load_optimizer(collector: Collector, key: str, saved: Json, shards: Shards) -> None:
     optimizer = collector.optimizers[key]
-    groups = unflatten(saved["groups"], shards.tensor)
+    placed = partial(_placed, device=_device_of(optimizer), shards=shards)
+    groups = unflatten(saved["groups"], placed)
     if len(groups) != len(optimizer.param_groups):
         raise StateError(f"{key} has {len(optimizer.param_groups)} parameter groups but the snapshot has {len(groups)}")
-    others = unflatten(saved["others"], shards.tensor)
+    others = unflatten(saved["others"], placed)
     _load_own_state(key, optimizer, others.pop(OWN, {}))
     for live, options in zip(optimizer.param_groups, groups, strict=True):
         for option, value in options.items():
@@ -238,18 +239,33 @@ def _load_optimizer(collector: Collector, key: str, saved: Json, shards: Shards)
 def _load_own_state(key: str, optimizer: torch.optim.Optimizer, own: dict[str, Any]) -> None:
     """Give an optimizer's own ``load_state_dict`` what only it knows.
 
-    torch's part of it does nothing meanwhile: it would cast states and replace groups, which are loaded as they were.
+    torch's part of it does nothing to that state meanwhile: it would cast it and replace groups, which are loaded as
+    they were. Another optimizer inside, whose state is another, is loaded as ever.
     """
     if not own:
         return
     check_takes_own(key, optimizer, own)
     base: Any = torch.optim.Optimizer
     original = base.load_state_dict
-    base.load_state_dict = lambda *_: None
+    base.load_state_dict = lambda inner, *given, **named: (
+        None if inner.state is optimizer.state else original(inner, *given, **named)
+    )
     try:
         optimizer.load_state_dict({**optimizer.state_dict(), **own})
     finally:
         base.load_state_dict = original
+
+
+def _device_of(optimizer: torch.optim.Optimizer) -> torch.device:
+    """Where an optimizer's first parameter is."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
+def _placed(name: str, device: torch.device, shards: Shards) -> torch.Tensor:
+    """A tensor as it was, on ``device`` if it was not on the CPU: nothing else moves an optimizer's there."""
+    saved = shards.tensor(name)
+    return saved if shards.info(name)["device"] == "cpu" else saved.to(device)
 
 
 def _state_want(name: str, live: Leaf, shards: Shards) -> Want:
@@ -364,19 +380,15 @@ def _loaded(collector: Collector) -> Iterator[torch.Tensor]:
 class _Filling:
     """Puts saved state into live dicts and lists, and into the tensors in them: who else holds these keeps them.
 
-    A live object takes one state. A tensor in memory that was loaded before is written no more: it stays where it has
-    the saved bits already, else it is replaced.
+    A live object takes one state. Memory that was loaded before is written no more: a tensor in it stays where that
+    part has the saved bits already, and the rest of it is filled; else it is replaced.
     """
 
     def __init__(self, loaded: Iterable[torch.Tensor]) -> None:
         self._filled: dict[int, object] = {}
         self._starts, self._stops = list[int](), list[int]()
-        for start, stop in sorted(_span(local) for local in map(local_of, loaded) if local.numel()):
-            if self._stops and start < self._stops[-1]:
-                self._stops[-1] = max(stop, self._stops[-1])
-            else:
-                self._starts.append(start)
-                self._stops.append(stop)
+        for local in map(local_of, loaded):
+            self._take(local)
 
     def fill(self, live: Any, saved: Any, path: str) -> Any:
         """``saved``, in ``live`` where that can take it. Raises StateError for another shape of what is trained."""
@@ -433,23 +445,44 @@ class _Filling:
             return False
         if any(stride == 0 and size > 1 for size, stride in zip(local.shape, local.stride(), strict=True)):
             return False
-        if not self._take(local):
-            return _bits(local) == _bits(new)
+        if not _has_bits(local, new, self._taken(local)):
+            return False
         _write(local, new)
+        self._take(local)
         return True
 
-    def _take(self, local: torch.Tensor) -> bool:
-        """Whether nothing was loaded yet into a tensor's memory. It is taken then."""
+    def _taken(self, local: torch.Tensor) -> Sequence[tuple[int, int]]:
+        """The parts of a tensor's memory that were loaded before: addresses, counted from its first element's."""
         if not local.numel():
-            return True
+            return ()
+        (start, stop), met = _span(local), self._met(local)
+        pairs = zip(self._starts[met], self._stops[met], strict=True)
+        return [(max(first, start) - start, min(last, stop) - start) for first, last in pairs]
+
+    def _take(self, local: torch.Tensor) -> None:
+        """A tensor's memory is loaded now."""
+        if local.numel():
+            (start, stop), met = _span(local), self._met(local)
+            start, stop = min([start, *self._starts[met]]), max([stop, *self._stops[met]])
+            self._starts[met], self._stops[met] = [start], [stop]
+
+    def _met(self, local: torch.Tensor) -> slice:
+        """Which of the spans that were loaded before have memory in common with a tensor's."""
         start, stop = _span(local)
-        index = bisect.bisect_right(self._starts, start)
-        before = index > 0 and self._stops[index - 1] > start
-        if before or (index < len(self._starts) and self._starts[index] < stop):
-            return False
-        self._starts.insert(index, start)
-        self._stops.insert(index, stop)
+        return slice(bisect.bisect_right(self._stops, start), bisect.bisect_left(self._starts, stop))
+
+
+def _has_bits(local: torch.Tensor, new: torch.Tensor, taken: Sequence[tuple[int, int]]) -> bool:
+    """Whether the bytes of ``local`` that are ``taken`` are those of ``new``; where it has gaps in memory, all are."""
+    if not taken:
         return True
+    wanted = torch.empty_like(local)
+    if wanted.stride() != local.stride() or local.is_conj() or local.is_neg():
+        return _bits(local) == _bits(new)
+    wanted.copy_(new)
+    flat = (tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in (local, wanted))
+    mine, theirs = (tensor.view(torch.uint8) for tensor in flat)
+    return all(torch.equal(mine[first:last], theirs[first:last]) for first, last in taken)
 
 
 def _is_like(live: torch.Tensor, saved: torch.Tensor) -> bool:
