@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -134,8 +135,20 @@ def set_pin(url: str, step: int | None, pinned: bool, as_json: bool) -> None:
 def _store(url: str) -> Iterator[Store]:
     from outlast.checkpoint.store import StoreOptions, open_store
 
-    with closing(open_store(url, StoreOptions(patience_s=PATIENCE_S))) as store:
+    with closing(open_store(url, StoreOptions(patience_s=PATIENCE_S, on_wait=_once_told(url)))) as store:
         yield store
+
+
+def _once_told(url: str) -> Callable[[str | None], None]:
+    """Says why nothing seems to happen: the first trouble with a store that is waited for."""
+    told = threading.Event()
+
+    def tell(trouble: str | None) -> None:
+        if trouble is not None and not told.is_set():
+            told.set()
+            print(f"{url} is waited for, {PATIENCE_S:.0f} s at most: {trouble}", file=sys.stderr)
+
+    return tell
 
 
 def _archive(store: Store) -> Archive:

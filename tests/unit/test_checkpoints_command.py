@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -280,3 +281,21 @@ def test_a_damaged_head_is_a_failure(job: Job, trainctl: Command) -> None:
 def test_amounts_are_for_people() -> None:
     assert [amount(size) for size in (0, 1023, 1024, 5 << 30, 3 << 40)] == ["0 B", "1023 B", "1.0 KiB", "5.0 GiB", "3.0 TiB"]  # fmt: skip
     assert [ago(seconds) for seconds in (3, 600, 10800, 432000)] == ["3 s", "10 min", "3.0 h", "5.0 d"]
+
+
+def test_a_store_that_does_not_answer_is_named_while_it_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, trainctl: Command
+) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    monkeypatch.setattr("trainctl.catalogue.PATIENCE_S", 1.0)
+    for name, value in (
+        ("ENDPOINT_URL", f"http://127.0.0.1:{port}"),
+        ("ACCESS_KEY_ID", "a"),
+        ("SECRET_ACCESS_KEY", "b"),
+    ):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    status, _, told = trainctl("ls", "s3://bucket/research/bytelm")
+    assert status == 1
+    assert told.count("s3://bucket/research/bytelm is waited for, 1 s at most: ") == 1, told

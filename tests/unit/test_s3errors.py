@@ -70,16 +70,33 @@ def test_the_page_of_an_ingress_says_nothing_of_an_object() -> None:
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate", StoreDenied),
-        ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certificate has expired", StoreDenied),
-        ("hostname 'minio' doesn't match 'localhost'", StoreDenied),
+        ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate", StoreUnavailable),
+        ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certificate has expired", StoreUnavailable),
+        ("hostname 'minio' doesn't match 'localhost'", StoreUnavailable),
         ("[Errno 2] No such file or directory", StoreDenied),
+        ("[Errno 13] Permission denied", StoreDenied),
+        ("[Errno 21] Is a directory", StoreDenied),
+        ("[X509] PEM lib (_ssl.c:4154)", StoreDenied),
         ("[X509: NO_CERTIFICATE_OR_CRL_FOUND] no certificate or crl found", StoreDenied),
-        ("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol", StoreUnavailable),
-        ("[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC] decryption failed or bad record mac", StoreUnavailable),
     ],
 )
-def test_a_certificate_that_is_not_trusted_is_told_with_the_remedy(text: str, kind: type[OutlastError]) -> None:
+def test_certificates_that_cannot_be_read_or_trusted_are_told_with_the_remedy(
+    text: str, kind: type[OutlastError]
+) -> None:
     error = said(b.SSLError(endpoint_url="https://minio:9000", error=text))
     assert type(error) is kind
-    assert ("AWS_CA_BUNDLE" in str(error)) == (kind is StoreDenied)
+    assert "set AWS_CA_BUNDLE to a file with" in str(error)
+    assert ("if this lasts" in str(error)) == (kind is StoreUnavailable)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol",
+        "[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC] decryption failed or bad record mac",
+    ],
+)
+def test_a_line_that_breaks_says_nothing_of_certificates(text: str) -> None:
+    error = said(b.SSLError(endpoint_url="https://minio:9000", error=text))
+    assert type(error) is StoreUnavailable
+    assert "AWS_CA_BUNDLE" not in str(error)

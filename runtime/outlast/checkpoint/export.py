@@ -86,9 +86,16 @@ def _check_folder(folder: pathlib.Path) -> None:
 
 def _check_empty(folder: pathlib.Path, *but: pathlib.Path) -> None:
     found = [path.name for path in _entries(folder) if path not in but] if folder.is_dir() else ["a file"]
-    if found:
-        text = f"it is there and not an empty folder ({min(found)}); nothing is overwritten"
+    if others := [name for name in found if not _is_draft(name, folder)]:
+        text = f"it is there and not an empty folder ({min(others)}); nothing is overwritten"
         raise RequestError(f"--to {folder}: {text}")
+    if found:
+        raise _drafted(folder / min(found))
+
+
+def _drafted(draft: pathlib.Path) -> RequestError:
+    """Who left a draft, and whether it still writes, cannot be known: it may run on another machine."""
+    return RequestError(f"{draft} is of an export that was killed, or that goes on: if none does, remove it first")
 
 
 def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -110,8 +117,11 @@ def _open(archive: Archive, entry: Entry) -> WholeState:
 def _draft(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder that takes the place of ``folder``, or whose files do, when all went well, and that goes otherwise."""
     there = folder.exists()
-    draft = (folder if there else folder.absolute().parent) / f".{folder.name or 'export'}.{os.getpid()}"
-    draft.mkdir()
+    draft = (folder if there else folder.absolute().parent) / f"{_draft_prefix(folder)}{os.getpid()}"
+    try:
+        draft.mkdir()
+    except FileExistsError as error:
+        raise _drafted(draft) from error
     try:
         yield draft
         _sync(*draft.iterdir(), draft)
@@ -121,6 +131,15 @@ def _draft(folder: pathlib.Path) -> Iterator[pathlib.Path]:
             draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _draft_prefix(folder: pathlib.Path) -> str:
+    return f".{folder.name or 'export'}."
+
+
+def _is_draft(name: str, folder: pathlib.Path) -> bool:
+    prefix = _draft_prefix(folder)
+    return name.startswith(prefix) and name.removeprefix(prefix).isdecimal()
 
 
 def _move_up(draft: pathlib.Path, folder: pathlib.Path) -> None:

@@ -54,8 +54,11 @@ _UNIDENTIFIED = (b.CredentialRetrievalError, b.MetadataRetrievalError)
 """Whoever gives out credentials failed: the machine's metadata service, a Pod's identity agent, a program. Also a wrong
 configuration ends so, but mostly they are asked again with success, and every hour of a run they are: to deny would end
 a job for their hiccup, to wait costs a wrong configuration no more than patience."""
-_UNTRUSTED = ("certificate verify failed", "doesn't match", "No such file", "no certificate")
-"""In the text of an SSLError: whose certificate or authorities are not to be had by asking again."""
+_UNREADABLE = ("No such file", "Is a directory", "Permission denied", "no certificate", "PEM lib")
+"""In the text of an SSLError: this machine's file of authorities is none, which no asking again changes."""
+_UNTRUSTED = ("certificate verify failed", "doesn't match")
+"""In the text of an SSLError: of a certificate that is renewed late, or that an ingress has while it is rescheduled, as
+of a wrong configuration. The first pass, so all are waited for, as in ``_UNIDENTIFIED``."""
 _NOBODY = (b.NoCredentialsError, b.PartialCredentialsError, b.TokenRetrievalError)
 
 
@@ -95,12 +98,12 @@ def told(where: Where) -> Iterator[None]:
 
 def _unsafe(where: Where, error: b.SSLError) -> OutlastError:
     text = f"{where.url}: {error}"
-    if not any(words in text for words in _UNTRUSTED):
-        return StoreUnavailable(text)
-    remedy = (
-        f"if {where.endpoint} is the right one, set AWS_CA_BUNDLE to a file with the authority that it is signed by"
-    )
-    return StoreDenied(f"{text}; {remedy}")
+    if any(words in str(error) for words in _UNREADABLE):
+        return StoreDenied(f"{text}; set AWS_CA_BUNDLE to a file with certificates that can be read")
+    if any(words in str(error) for words in _UNTRUSTED):
+        remedy = f"set AWS_CA_BUNDLE to a file with the authority that {where.endpoint} is signed by"
+        return StoreUnavailable(f"{text}; if this lasts, {remedy}, or correct AWS_ENDPOINT_URL")
+    return StoreUnavailable(text)
 
 
 def _answer(where: Where, error: b.ClientError) -> OutlastError:
