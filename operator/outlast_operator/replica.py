@@ -5,7 +5,7 @@
     informers -> Caches -> WorkQueue -> Workers -> Reconciler -> Applier -> API server
                                                        '-> Poller -> jobs' controllers
 
-A follower keeps its caches and its queue; when it wins it makes sure that its cache of Pods is not behind what the
+A follower keeps its caches alone; when it wins it makes sure that its cache of Pods is not behind what the
 leader before it has made, starts the workers and looks at every job.
 """
 

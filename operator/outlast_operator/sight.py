@@ -73,8 +73,15 @@ class Sight:
     def least(self) -> int:
         """Nodes without which no rank starts. A job that was on fewer when more were asked for goes on with those."""
         least = max(self.job.spec.workers.least, self._insisted("least"))
-        size = self.heard.count(self.heard.workers, "size") if self.heard is not None else 0
+        size = self._size()
         return min(least, size) if size else least
+
+    def _size(self) -> int:
+        """Nodes that the job trains on, 0 when unknown; an operator that has heard nothing yet goes by the status."""
+        if self.heard is not None:
+            return self.heard.count(self.heard.workers, "size")
+        trains = self.old.phase == "Running" and self.head is not None
+        return max(0, self.old.workers.ready - self.old.workers.spares) if trains else 0
 
     def _insisted(self, number: str) -> int:
         """A number of the controller's that an objection of its makes count; 0: there is none."""

@@ -593,6 +593,26 @@ def test_what_is_enough_is_min_replicas(least: int | None, short: bool) -> None:
 
 @pytest.mark.parametrize("spec", [{"checkpoint": STORE}, {}], ids=["with a store", "from memory alone"])
 @pytest.mark.parametrize("asked", [{"replicas": 5}, {"replicas": 5, "minReplicas": 5}], ids=str)
+def test_an_operator_that_has_heard_nothing_yet_knows_what_a_job_trains_on(
+    spec: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    """It began after more were asked for, and cannot reach the head."""
+    world = World.training(resource(spec))
+    world.edit(workers={**world.spec["workers"], **asked})
+    assert world.said is not None
+    world.said["workers"] |= {"wanted": 5, "least": 5}
+    world.run()
+    world.failing_since, world.said = world.now, None
+    for _ in range(40):
+        decided = world.run()
+        assert deletes(decided) == []
+        world.now += 60
+    assert world.status.phase == "Running"
+    assert ready(decided).reason == "ControllerSilent"
+
+
+@pytest.mark.parametrize("spec", [{"checkpoint": STORE}, {}], ids=["with a store", "from memory alone"])
+@pytest.mark.parametrize("asked", [{"replicas": 5}, {"replicas": 5, "minReplicas": 5}], ids=str)
 def test_a_job_that_trains_waits_for_more_nodes_as_long_as_it_takes(
     spec: dict[str, Any], asked: dict[str, Any]
 ) -> None:
