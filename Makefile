@@ -59,7 +59,7 @@ golden: $(READY)
 
 # TIMINGS=benchmarks/kubernetes.json writes what was measured there, for benchmarks/cluster_faults.py.
 e2e: $(READY)
-	$(BIN)/python -m pytest tests/e2e $(if $(TIMINGS),--timings=$(TIMINGS))
+	$(BIN)/python -m pytest tests/e2e --durations=12 $(if $(TIMINGS),--timings=$(TIMINGS))
 
 lint: $(READY)
 	$(BIN)/ruff check .

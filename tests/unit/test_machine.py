@@ -103,6 +103,8 @@ def test_nodes_that_verify_large_images_are_waited_for(monkeypatch: pytest.Monke
     stop, verifying = world._on_stop, []
 
     def take_long(node: Any, told: m.Stop) -> None:
+        if node.name in verifying:  # told again: it is at it
+            return
         say = world.say
         world.say = lambda event, delay=0.005: say(event, delay + 70.0 * isinstance(event, m.Stopped))  # type: ignore[method-assign]
         verifying.append(node.name)
@@ -120,7 +122,7 @@ def test_nodes_that_verify_large_images_are_waited_for(monkeypatch: pytest.Monke
 def test_what_verifies_and_gives_wrong_bytes_is_not_used_again() -> None:
     """Parity that was made of a byte that was wrong only then: an older generation, or the store, has what it lacks."""
     config = replace(CONFIG, checkpoint=CheckpointConfig(URL, interval_steps=20))
-    world = cluster(config=config, total=200)
+    world = cluster(config=config, total=300)
     rebuild, wrong = world._rebuild, []
 
     def decode(node: Any, start: m.Start) -> None:
@@ -137,9 +139,84 @@ def test_what_verifies_and_gives_wrong_bytes_is_not_used_again() -> None:
     world.run_to_step(57)
     world.lose_node(world.seated(1))
     world.run_to("recovered", 200.0)
-    assert len(wrong) == 1
+    assert len(wrong) == 2
+    assert wrong[0] == wrong[1], "read anew once"
     assert world.store.quarantined == [], "the store's own copy is not the one that was bad"
     assert world.run_to_end().outcome == "succeeded"
+
+
+def test_a_source_that_is_damaged_as_it_is_read_is_decoded_around() -> None:
+    """One failure says little of a generation: what turned bad shows when it is verified again."""
+    world = cluster(config=replace(CONFIG, parity=2), total=200)
+    rebuild, damaged = world._rebuild, list[str]()
+
+    def decode(node: Any, start: m.Start) -> None:
+        plan = start.restore
+        lacking = [one for one in plan.on_node(node.name) if one.source == "memory-decode"] if plan is not None else []
+        if plan is None or not lacking or damaged:
+            rebuild(node, start)
+            return
+        source = world.nodes[lacking[0].sources[0].node]
+        damaged.append(source.name)
+        for key, image in list(source.images.items()):
+            if image.kind == "shard" and image.generation == plan.generation:
+                source.images[key] = replace(image, bad_blocks=(1,))
+        text = "1 blocks do not verify after the rebuild"
+        world.say(m.RestoreFailed(node.name, start.attempt, plan.generation, text, "bad", lacking[0].rank, memory=True))
+
+    world._rebuild = decode  # type: ignore[method-assign]
+    world.run_to_step(33)
+    world.run_to("snapshot-committed")
+    newest = world.kept
+    assert newest is not None
+    for node in world.nodes.values():
+        node.images = {key: image for key, image in node.images.items() if image.generation == newest}
+    world.lose_node(world.seated(1))
+    world.run_to("recovered", 200.0)
+    steps = [line.fields["step"] for line in world.log if line.kind == "restored"]
+    assert (len(damaged), steps) == (1, [newest.step, newest.step])
+
+
+def test_a_node_that_has_not_heard_that_it_is_to_stop_is_told_again() -> None:
+    world = cluster()
+    stop, lost = world._on_stop, list[str]()
+
+    def hear_the_second_time(node: Any, told: m.Stop) -> None:
+        if node.seat == 2 and not lost:
+            lost.append(node.name)
+        else:
+            stop(node, told)
+
+    world.run_to_step(12)
+    world._on_stop = hear_the_second_time  # type: ignore[method-assign]
+    began = world.now
+    world.crash_rank(1)
+    world.run_to("recovered", 100.0)
+    assert world.now - began < 25.0
+    assert "node-lost" not in world.kinds()
+
+
+def test_a_script_may_take_long_until_it_protects_its_state() -> None:
+    """There is nothing to load: nobody waits for it, and the first rank's word is no reason to give the others up."""
+    world = cluster(total=100)
+    say, beat = world.say, world._heartbeat
+
+    def late(event: m.Event, delay: float = 0.005) -> None:
+        say(event, delay + (1000.0 + event.rank if isinstance(event, m.RankReady) else 0.0))
+
+    def without_steps(node: Any) -> None:
+        if node.hears and not world.machine.job.all_ready:
+            world.at(0.001, lambda: world.tell(m.Heartbeat(node.name, node.running)))
+        else:
+            beat(node)
+
+    world.say, world._heartbeat = late, without_steps  # type: ignore[method-assign]
+    do_step = world._do_step
+    ready = lambda: world.machine.job.all_ready  # noqa: E731
+    world._do_step = lambda attempt: do_step(attempt) if ready() else world.at(1.0, lambda: world._do_step(attempt))  # type: ignore[method-assign]
+    assert world.run(1200.0, ready)
+    assert world.run_to_end().outcome == "succeeded"
+    assert "fault" not in world.kinds()
 
 
 def test_nodes_that_have_not_heard_what_to_start_are_told_again() -> None:

@@ -150,7 +150,8 @@ class KeeperTasks:
         plan, trouble = start.restore, trouble_of(error)
         assert plan is not None
         stored = restore.source == "object"
-        if trouble == "bad" or (stored and trouble is not None):
+        decoded = restore.source == "memory-decode"  # then what is read verifies, what it gives does not
+        if trouble is not None and (stored or (decoded and trouble == "bad")):
             told_of = (self._node, start.attempt, plan.generation, str(error))
             return m.RestoreFailed(*told_of, trouble, restore.rank, memory=not stored)
         rank = start.seat * start.procs if plan.direct else restore.rank  # the old world's ranks are nobody's

@@ -97,6 +97,7 @@ class NodeAgent:
         self._ranks: Ranks | None = None
         self._clearing: Clearing | None = None
         self._begun: Attempt | None = None
+        self._stopping: Attempt | None = None
         self._rebuilt: Attempt | None = None
         self._load: m.Load | None = None
         self._unconfirmed: frozenset[int] = frozenset()
@@ -217,6 +218,8 @@ class NodeAgent:
         seen = [Attempt.parse(status["attempt"])] if status["attempt"] else []
         seen += [record.in_force] if record.in_force else []
         running = ranks is not None and ranks.attempt == record.started and ranks.well()
+        start = ranks.instruction if ranks is not None and running else None
+        plan = start.restore if start is not None else None
         return m.Joined(
             node=config.node,
             domain=config.domain,
@@ -233,7 +236,9 @@ class NodeAgent:
             restart_count=record.restart_count,
             memory=int(status["available"]),
             dirty=self._dirty(self._unconfirmed),
-            world_nodes=ranks.instruction.world_nodes if ranks is not None and running else 0,
+            world_nodes=start.world_nodes if start is not None else 0,
+            restores=plan.generation if plan is not None else None,
+            stored=plan is not None and "object" in plan.origins(),
         )
 
     def _dirty(self, local_ranks: frozenset[int]) -> tuple[tuple[int, int], ...]:
@@ -268,9 +273,13 @@ class NodeAgent:
         if self._begun == stop.attempt:
             self._note("stale-instruction", f"refused to stop for attempt {stop.attempt}, which has begun here")
             return
+        if self._stopping == stop.attempt:  # said again while its images are read
+            return
         self._clear(lambda dirty: self._keeper.verify(stop.attempt, partial(self._stopped, stop, dirty)))
+        self._stopping = stop.attempt
 
     def _stopped(self, stop: m.Stop, dirty: frozenset[int], inventory: Inventory) -> None:
+        self._stopping = None if self._stopping == stop.attempt else self._stopping
         if stop.attempt != self._record.in_force or self._begun == stop.attempt:
             return
         self._emit(m.Stopped(self.config.node, stop.attempt, inventory, self._dirty(dirty), self._port.renew()))
@@ -361,6 +370,7 @@ class NodeAgent:
         Another clearing that is under way is superseded: its ``then`` is not called.
         """
         procs, deadline = self._job.spec.workers.procs_per_worker, self._clock.monotonic() + CONFIRM_S
+        self._stopping = None
         self._clearing = Clearing(self._ranks, self._forks, procs, deadline, then)
         self._clearing.begin()
         self._watch_clearing(self._clearing)

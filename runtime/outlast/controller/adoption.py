@@ -16,7 +16,7 @@ from outlast.controller.snapshots import SnapshotCycle
 from outlast.messages.events import Joined, RankDone, RankExited, RankReady
 from outlast.messages.instructions import Stop
 from outlast.snapshot.identity import Attempt, Generation
-from outlast.snapshot.inventory import HeldImage, Inventory
+from outlast.snapshot.inventory import GUEST_SLOT, HeldImage, Inventory
 from outlast.snapshot.placement import Group
 
 
@@ -121,6 +121,25 @@ def newest_whole(held: Mapping[int, Sequence[HeldImage]], placed: Sequence[Group
     return Restored(newest, ranks[0].slot, {rank: image.length for rank, image in ranks.items()}, targets)
 
 
+def begun_with(joined: Sequence[Joined], found: Restored | None) -> tuple[Restored | None, bool]:
+    """What an attempt's next snapshot must not write over, and whether nodes may still make images of it.
+
+    ``found``: its newest whole generation. When it began with a newer one, then either some of the images were not
+    there yet as the controller died, or ranks read from those of another world, which no node has as its own. Where
+    the store has it, nothing is lost with them.
+    """
+    restores = (event.restores for event in joined if event.restores is not None and not event.stored)
+    generation = max(restores, default=None)
+    if generation is None or (found is not None and found.generation >= generation):
+        return found, False
+    images = [image for event in joined for image in event.held if image.kind == "shard"]
+    slots = {image.slot for image in images if image.generation == generation}
+    if not slots:
+        return found, False
+    slot = min(slots - {GUEST_SLOT}, default=None)
+    return Restored(generation, slot, {}, {}, direct=True), True
+
+
 def gathered(job: Job, gathering: Gathering, now: float) -> None:
     """Begin, or go on with what outlived another controller, once enough nodes are here."""
     gathering.keep(job.members.alive)
@@ -149,11 +168,15 @@ def _adopt(job: Job, gathering: Gathering, attempt: Attempt, seats: dict[int, st
         job.started = now + job.epoch
     keeping.keep(job)
     job.members.seat_all(seats)
-    job.progress = Progress(now)
     placed = seat_groups(job.config, job.members, seats)
-    held = {seat: gathering.joined[name].held for seat, name in seats.items()}
-    restored = newest_whole(held, placed, job.config.procs)
+    joined = {seat: gathering.joined[name] for seat, name in seats.items()}
+    whole = newest_whole({seat: event.held for seat, event in joined.items()}, placed, job.config.procs)
+    restored, job.half_restored = begun_with(tuple(joined.values()), whole)
+    began_with = [event.restores.step for event in joined.values() if event.restores is not None]
+    job.resumes, job.progress = bool(began_with), Progress(now, max(began_with, default=0))
     job.cycle = SnapshotCycle(job.around, attempt, placed, restored, adopted=True)
+    if restored is not None and not restored.direct:
+        job.inherited = Committed(restored.generation, restored.slot or 0, restored.lengths)
     job.emit("adopted", f"attempt {attempt.number} goes on under a new controller", attempt=attempt.number)
     job.enter(Phase.RUNNING, now)
     job.story.running(0, now)
@@ -161,19 +184,9 @@ def _adopt(job: Job, gathering: Gathering, attempt: Attempt, seats: dict[int, st
     job.out += [Stop(name, attempt) for name, node in job.members.alive.items() if node.seat is None]
     durable.claim_again(job, now)
     said = [event for name in seats.values() for event in gathering.said[name]]
-    _know_final(job, restored, said)
     for event in said:
         if isinstance(event, RankDone):
             ending.rank_done(job, event.rank, event.digest, event.steps, now)
         else:
             durable.hear_about(job, event)
             job.rank_ready(event.rank, now)
-
-
-def _know_final(job: Job, restored: Restored | None, said: Sequence[RankReady | RankDone]) -> None:
-    """Ranks that have ended did so after a snapshot of the last step, which may still be on its way to the store."""
-    if job.config.checkpoint is None or job.cycle is None or restored is None:
-        return
-    if any(isinstance(event, RankDone) and event.steps == restored.generation.step for event in said):
-        job.final = restored.generation
-        job.cycle.newest = Committed(restored.generation, restored.slot or 0, restored.lengths)

@@ -9,7 +9,7 @@ from outlast.controller import durable, ending, holding, preparing, resizing, su
 from outlast.controller.faults import Symptom
 from outlast.controller.job import Job
 from outlast.controller.phases import Phase
-from outlast.messages.instructions import DumpStacks, Load
+from outlast.messages.instructions import DumpStacks, Load, Stop
 
 STRAGGLERS_EVERY_S = 5.0
 
@@ -46,8 +46,11 @@ def _want_nodes(job: Job, text: str, now: float) -> None:
 
 
 def _stopping(job: Job, now: float) -> None:
-    """Nodes that do not confirm in time are given up."""
+    """Nodes that do not confirm are told again, and in the end given up."""
     preparation = job.preparation
+    if preparation is not None and now >= preparation.again_at:
+        preparation.again_at = now + preparing.STOP_AGAIN_S
+        job.out += [Stop(name, preparation.attempt) for name in sorted(preparation.waiting)]
     late = preparation.waiting if preparation is not None and now > preparation.deadline else ()
     for name in sorted(late):
         node = job.members.alive.get(name)
@@ -97,8 +100,8 @@ def _starting(job: Job, now: float) -> None:
 
 
 def _await_ready(job: Job, now: float) -> None:
-    """Some ranks have their state: the others have startTimeout for it."""
-    waited = now - job.entered
+    """Some ranks have their state: the others have startTimeout for it; scripts may come to it late that have none."""
+    waited = now - (job.entered if job.resumes else max(job.entered, job.progress.ready_at))
     if waited > job.config.start_timeout_s:
         missing = sorted(set(range(job.world)) - job.progress.ready)[:8]
         _give_up_start(job, f"ranks {missing} did not become ready within {waited:.0f} s", now)
@@ -113,9 +116,7 @@ def _running(job: Job, now: float) -> None:
     """Changes of size, snapshots, checkpoints, the end; hangs and stragglers."""
     progress = job.progress
     if now >= job.load_again_at:
-        job.load_again_at = math.inf
-        if not job.all_ready and job.attempt is not None:  # the controller before may not have come to say so
-            job.out.append(Load(job.members.seated_names(), job.attempt))
+        _load_again(job, now)
     for step in (resizing.drive, holding.drive, _snapshot, durable.drive, ending.look, _judge_progress):
         if job.phase is Phase.RUNNING:
             step(job, now)
@@ -124,6 +125,19 @@ def _running(job: Job, now: float) -> None:
         for rank, times in progress.stragglers().items():
             text = f"rank {rank} takes {times:.1f} times as long for its own part of a step as the median rank"
             job.emit("straggler", text, rank=rank, times=round(times, 2))
+
+
+def _load_again(job: Job, now: float) -> None:
+    """Ranks of an adopted attempt may wait for a word of the controller before, or for images that it had planned."""
+    job.load_again_at = math.inf
+    if job.all_ready or job.attempt is None or now - job.entered > job.config.start_timeout_s:
+        return
+    if job.half_restored and not job.progress.stepped and not job.progress.done:
+        job.emit("not-restored", f"attempt {job.attempt.number} was still restoring: its restore is planned anew")
+        job.begin_attempt(now)
+        return
+    job.load_again_at = now + preparing.START_AGAIN_S
+    job.out.append(Load(job.members.seated_names(), job.attempt))
 
 
 def _snapshot(job: Job, now: float) -> None:
@@ -138,7 +152,7 @@ def _judge_progress(job: Job, now: float) -> None:
         return
     if cycle is not None and cycle.holding:
         progress.moved_at = now
-    elif progress.ready and not job.all_ready and not progress.done:  # adopted while others still restore
+    elif (progress.ready or job.resumes) and not job.all_ready and not progress.done:  # adopted while they restore
         progress.moved_at = now
         _await_ready(job, now)
     elif now > progress.hang_deadline(job.config.hang_timeout_s):

@@ -133,8 +133,8 @@ def restore_failed(job: Job, event: e.RestoreFailed, now: float) -> None:
         job.finish("failed", text, now)
         return
     if event.trouble == "bad" and event.memory:
-        job.members.distrusted.add(generation)
-        job.emit("image-damaged", f"what nodes hold of step {generation.step} is not used again", node=event.node)
+        used = "not used again" if job.members.doubt(generation, event.attempt) else "read anew"
+        job.emit("image-damaged", f"what nodes hold of step {generation.step} is {used}", node=event.node)
     elif event.trouble == "bad" and job.claims.exclude(generation) is not None:
         job.out.append(Quarantine(generation, event.reason))
     job.fault(Symptom("restore-failed", text, now, now, event.node, event.rank, generation.step), now)

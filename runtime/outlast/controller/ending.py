@@ -50,6 +50,7 @@ def _last_committed(job: Job, generation: Generation, now: float) -> None:
 
 def rank_done(job: Job, rank: int, digest: str, steps: int, now: float) -> None:
     """A rank has done all its steps; no snapshot is of use any more, and the last rank ends the training."""
+    _know_final(job, steps)
     first = not job.progress.done
     job.progress.done[rank] = digest
     job.progress.moved_at = now
@@ -67,6 +68,15 @@ def rank_done(job: Job, rank: int, digest: str, steps: int, now: float) -> None:
             text = f"the ranks ended after step {steps} without a snapshot of it: the last checkpoint is an older one"
             job.emit("no-final-checkpoint", text, step=steps)
         look(job, now)
+
+
+def _know_final(job: Job, steps: int) -> None:
+    """Ranks that outlived a controller ended after a snapshot of the last step, which may still be uploaded."""
+    inherited, stored = job.inherited, job.config.checkpoint is not None
+    if stored and job.final is None and inherited is not None and inherited.generation.step == steps:
+        job.final = inherited.generation
+        if job.cycle is not None:
+            job.cycle.newest = inherited
 
 
 def look(job: Job, now: float) -> None:

@@ -30,7 +30,7 @@ from outlast.controller.recovery import Planned, Preparation
 from outlast.controller.resizing import Resizing
 from outlast.controller.rhythm import Rhythm
 from outlast.controller.settings import MachineConfig
-from outlast.controller.snapshot_work import SnapshotTotals
+from outlast.controller.snapshot_work import Committed, SnapshotTotals
 from outlast.controller.snapshots import SnapshotCycle, Surroundings
 from outlast.controller.storenews import StoreNews
 from outlast.controller.story import Story
@@ -57,9 +57,11 @@ class Job:
     nodes that have not rebuilt what they lack; ``starts``: what each was told, and is again ``start_again_at``;
     ``resumes``: the attempt has a state to load, ``origin``: from that checkpoint; ``final``: the committed snapshot of
     the last step; ``ended_at``: when all ranks were done; ``wanting_told_at``: when it was said last that nodes are
-    missing; ``hold_until``: until when ranks shall wait for another controller; ``lengths``: of the newest images that
-    are known, by rank; ``epoch``: what makes wall seconds of the machine's; ``first_began``: when the job's first
-    controller did; ``started``: when its first rank did (wall seconds); ``kept``: what the next controller would know.
+    missing; ``half_restored``: an adopted attempt's nodes may not have had all of its state; ``inherited``: the newest
+    whole snapshot that it came with; ``hold_until``: until when ranks shall wait for another controller; ``lengths``:
+    of the newest images that are known, by rank; ``epoch``: what makes wall seconds of the machine's; ``first_began``:
+    when the job's first controller did; ``started``: when its first rank did (wall seconds); ``kept``: what the next
+    controller would know.
     """
 
     def __init__(self, config: MachineConfig, now: float, new_incarnation: Callable[[], str], epoch: float) -> None:
@@ -103,6 +105,8 @@ class Job:
         self.best_at_start = 0
         self.look_for_stragglers_at = now
         self.load_again_at = math.inf
+        self.half_restored = False
+        self.inherited: Committed | None = None
         self.wanting_told_at = -math.inf
         self.hold_until: float | None = None
         self.suspension: Suspension | None = None
@@ -157,8 +161,9 @@ class Job:
         self._leave_attempt(now, planned)
         first = self.attempt is None
         self.attempt = Attempt(number, self._new_incarnation())
-        deadline = now + self._stop_s()
-        self.preparation = Preparation(self.attempt, now, set(members.alive), deadline, concluded=not self.symptoms)
+        deadline, again_at = now + self._stop_s(), now + preparing.STOP_AGAIN_S
+        waiting, well = set(members.alive), not self.symptoms
+        self.preparation = Preparation(self.attempt, now, waiting, deadline, again_at, concluded=well)
         self.preparation.size = self._sufficient(planned)
         self.enter(Phase.STOPPING, now)
         self.story.stopping(now)
@@ -177,7 +182,7 @@ class Job:
 
     def _leave_attempt(self, now: float, planned: Planned | None) -> None:
         """What belonged to the living attempt ends: permits with its ranks, encodings and uploads with its fence."""
-        self.cycle, self.final, self.ended_at = None, None, None
+        self.cycle, self.final, self.ended_at, self.inherited = None, None, None, None
         if self.checkpoints is not None:
             self.checkpoints.drop()
         if self.phase in LIVE:
@@ -226,7 +231,7 @@ class Job:
         """A rank has its state; with the last one the attempt runs, and snapshots begin."""
         if rank in self.progress.ready:
             return
-        self.progress.ready.add(rank)
+        self.progress.is_ready(rank, now)
         if not self.all_ready or self.phase is Phase.DIAGNOSING:
             return
         if self.phase is Phase.STARTING:

@@ -3,7 +3,8 @@
 Nothing here blocks the controller: ``put`` only queues. One call is under way at a time, so that instructions arrive in
 the order in which they were decided, and none outlives its deadline. A call that fails says little: an agent that died
 is started again by Ray and joins by itself, one that is paused or cut off is judged by its heartbeats. Only an agent
-that Ray calls dead for good is reported as gone.
+that Ray calls dead for good is reported as gone. Nor is what it carried repeated here: an agent that dies loses what it
+took, a controller what it queued, so whoever decides says again what has not been answered.
 """
 
 from __future__ import annotations

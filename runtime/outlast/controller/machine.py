@@ -132,6 +132,7 @@ class Machine:
         if node is None:
             return
         job.members.watch.beat(event.node, job.awake.now)
+        node.attempt = event.attempt
         if not event.steps or node.seat is None or event.attempt != job.attempt or job.phase not in LIVE:
             return
         if job.progress.heartbeat(event, now) and job.phase is Phase.RUNNING:

@@ -46,7 +46,8 @@ class Departure:
 class Node:
     """One node as it is known. ``gone``: why it was given up, at ``gone_at``; ``stopped``: the attempt for which it has
     answered ``Stop``, with ``inventory``; ``dirty``: (local rank, slot) of files that a rank may still write;
-    ``leaving``: that it was told to go; ``memory``: bytes that its images may take in all, where known.
+    ``leaving``: that it was told to go; ``memory``: bytes that its images may take in all, where known; ``attempt``:
+    of the ranks that it has, as its last heartbeat says.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Node:
     joined_at: float = 0.0
     leaving: Departure | None = None
     memory: int | None = None
+    attempt: Attempt | None = None
 
     @property
     def state(self) -> str:
@@ -93,6 +95,7 @@ class Membership:
         self.seats: dict[int, str] = {}
         self.best_seen_attempt = 0
         self.distrusted: set[Generation] = set()
+        self._doubted: dict[Generation, Attempt] = {}
         self.watch = Watch(config.detector)
 
     def join(self, event: Joined, awake: float, now: float) -> Node:
@@ -172,6 +175,15 @@ class Membership:
         """What the living nodes hold, verified; without what turned out to be wrong all the same."""
         found = [node.inventory for node in self.alive.values() if node.inventory is not None]
         return [held.without(self.distrusted) for held in found] if self.distrusted else found
+
+    def doubt(self, generation: Generation, attempt: Attempt) -> bool:
+        """Images gave ``attempt`` something else than they should: distrust them if they did so to another one before.
+
+        A source that was damaged since it was verified is found, and decoded around, when it is verified again.
+        """
+        if self._doubted.setdefault(generation, attempt) != attempt:
+            self.distrusted.add(generation)
+        return generation in self.distrusted
 
     def candidates(self) -> list[Candidate]:
         """The nodes that may have a seat, with what they hold."""

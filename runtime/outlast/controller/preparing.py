@@ -21,6 +21,8 @@ from outlast.messages.instructions import Load
 if TYPE_CHECKING:
     from outlast.controller.job import Job
 
+STOP_AGAIN_S = 15.0
+"""Nodes that have not answered by then are told again to stop."""
 START_AGAIN_S = 30.0
 """Nodes that have not begun by then are told again: a call to an agent may fail while the agent lives on."""
 
@@ -186,7 +188,8 @@ def start_again(job: Job, now: float) -> None:
         return
     job.start_again_at = now + START_AGAIN_S
     if job.awaiting:
-        job.out += [job.starts[name] for name in sorted(job.awaiting) if name in job.starts]
+        deaf = [name for name in sorted(job.awaiting) if job.members.nodes[name].attempt != job.attempt]
+        job.out += [job.starts[name] for name in deaf if name in job.starts]
     else:
         job.out.append(Load(job.members.seated_names(), job.attempt))
 

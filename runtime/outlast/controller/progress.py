@@ -16,7 +16,8 @@ _FURTHEST_GUESS_S = 2.0
 
 
 class Progress:
-    """``top_step``: most steps done by any rank; ``moved_at``: when anybody last moved; ``step_s``: a step's time."""
+    """``top_step``: most steps done by any rank; ``moved_at``: when anybody last moved; ``step_s``: a step's time;
+    ``ready_at``: when the first rank had its state, or there was no such rank yet."""
 
     def __init__(self, now: float, step: int = 0) -> None:
         self.restored_step = step
@@ -29,6 +30,7 @@ class Progress:
         self.metrics: dict[str, float] = {}
         self.steps: dict[int, int] = {}
         self.ready: set[int] = set()
+        self.ready_at = now
         self.done: dict[int, str] = {}
         self.busy: dict[int, tuple[str, float]] = {}
         self._own: dict[int, float] = {}
@@ -39,6 +41,12 @@ class Progress:
     def stepped(self) -> bool:
         """Whether any rank has done a step in this attempt."""
         return self.top_step > self.restored_step
+
+    def is_ready(self, rank: int, now: float) -> None:
+        """A rank has its state."""
+        if not self.ready:
+            self.ready_at = now
+        self.ready.add(rank)
 
     def heartbeat(self, event: Heartbeat, now: float) -> bool:
         """Take a heartbeat in; True when some rank has moved."""

@@ -36,17 +36,19 @@ class Planned:
 
 @dataclass
 class Preparation:
-    """The time between two attempts. ``waiting``: nodes that have not answered ``Stop``; ``deadline``: when those are
-    given up; ``not_before``: the end of the backoff; ``short_since``: since when there are too few nodes;
-    ``concluded``: the cause is named and a restart allowed; ``size``: nodes that suffice without waiting for more;
-    ``lacking_since``: since when the job waits for the object store, as nothing is left in memory; ``looked``: usable
-    nodes and claim with which no way to begin was found; ``told``: what the event log was told of that.
+    """The time between two attempts. ``waiting``: nodes that have not answered ``Stop``; ``again_at``: when they are
+    told again, ``deadline``: when they are given up; ``not_before``: the end of the backoff; ``short_since``: since
+    when there are too few nodes; ``concluded``: the cause is named and a restart allowed; ``size``: nodes that suffice
+    without waiting for more; ``lacking_since``: since when the job waits for the object store, as nothing is left in
+    memory; ``looked``: usable nodes and claim with which no way to begin was found; ``told``: what the event log was
+    told of that.
     """
 
     attempt: Attempt
     began: float
     waiting: set[str]
     deadline: float
+    again_at: float
     not_before: float = 0.0
     short_since: float | None = None
     concluded: bool = False

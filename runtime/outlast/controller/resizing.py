@@ -36,7 +36,8 @@ HURRY_SHARE = 0.5
 """Of a leaving node's time: then its handing over begins without a snapshot of its own."""
 RELEASE_SHARE = 0.8
 """Of a leaving node's time: then it is let go in any case."""
-RELEASE_AGAIN_S = 5.0
+RELEASE_AGAIN_S = 15.0
+"""Longer than an agent waits for its ranks to end before it says that they have not."""
 
 
 class Pause:

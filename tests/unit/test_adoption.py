@@ -1,0 +1,130 @@
+"""A controller that dies while ranks are restored: the next one lets them go on, or plans the restore anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from outlast import messages as m
+from outlast.controller.settings import CheckpointConfig, MachineConfig
+from outlast.snapshot.identity import Generation
+from support.simulated import Cluster, SimNode
+from support.simulated_store import URL
+
+CONFIG = MachineConfig(replicas=4, spares=1, every_steps=5)
+
+
+def rebuilding(config: MachineConfig, slow_s: float) -> tuple[Cluster, Generation]:
+    """A node is lost, its replacement takes ``slow_s`` to decode its image, the controller dies meanwhile."""
+    world = Cluster(config, 5, total=400)
+    world.run_to_step(33)
+    world.run_to("snapshot-committed")
+    kept, rebuild, begun = world.kept, world._rebuild, list[str]()
+    assert kept is not None
+
+    def take_long(node: SimNode, start: m.Start) -> None:
+        lacking = (
+            [one for one in start.restore.on_node(node.name) if one.source == "memory-decode"] if start.restore else []
+        )
+        if lacking and not begun:
+            begun.append(node.name)
+            world.at(slow_s, lambda: rebuild(node, start))
+        else:
+            rebuild(node, start)
+
+    world._rebuild = take_long  # type: ignore[method-assign]
+    world.lose_node(world.seated(1), replace_after=None)
+    assert world.run(30.0, lambda: bool(begun))
+    world.run(1.0)
+    world.restart_controller()
+    world.run_to("adopted")
+    return world, kept
+
+
+@pytest.mark.parametrize("parity", [1, 2])
+@pytest.mark.parametrize("slow_s", [0.5, 8.0, 60.0])
+def test_what_is_being_rebuilt_is_protected_again_before_it_is_written_over(parity: int, slow_s: float) -> None:
+    world, kept = rebuilding(replace(CONFIG, parity=parity), slow_s)
+    seen = len(world.log)
+    world.run_to("snapshot-permitted", 100.0)
+    since = [line.kind for line in world.log[seen:]]
+    assert "protected" in since, since
+    world.run(0.3)
+    world.lose_node(world.seated(2), replace_after=1.0)
+    assert world.run_to("restored").fields["step"] >= kept.step
+    assert world.run_to_end().outcome == "succeeded"
+
+
+def loading(config: MachineConfig, nodes: int) -> Cluster:
+    """All have rebuilt what they lacked, and hear no word to load from a controller, which dies."""
+    world = Cluster(config, nodes, total=200)
+    world.run_to_step(30)
+    world._on_load = lambda node, load: None  # type: ignore[method-assign]
+    world.crash_rank(0)
+    job = world.machine.job
+    assert world.run(20.0, lambda: job.phase.value == "starting" and not job.awaiting)
+    world.run(1.0)
+    world.restart_controller()
+    world.run_to("adopted")
+    return world
+
+
+@pytest.mark.parametrize("nodes", [1, 5])
+def test_ranks_that_never_load_end_the_attempt(nodes: int) -> None:
+    world = loading(replace(CONFIG, replicas=max(nodes - 1, 1), spares=nodes > 1), nodes)
+    line = world.run_to("fault", 2 * CONFIG.start_timeout_s)
+    assert "did not become ready within" in line.text
+
+
+def test_the_word_to_load_is_said_until_it_is_heard() -> None:
+    world = Cluster(CONFIG, 5, total=200)
+    hear, lost, deaf = world._on_load, list[str](), [False]
+
+    def load(node: Any, told: m.Load) -> None:
+        if deaf[0]:
+            return
+        if node.seat == 1 and not lost:
+            lost.append(node.name)
+            return
+        hear(node, told)
+
+    world.run_to_step(30)
+    deaf[0], world._on_load = True, load  # type: ignore[method-assign]
+    world.crash_rank(0)
+    job = world.machine.job
+    assert world.run(20.0, lambda: job.phase.value == "starting" and not job.awaiting)
+    world.restart_controller()
+    deaf[0] = False
+    faults = world.kinds().count("fault")
+    world.run_to("snapshot-committed", 60.0)
+    assert (len(lost), world.kinds().count("fault")) == (1, faults)
+
+
+def test_a_script_that_protects_nothing_is_left_alone() -> None:
+    """There is no state to load: however long no rank says that it has one, it goes on."""
+    world = Cluster(CONFIG, 5, total=10**6)
+    say = world.say
+    world.say = lambda event, delay=0.005: None if isinstance(event, m.RankReady) else say(event, delay)  # type: ignore[method-assign]
+    world.run_to("unprotected")
+    world.restart_controller()
+    world.run_to("adopted")
+    faults = world.kinds().count("fault")
+    world.run(3 * CONFIG.start_timeout_s)
+    assert world.kinds().count("fault") == faults
+    assert world.machine.job.attempt is not None
+    assert world.machine.job.attempt.number == 1
+
+
+@pytest.mark.parametrize("nodes", [1, 4])
+def test_ranks_that_ended_while_their_last_step_was_uploaded(nodes: int) -> None:
+    """They may say so after all have joined: the step is in the store before the job has succeeded."""
+    config = replace(CONFIG, replicas=nodes, spares=0, checkpoint=CheckpointConfig(URL, interval_steps=10))
+    world = Cluster(config, nodes, total=24)
+    world.store.upload_s = 5.0
+    world.run_to("last-step")
+    world.run_to("checkpoint-started")
+    world.restart_controller()
+    assert world.run_to_end().outcome == "succeeded"
+    assert world.store.line[-1].generation.step == 24
