@@ -76,7 +76,7 @@ class SimNode:
 
 class Cluster:
     """``handled`` counts events and ``handling_s`` the real seconds that the machine took for them; ``sums``: over so
-    many steps ranks sum gradients."""
+    many steps ranks sum gradients; ``rebuild_s``: what a node takes to get what it lacks."""
 
     def __init__(
         self,
@@ -117,6 +117,7 @@ class Cluster:
         self.handled, self.handling_s = 0, 0.0
         self.epoch = 0
         self.sums = 1
+        self.rebuild_s = 0.05
         self.machine = self._new_machine()
         for _ in range(nodes):
             self.add_node()
@@ -332,7 +333,9 @@ class Cluster:
             self._repeat(node, node.running)
 
     def _repeat(self, node: SimNode, attempt: Attempt) -> None:
-        """A new controller may not know which ranks are ready or done."""
+        """A new controller may not know which ranks are ready or done, nor who has what it lacked."""
+        if node.rebuilt:
+            self.say(m.RestoreReady(node.name, attempt), 0.006)
         for rank in self._ranks(node) if node.loaded else ():
             self.say(m.RankReady(node.name, attempt, rank, 0, 0.01, "x", self._about(rank)), 0.006)
         for rank, digest in node.done.items():
@@ -389,7 +392,7 @@ class Cluster:
         node.restores = start.restore
         self._sizes[start.attempt] = start.world_nodes
         self._at_seat[start.attempt, start.seat] = node
-        self.at(0.05, lambda: self._rebuild(node, start))
+        self.at(self.rebuild_s, lambda: self._rebuild(node, start))
 
     def _rebuild(self, node: SimNode, start: m.Start) -> None:
         plan = start.restore
@@ -521,7 +524,8 @@ class Cluster:
                 world = node.world_nodes * self.config.procs
                 image = HeldImage(node.name, node.seat or 0, local, slot, generation, "shard", LENGTH, world=world)
                 node.images["shard", local, slot] = image
-                self.say(m.Copied(node.name, rank, generation, slot, LENGTH, LENGTH, 0.001, 0.05))
+                sound = (generation.step, self.sums)
+                self.say(m.Copied(node.name, rank, generation, slot, LENGTH, LENGTH, 0.001, 0.05, sound))
 
         self.at(0.05, sealed)
 
@@ -560,7 +564,7 @@ class Cluster:
             group = GroupInfo(encode.seats, encode.parity, encode.lengths[local], encode.index)
             node.images["parity", local, encode.slot] = HeldImage(
                 node.name, node.seat or 0, local, encode.slot, encode.generation, "parity", LENGTH,
-                group=group, world=node.world_nodes * self.config.procs,
+                group=group,
             )  # fmt: skip
         self.say(m.Encoded(node.name, encode.generation, 0.05))
 

@@ -128,3 +128,127 @@ def test_ranks_that_ended_while_their_last_step_was_uploaded(nodes: int) -> None
     world.restart_controller()
     assert world.run_to_end().outcome == "succeeded"
     assert world.store.line[-1].generation.step == 24
+
+
+def test_ranks_that_came_back_at_the_last_boundary_get_their_snapshot() -> None:
+    """Nobody does a step any more: the permit for the last one is due all the same."""
+    config = MachineConfig(4, every_steps=5, checkpoint=CheckpointConfig(URL, interval_steps=10))
+    world = Cluster(config, 4, total=24)
+    world.store.upload_s = 60.0
+    end, writing = world._end, [True]
+    world._end = lambda node, attempt: None if writing[0] else end(node, attempt)  # type: ignore[method-assign]
+    world.run_to("last-step")
+    world.crash_rank(0)
+    writing[0] = False
+    world.run_to("restored")
+    job = world.machine.job
+    assert world.run(60.0, lambda: job.all_ready and job.phase.value == "running")
+    world.run(0.15)
+    world.restart_controller()
+    world.run_to("adopted")
+    faults = world.kinds().count("fault")
+    assert world.run(200.0, lambda: world.machine.over)
+    assert world.finished is not None
+    assert (world.finished.outcome, world.kinds().count("fault")) == ("succeeded", faults)
+
+
+def resumed(world: Cluster) -> list[int]:
+    return [line.fields["step"] for line in world.log if line.kind in ("restored", "restored-none")]
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["same controller", "another one"])
+def test_the_snapshot_of_a_larger_world_is_kept_until_there_is_one_of_the_smaller(dies: bool) -> None:
+    config = MachineConfig(5, min_replicas=3, every_steps=20, parity=2, group_size=8, shrink_after_s=5.0)
+    world = Cluster(config, 5, total=400, step_s=1.0)
+    world.run_to_step(41)
+    world.lose_node(world.seated(4), replace_after=None)
+    world.run_to("restored", 200.0)
+    job = world.machine.job
+    assert world.run(60.0, lambda: job.all_ready and job.phase.value == "running")
+    if dies:
+        world.restart_controller()
+        world.run_to("adopted")
+        assert world.machine.job.inherited is None
+        world.run(1.0)
+    plan = world.restores[-1].restore
+    assert plan is not None
+    world.lose_node(world.nodes[next(rank.node for rank in plan.ranks if rank.seat == 4)], replace_after=None)
+    world.run_to("restored", 200.0)
+    assert resumed(world) == [40, 40]
+    assert "protected" not in world.kinds()
+
+
+@pytest.mark.parametrize("parity", [0, 1])
+def test_what_was_passed_over_as_damaged_is_not_what_is_kept(parity: int) -> None:
+    """Keepers list it still, unverified."""
+    world = Cluster(MachineConfig(4, every_steps=20, parity=parity), 4, total=400, step_s=1.0)
+    world.run_to_step(41)
+    newest = world.kept
+    assert newest is not None
+    for seat in range(2):
+        node = world.seated(seat)
+        for key, image in list(node.images.items()):
+            if image.generation == newest:
+                node.images[key] = replace(image, bad_blocks=(1,))
+    world.crash_rank(2)
+    world.run_to("restored", 60.0)
+    job = world.machine.job
+    assert world.run(60.0, lambda: job.all_ready and job.phase.value == "running")
+    world.run(1.5)
+    world.restart_controller()
+    world.run_to("adopted")
+    permitted = world.run_to("snapshot-permitted", 100.0).fields["step"]
+    assert world.run(100.0, lambda: world.live_step() >= permitted)
+    world.run(0.02)  # no copy has ended
+    world.crash_rank(1)
+    world.run_to("restored", 60.0)
+    assert resumed(world)[0] == 20
+    assert resumed(world)[1] >= 20
+
+
+def test_nobody_loads_while_another_node_reads_from_the_store() -> None:
+    """Ranks read what they have in common from its keeper."""
+    config = replace(CONFIG, parity=0, checkpoint=CheckpointConfig(URL, interval_steps=10))
+    world = Cluster(config, 5, total=400)
+    world.run_to_step(33)
+    world.run(5.0)
+    rebuild, fetching = world._rebuild, list[SimNode]()
+
+    def slowly(node: SimNode, start: m.Start) -> None:
+        plan = start.restore
+        if plan is not None and not fetching and any(one.source == "object" for one in plan.on_node(node.name)):
+            fetching.append(node)
+            world.at(120.0, lambda: rebuild(node, start))
+        else:
+            rebuild(node, start)
+
+    world._rebuild = slowly  # type: ignore[method-assign]
+    world.lose_node(world.seated(1), replace_after=None)
+    assert world.run(100.0, lambda: bool(fetching))
+    world.run(2.0)
+    world.restart_controller()
+    world.run_to("adopted")
+    perform, early = world._perform, list[m.Load]()
+
+    def heard(told: m.Instruction) -> None:
+        if isinstance(told, m.Load) and not fetching[0].rebuilt:
+            early.append(told)
+        perform(told)
+
+    world._perform = heard  # type: ignore[method-assign, assignment]
+    world.run_to("snapshot-committed", 300.0)
+    assert early == []
+
+
+def test_what_an_adopted_attempt_lacked_is_nothing_to_the_next() -> None:
+    world, _ = rebuilding(CONFIG, 1000.0)
+    say = world.say
+    world.say = lambda event, delay=0.005: say(event, delay + 90.0 * isinstance(event, m.RankReady))  # type: ignore[method-assign]
+    beat = lambda node: world.tell(m.Heartbeat(node.name, node.running)) if node.hears else None  # noqa: E731
+    world._heartbeat = beat  # type: ignore[method-assign, assignment]
+    for seat in (0, 2, 3):
+        world.lose_node(world.seated(seat), replace_after=0.1)
+    seen = len(world.log)
+    world.run_to("restored-none", 60.0)
+    world.run(85.0)
+    assert "not-restored" not in [line.kind for line in world.log[seen:]]

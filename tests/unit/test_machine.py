@@ -766,7 +766,20 @@ def test_malformed_messages_are_refused(bad: dict[str, Any]) -> None:
 
 # --- any faults in any order ----------------------------------------------------------------------------------------
 
-FAULTS = ("rank", "error", "node", "pause", "keeper", "agent", "controller", "head", "corrupt", "hang", "resume")
+FAULTS = (
+    "rank",
+    "error",
+    "node",
+    "pause",
+    "keeper",
+    "agent",
+    "controller",
+    "head",
+    "corrupt",
+    "hang",
+    "resume",
+    "dawdle",
+)
 
 
 def strike(world: Cluster, kind: str, seat: int, seed: int) -> None:
@@ -775,6 +788,8 @@ def strike(world: Cluster, kind: str, seat: int, seed: int) -> None:
     if kind == "resume" or not node.alive or (node.paused and kind != "node"):
         for paused in [other for other in world.nodes.values() if other.paused]:
             world.resume(paused)
+    elif kind == "dawdle":
+        world.rebuild_s = 0.05 * (1 + seed) ** 2
     elif kind in ("rank", "error") and seat in seats:
         error = m.ErrorInfo(world.now, "ValueError", f"number {'x' * seed}") if kind == "error" else None
         world.crash_rank(seat * world.config.procs, error)

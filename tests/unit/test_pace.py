@@ -99,11 +99,11 @@ def taken(every: Callable[[int], bool], boundaries: int, **config: Any) -> list[
     for done in range(1, boundaries):
         sound = [*sound[-1:], done] if every(done) else sound
         if permit is not None and done == permit.step:
+            rhythm = (sound[1], sound[1] - sound[0]) if len(sound) == 2 else None
             if every(done):
-                pace.copied(done)
+                pace.copied(done, rhythm)
                 found.append(done)
             else:
-                rhythm = (sound[1], sound[1] - sound[0]) if len(sound) == 2 else None
                 pace.missed("accumulating: no optimizer step since the last boundary", 0.0, rhythm)
                 pace.called_off(done, set(), 0.0)
             permit = None
@@ -127,9 +127,23 @@ def test_they_are_found_without_a_steady_rhythm(lengths: tuple[int, ...]) -> Non
     assert max(later - before for before, later in pairwise([0, *steps, 2000])) <= 200, lengths
 
 
-def test_every_so_many_steps_means_the_next_at_which_no_gradients_wait() -> None:
-    steps = taken(lambda done: done % 3 == 1, 200, every_steps=10)
-    assert {later - before for before, later in pairwise(steps[1:])} <= {9, 12}, steps
+@pytest.mark.parametrize("every", [7, 10, 25, 100])
+@pytest.mark.parametrize("sums", [1, 2, 3, 5, 8, 10, 16, 64])
+def test_every_so_many_steps_means_the_next_at_which_no_gradients_wait(every: int, sums: int) -> None:
+    for phase in {0, 1 % sums, sums // 2, sums - 1}:
+        steps = taken(lambda done, phase=phase: done % sums == phase, 20 * (every + sums), every_steps=every)
+        gaps = [later - before for before, later in pairwise(steps)]
+        assert max(gaps[2:]) < every + 2 * sums, (phase, steps)
+        assert sum(gaps[2:]) / len(gaps[2:]) <= max(every, sums) + sums / 2, (phase, steps)
+
+
+@pytest.mark.parametrize("every", [None, 10])
+@pytest.mark.parametrize(("before", "sums"), [(40, 8), (80, 8), (500, 4), (11, 1)])
+def test_a_long_gap_at_the_beginning_is_not_taken_for_the_rhythm(every: int | None, before: int, sums: int) -> None:
+    """A GradScaler skips an optimizer's first steps; something else is done before the training."""
+    steps = taken(lambda done: done > before and done % sums == 0, 3000, every_steps=every)
+    later = [step for step in steps if step > 3 * before + 50]
+    assert max(b - a for a, b in pairwise(later)) <= 12 + 2 * sums, steps
 
 
 def test_who_never_answers_is_not_waited_for_for_ever() -> None:

@@ -455,6 +455,16 @@ def test_suspended_between_two_sums_of_gradients_it_takes_the_next_boundary(sums
     assert step % sums == 0
 
 
+def test_suspended_while_it_recovers_it_has_as_many_steps_time() -> None:
+    world = cluster(config=replace(STORED, every_steps=5), total=10**4, step_s=90.0)
+    world.run(90.0 * 33)
+    world.crash_rank(0)
+    assert world.run(60.0, lambda: world.machine.job.phase.value == "stopping")
+    world.tell(m.SuspendRequested(60.0))
+    found = suspended(world, 4000.0)
+    assert found["suspended"]["checkpoint_step"] == found["suspended"]["step"]
+
+
 def test_asked_again_while_it_ends_it_goes_on_ending() -> None:
     world = cluster(config=STORED)
     world.run_to_step(12)

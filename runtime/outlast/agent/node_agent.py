@@ -211,6 +211,8 @@ class NodeAgent:
         self._departure.tell()
         self._inform()
         if self._ranks is not None and self._ranks.well():
+            if self._rebuilt == self._ranks.attempt:
+                self._emit(m.RestoreReady(self.config.node, self._rebuilt))
             self._news.repeat(self._ranks)
 
     def _describe(self, serving: Serving, status: Mapping[str, Any]) -> m.Joined:

@@ -51,8 +51,7 @@ def event_of(speaker: Speaker, said: Mapping[str, Any]) -> m.Event | None:
         case "planned":
             return m.Planned(node, rank, Generation.parse(said["generation"]))
         case "missed":
-            sound = (int(said["sound"][0]), int(said["sound"][1])) if said.get("sound") else None
-            return m.Missed(node, rank, Generation.parse(said["generation"]), said["reason"], sound)
+            return m.Missed(node, rank, Generation.parse(said["generation"]), said["reason"], _sound(said))
         case "copied":
             return _copied(speaker, said)
     return None
@@ -88,7 +87,12 @@ def _copied(speaker: Speaker, said: Mapping[str, Any]) -> m.Copied:
         length=int(said["length"]),
         stall_s=float(said.get("stall_s", 0.0)),
         copy_s=float(said.get("copy_s", 0.0)),
+        sound=_sound(said),
     )
+
+
+def _sound(said: Mapping[str, Any]) -> tuple[int, int] | None:
+    return (int(said["sound"][0]), int(said["sound"][1])) if said.get("sound") else None
 
 
 def error_of(said: Mapping[str, Any]) -> m.ErrorInfo:

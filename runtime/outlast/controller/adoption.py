@@ -13,7 +13,7 @@ from outlast.controller.recovery import Restored, seat_groups, unprotected
 from outlast.controller.settings import MachineConfig
 from outlast.controller.snapshot_work import Committed
 from outlast.controller.snapshots import SnapshotCycle
-from outlast.messages.events import Joined, RankDone, RankExited, RankReady
+from outlast.messages.events import Joined, RankDone, RankExited, RankReady, RestoreReady
 from outlast.messages.instructions import Stop
 from outlast.snapshot.identity import Attempt, Generation
 from outlast.snapshot.inventory import GUEST_SLOT, HeldImage, Inventory
@@ -22,11 +22,11 @@ from outlast.snapshot.placement import Group
 
 @dataclass
 class Gathering:
-    """What the nodes said when they joined, and what their ranks have said since."""
+    """What the nodes said when they joined, and what they and their ranks have said since."""
 
     joined: dict[str, Joined] = field(default_factory=dict)
     last_join: float = 0.0
-    said: dict[str, list[RankReady | RankDone]] = field(default_factory=dict)
+    said: dict[str, list[RestoreReady | RankReady | RankDone]] = field(default_factory=dict)
 
     def add(self, event: Joined, now: float) -> None:
         """A node joined."""
@@ -34,8 +34,8 @@ class Gathering:
         self.said[event.node] = []
         self.last_join = now
 
-    def hear(self, event: RankReady | RankDone | RankExited) -> None:
-        """A rank of a joined node is ready, or has ended, well or not."""
+    def hear(self, event: RestoreReady | RankReady | RankDone | RankExited) -> None:
+        """A joined node has what it lacked, or a rank of it is ready, or has ended, well or not."""
         joined = self.joined.get(event.node)
         if joined is None or joined.attempt != event.attempt:
             return
@@ -100,23 +100,32 @@ class Gathering:
         return max((event.restart_count for event in self.joined.values()), default=0)
 
 
-def newest_whole(held: Mapping[int, Sequence[HeldImage]], placed: Sequence[Group], procs: int) -> Restored | None:
-    """The newest generation of which every seat's node says that it holds all of its ranks' images.
+def newest_whole(
+    joined: Mapping[int, Joined], attempt: Attempt, placed: Sequence[Group], procs: int
+) -> Restored | None:
+    """The newest generation of which every seat's node says that it holds all of its ranks' images: one that
+    ``attempt`` took or began with, as others may have been passed over as damaged.
 
-    ``held``: what the keepers of the seats say, unverified. It is treated like one that was restored: protected again
+    ``joined``: what the seats' nodes say, unverified. It is treated like one that was restored: protected again
     before its slot's neighbour is written, since the controller that died may not have come to that.
     """
+    world, begun = len(joined) * procs, {event.restores for event in joined.values()}
     images: dict[Generation, dict[int, HeldImage]] = {}
-    for seat, own in held.items():
-        for image in own:
-            if image.kind == "shard" and image.seat == seat and image.local_rank < procs:
+    for seat, event in joined.items():
+        for image in event.held:
+            its_own = image.kind == "shard" and image.seat == seat and image.local_rank < procs
+            if (
+                its_own
+                and image.world in (0, world)
+                and (image.generation.taken_by(attempt) or image.generation in begun)
+            ):
                 images.setdefault(image.generation, {})[seat * procs + image.local_rank] = image
-    whole = [generation for generation, ranks in images.items() if len(ranks) == len(held) * procs]
+    whole = [generation for generation, ranks in images.items() if len(ranks) == world]
     if not whole:
         return None
     newest = max(whole)
     ranks = images[newest]
-    inventories = {seat: Inventory("", tuple(own)) for seat, own in held.items()}
+    inventories = {seat: Inventory("", event.held) for seat, event in joined.items()}
     targets = unprotected(newest, inventories, placed, procs)
     return Restored(newest, ranks[0].slot, {rank: image.length for rank, image in ranks.items()}, targets)
 
@@ -170,7 +179,7 @@ def _adopt(job: Job, gathering: Gathering, attempt: Attempt, seats: dict[int, st
     job.members.seat_all(seats)
     placed = seat_groups(job.config, job.members, seats)
     joined = {seat: gathering.joined[name] for seat, name in seats.items()}
-    whole = newest_whole({seat: event.held for seat, event in joined.items()}, placed, job.config.procs)
+    whole = newest_whole(joined, attempt, placed, job.config.procs)
     restored, job.half_restored = begun_with(tuple(joined.values()), whole)
     began_with = [event.restores.step for event in joined.values() if event.restores is not None]
     job.resumes, job.progress = bool(began_with), Progress(now, max(began_with, default=0))
@@ -183,10 +192,13 @@ def _adopt(job: Job, gathering: Gathering, attempt: Attempt, seats: dict[int, st
     job.load_again_at = now + job.config.patience.settle_s
     job.out += [Stop(name, attempt) for name, node in job.members.alive.items() if node.seat is None]
     durable.claim_again(job, now)
-    said = [event for name in seats.values() for event in gathering.said[name]]
-    for event in said:
-        if isinstance(event, RankDone):
-            ending.rank_done(job, event.rank, event.digest, event.steps, now)
-        else:
-            durable.hear_about(job, event)
-            job.rank_ready(event.rank, now)
+    job.awaiting = set(seats.values())
+    for event in (event for name in seats.values() for event in gathering.said[name]):
+        match event:
+            case RestoreReady():
+                job.awaiting.discard(event.node)
+            case RankDone():
+                ending.rank_done(job, event.rank, event.digest, event.steps, now)
+            case RankReady():
+                durable.hear_about(job, event)
+                job.rank_ready(event.rank, now)

@@ -136,6 +136,9 @@ def _load_again(job: Job, now: float) -> None:
         job.emit("not-restored", f"attempt {job.attempt.number} was still restoring: its restore is planned anew")
         job.begin_attempt(now)
         return
+    if job.awaiting:  # the store is being read: ranks read from each other's nodes too
+        job.load_again_at = now + 1.0
+        return
     job.load_again_at = now + preparing.START_AGAIN_S
     job.out.append(Load(job.members.seated_names(), job.attempt))
 

@@ -183,6 +183,7 @@ class Job:
     def _leave_attempt(self, now: float, planned: Planned | None) -> None:
         """What belonged to the living attempt ends: permits with its ranks, encodings and uploads with its fence."""
         self.cycle, self.final, self.ended_at, self.inherited = None, None, None, None
+        self.load_again_at, self.half_restored = math.inf, False
         if self.checkpoints is not None:
             self.checkpoints.drop()
         if self.phase in LIVE:

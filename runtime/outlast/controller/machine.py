@@ -193,10 +193,12 @@ class Machine:
 
     def _restore_ready(self, event: e.RestoreReady, now: float) -> None:
         job = self.job
+        if job.phase is Phase.GATHERING:
+            self._gathering.hear(event)
         if self._of_attempt(event.node, event.attempt, now) is None or event.node not in job.awaiting:
             return
         job.awaiting.discard(event.node)
-        if not job.awaiting:
+        if not job.awaiting and job.phase is Phase.STARTING:
             job.loaded(now)
 
     def _rank_ready(self, event: e.RankReady, now: float) -> None:

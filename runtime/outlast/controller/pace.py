@@ -71,7 +71,9 @@ class Pace:
 
     def next(self, progress: Progress, now: float) -> Next | None:
         """The next permit, once its step is near enough to be sure of it and far enough for all ranks to hear of it."""
-        if self.ended or now < self._not_before or progress.done or (self._adopted and not progress.stepped):
+        if self.ended or now < self._not_before or progress.done:
+            return None
+        if self._adopted and not progress.stepped and not self._at_end(progress):
             return None
         estimate = progress.estimate(now)
         margin = policy.margin_steps(progress.step_s, self._factor)
@@ -90,10 +92,17 @@ class Pace:
         hold = self.planned and (self.hold or step == total)
         return Next(step, not self.planned, hold, now + wait_s + self._config.patience.copy_s)
 
+    def _at_end(self, progress: Progress) -> bool:
+        """Whether ranks wait after the last step for a permit, which is then never too late."""
+        return self.final and progress.total is not None and progress.top_step >= progress.total
+
     def _step(self, first: int, progress: Progress, now: float) -> int:
         every, hurry = self._config.every_steps, self.hurry or self.hold or not self.planned
         interval_s = self._interval(now) if every is None else 0.0
-        return self._soundly(policy.next_snapshot(every, first, self._last_copied, interval_s, progress.step_s, hurry))
+        # A multiple of every_steps may be long past when the next boundary at which no gradients wait is near.
+        from_ = max(first - self.period + 1, (self._last_copied or 0) + 1) if every is not None and not hurry else first
+        step = policy.next_snapshot(every, from_, self._last_copied, interval_s, progress.step_s, hurry)
+        return self._soundly(max(first, step))
 
     def _soundly(self, first: int) -> int:
         """The first step from ``first`` on before which no gradients wait, as far as is known."""
@@ -102,6 +111,10 @@ class Pace:
         at, period = self._sound
         return first + (at - first) % period
 
+    def _learn(self, sound: tuple[int, int] | None) -> None:
+        if sound is not None and sound[1] > 0:
+            self._sound = sound
+
     @property
     def period(self) -> int:
         """Steps from one possible snapshot to the next, as far as is known."""
@@ -109,15 +122,16 @@ class Pace:
 
     # --- how it went ------------------------------------------------------------------------------------------------
 
-    def copied(self, step: int) -> None:
-        """All ranks have taken it."""
+    def copied(self, step: int, sound: tuple[int, int] | None = None) -> None:
+        """All ranks have taken it. ``sound``: as in ``Copied``."""
+        self._learn(sound)
         self.hurry, self._last_copied, self._errors, self.unsound = False, step, 0, 0
 
     def missed(self, reason: str, now: float, sound: tuple[int, int] | None = None) -> None:
         """A rank did not take it. ``sound``: as in ``Missed``."""
         if reason.startswith(ACCUMULATING):
             self.unsound += 1
-            self._sound = sound if sound is not None and sound[1] > 0 else self._sound
+            self._learn(sound)
             self._not_before_step = self._last_permitted + self.unsound  # ever further: a rhythm may be none
             return
         if reason == "late":

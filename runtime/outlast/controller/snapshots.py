@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from outlast.controller.membership import Membership, Node
-from outlast.controller.pace import Next, Pace
+from outlast.controller.pace import ACCUMULATING, Next, Pace
 from outlast.controller.parity import ParityRound
 from outlast.controller.progress import Progress
 from outlast.controller.recovery import Restored
@@ -259,7 +259,7 @@ class SnapshotCycle:
         if work.waiting_ranks:
             return []
         work.copied_at, self._adopted = now, False
-        self.pace.copied(event.generation.step)
+        self.pace.copied(event.generation.step, event.sound)
         return self._encode(work, None, now)
 
     def _not_ours(self, event: Copied) -> list[Instruction]:
@@ -282,7 +282,8 @@ class SnapshotCycle:
         work.waiting_ranks.discard(event.rank)
         self.pace.missed(event.reason, now, event.sound)
         told = self._abandon(work, f"rank {event.rank}: {event.reason}", now)
-        return [*told, _never_sound()] if self.pace.unsound == UNSOUND_TOLD else told
+        never = event.reason.startswith(ACCUMULATING) and self.pace.unsound == UNSOUND_TOLD
+        return [*told, _never_sound()] if never else told
 
     def _abandon(self, work: Work, reason: str, now: float) -> list[Instruction]:
         """This generation will not be; the next one as soon as possible."""

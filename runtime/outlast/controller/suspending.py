@@ -43,7 +43,8 @@ def ask(job: Job, asked: SuspendRequested, now: float) -> None:
     """End the job as soon as its state is safe."""
     if job.outcome is not None or job.suspension is not None:
         return
-    job.suspension = Suspension(now, asked.patience_s, asked.reason, now + asked.patience_s)
+    wait_s = max(asked.patience_s, STEPS * (job.progress.step_s or 0.0))
+    job.suspension = Suspension(now, asked.patience_s, asked.reason, now + wait_s)
     why = f" ({asked.reason})" if asked.reason else ""
     job.emit("suspending", f"the job is suspended{why}", patience_s=asked.patience_s, reason=asked.reason)
     drive(job, now)

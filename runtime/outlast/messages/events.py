@@ -139,7 +139,9 @@ class Stopped:
 
 @dataclass(frozen=True, slots=True)
 class RestoreReady:
-    """A node's keeper has rebuilt what ``Start.restore`` asked of it; its ranks can load. Sent in any case."""
+    """A node's keeper has rebuilt what ``Start.restore`` asked of it; its ranks can load. Sent in any case, and again
+    after ``Joined``.
+    """
 
     node: str
     attempt: Attempt
@@ -269,7 +271,7 @@ class Planned:
 @dataclass(frozen=True, slots=True)
 class Copied:
     """A rank's image is sealed. ``bytes``: of state; ``length``: of the image file; ``stall_s``: how long its loop was
-    blocked; ``copy_s``: how long the copy took.
+    blocked; ``copy_s``: how long the copy took; ``sound``: as in ``Missed``.
     """
 
     node: str
@@ -280,14 +282,14 @@ class Copied:
     length: int
     stall_s: float = 0.0
     copy_s: float = 0.0
+    sound: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Missed:
     """A rank did not take a permitted snapshot. ``reason``: "late" (the permit came too late), "replan" (its plan no
-    longer holds), "accumulating…" (gradients wait there for an optimizer's step) or an error's text. ``sound``: of an
-    accumulating rank, once known: the last step before which no gradients waited, and how many steps before it that was
-    so last.
+    longer holds), "accumulating…" (gradients wait there for an optimizer's step) or an error's text. ``sound``, where
+    known: the last step before which no gradients waited, and how many steps before it that was so last.
     """
 
     node: str

@@ -288,6 +288,7 @@ class RankSnapshots:
         self.link.send(
             "copied", generation=str(window.generation), slot=copying.slot, bytes=copying.ticket.copied_bytes,
             length=plan.layout.total_bytes, stall_s=window.stall_so_far(), copy_s=copying.ticket.seconds,
+            sound=self._rhythm(),
         )  # fmt: skip
 
     def _read_out(self, copying: _Copying, keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
