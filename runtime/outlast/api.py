@@ -36,6 +36,7 @@ SET_BY_OUTLAST = re.compile(
 
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
+MOST_NODES, MOST_PROCS = 100_000, 1024
 
 
 def _check_dns_label(name: str) -> str:
@@ -101,15 +102,19 @@ class EnvVar(Part):
 class Workers(Part):
     """The nodes that train."""
 
-    replicas: PositiveCount = Field(default=1, description="Nodes that train: Pods, or their local stand-ins.")
+    replicas: PositiveCount = Field(
+        default=1, le=MOST_NODES, description="Nodes that train: Pods, or their local stand-ins."
+    )
     min_replicas: PositiveCount | None = Field(
         default=None, description="The fewest nodes to go on with when no spare is left; absent: never shrink."
     )
     spares: Count = Field(
-        default=0, description="Further nodes that wait, warm and without ranks, to take a lost node's place."
+        default=0,
+        le=MOST_NODES,
+        description="Further nodes that wait, warm and without ranks, to take a lost node's place.",
     )
     procs_per_worker: PositiveCount = Field(
-        default=1, description="Ranks on a node: one for each accelerator, as a rule."
+        default=1, le=MOST_PROCS, description="Ranks on a node: one for each accelerator, as a rule."
     )
     failure_domain: str | None = Field(
         default=None,

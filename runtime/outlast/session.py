@@ -180,6 +180,11 @@ class Run:
                 yield from self._steps(batches, total)
         else:
             self._resume()
+            if self.step > total and self.rank == 0:
+                text = (
+                    f"the state is that of step {self.step}, beyond the {total} steps that are asked for: none is done"
+                )
+                self._link.send("note", kind="beyond-total", text=text)
             self._link.send("step", step=self.step, seconds=0.0, own_seconds=0.0, metrics={}, total=total)
         self._complete()
 

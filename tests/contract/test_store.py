@@ -813,7 +813,7 @@ def test_drafts_that_are_moved_away_meanwhile_are_skipped(
 
 def test_a_folder_that_may_not_be_written_is_told(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreDenied, match="folder that this user may write"):
+    with pytest.raises(StoreDenied, match=r"file is a file, below which there can be no folder"):
         open_store(f"file://{tmp_path}/file/below").put("x", b"")
 
 

@@ -339,7 +339,7 @@ class Cluster:
         for rank in self._ranks(node) if node.loaded else ():
             self.say(m.RankReady(node.name, attempt, rank, 0, 0.01, "x", self._about(rank)), 0.006)
         for rank, digest in node.done.items():
-            self.say(m.RankDone(node.name, attempt, rank, digest, self.total), 0.006)
+            self.say(m.RankDone(node.name, attempt, rank, digest, self.step[attempt]), 0.006)
 
     def _heartbeat(self, node: SimNode) -> None:
         if not node.hears:
@@ -480,7 +480,7 @@ class Cluster:
         """All steps are done: the ranks end, or wait at the last boundary for a snapshot of it."""
         for node in [node for node in self.nodes.values() if node.running == attempt and node.alive]:
             node.at_end = self.config.checkpoint is not None
-            self._boundary(node, attempt, self.total)
+            self._boundary(node, attempt, self.step[attempt])
             if not node.at_end:
                 self._end(node, attempt)
 
@@ -490,7 +490,7 @@ class Cluster:
         node.at_end, digest = False, f"digest-{self.total}"
         for rank in self._ranks(node):
             node.done[rank] = digest
-            self.say(m.RankDone(node.name, attempt, rank, digest, self.total))
+            self.say(m.RankDone(node.name, attempt, rank, digest, self.step[attempt]))
 
     def _boundary(self, node: SimNode, attempt: Attempt, step: int) -> None:
         due = [generation for generation in node.permits if generation.step <= step]
@@ -535,7 +535,7 @@ class Cluster:
         if node.running is not None and permit.generation.taken_by(node.running):
             node.permits[permit.generation] = permit
             if node.at_end and node.alive:
-                self._boundary(node, node.running, self.total)
+                self._boundary(node, node.running, self.step[node.running])
 
     def _on_abort(self, node: SimNode, abort: m.Abort) -> None:
         node.permits.pop(abort.generation, None)

@@ -201,6 +201,33 @@ def test_another_jobs_checkpoints_are_refused_or_resumed(tmp_path: Path) -> None
         assert at.kinds() == ["store-resumed"]
 
 
+@pytest.mark.parametrize("steps", [(), (5,)])
+def test_a_job_that_ends_without_a_checkpoint_gives_its_place_back(tmp_path: Path, steps: tuple[int, ...]) -> None:
+    """Its next run, or another job of its name, is not asked to go on from nothing."""
+    other = JobMark("default", "demo", "another")
+    with desk(tmp_path) as at:
+        at.claimed(1)
+        for step in steps:
+            at.commit(1, step)
+        with desk(tmp_path, mark=other) as rival:
+            assert rival.failed(1)[0] == "denied", "it has not ended"
+        at.archivist.submit(m.Finish("failed", "the script fails by itself"))
+    head = Archive(folder(tmp_path)).require_head()
+    assert (head.vacant, head.claim is None) == (not steps, not steps)
+    with desk(tmp_path, mark=other) as at:
+        assert at.failed(1)[0] == "denied" if steps else at.claimed(1) == []
+
+
+def test_another_job_that_cannot_be_read_is_no_store_that_is_down(tmp_path: Path) -> None:
+    checkpoint_by(tmp_path / "other", 5)
+    folder(tmp_path / "other").put(HEAD_KEY, b'{"foo":')
+    with desk(tmp_path / "own", restore_from=f"file://{tmp_path}/other") as at:
+        trouble, reason = at.failed(1)
+    assert trouble == "denied"
+    assert f"checkpoint.restoreFrom file://{tmp_path}/other" in reason
+    assert f"trainctl checkpoints repair file://{tmp_path}/other" in reason
+
+
 def test_without_an_identity_nothing_is_claimed(tmp_path: Path) -> None:
     with desk(tmp_path, mark=replace(MARK, identity="")) as at:
         trouble, reason = at.failed(1)

@@ -970,3 +970,21 @@ def test_patience_for_the_store_is_a_setting() -> None:
     world.run_to("last-step")
     world.store.trouble = "denied"
     assert "within 30 s" in world.run_to_end().reason
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["one controller", "another one"])
+def test_a_job_that_is_asked_for_fewer_steps_than_it_has_done_succeeds(dies: bool) -> None:
+    """Its ranks wait after a step beyond the last: that is what is snapshot and stored."""
+    world = cluster()
+    world.run_to_step(33)
+    world.run_to("snapshot-committed")
+    world.total = 20
+    world.crash_rank(0)
+    line = world.run_to("restored")
+    if dies:
+        world.run(0.2)
+        world.restart_controller()
+    assert world.run(200.0, lambda: world.finished is not None)
+    assert world.finished is not None
+    assert world.finished.outcome == "succeeded"
+    assert world.store.line[-1].generation.step == line.fields["step"]

@@ -150,10 +150,10 @@ def _put_head(tmp_path: Path, steps: Sequence[int]) -> str:
     """A head of another run of the same job, with checkpoints of these steps; returns their URL."""
     url = job_url(f"file://{tmp_path}/store", "default", "small")
     archive = Archive(open_store(url))
-    archive.claim(JobMark("default", "small", "theirs"), ClaimMark(1, "ab" * 8, "controller"), None)
+    claim = ClaimMark(1, "ab" * 8, "controller")
     generations = [Generation(1, step, "ab" * 8) for step in steps]
     line = tuple(Entry(g, g.step, manifest_key(g), "0" * 64, 10, "2026-01-01T00:00:00Z") for g in generations)
-    archive.store.put("head.json", Head(JobMark("default", "small", "theirs"), line=line).to_text().encode())
+    archive.store.put("head.json", Head(JobMark("default", "small", "theirs"), claim, line).to_text().encode())
     return url
 
 
@@ -191,9 +191,38 @@ def test_a_store_without_checkpoints_lets_a_job_start_afresh(tmp_path: Path) -> 
 
 def test_a_run_that_has_no_checkpoint_yet_is_not_stopped_by_another(tmp_path: Path) -> None:
     _put_head(tmp_path, [])
-    with pytest.raises(RequestError, match=r"has no checkpoint yet.*take its place with --resume"):
+    with pytest.raises(RequestError, match=r"has made no checkpoint.*begin in its place with --resume"):
         identity_of(_stored_job(tmp_path), False, lambda _: None)
     assert identity_of(_stored_job(tmp_path, "of-kubernetes"), False, lambda _: None) == "of-kubernetes"
+
+
+def test_a_run_that_gave_its_place_back_is_no_obstacle(tmp_path: Path) -> None:
+    url = _put_head(tmp_path, [])
+    archive = Archive(open_store(url))
+    claim = archive.require_head().claim
+    assert claim is not None
+    archive.release(claim)
+    assert identity_of(_stored_job(tmp_path), False, lambda _: None) == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("reference", "told"),
+    [
+        ("nowhere", "holds no checkpoints"),
+        ("store@9", "holds no checkpoints"),
+        ("store/default/small@7", "no checkpoint of step 7"),
+    ],
+)
+def test_what_is_to_be_begun_with_is_looked_for_before_anything_starts(
+    tmp_path: Path, reference: str, told: str
+) -> None:
+    _put_head(tmp_path / "other", [5])
+    there = f"file://{tmp_path}/other/{reference}"
+    job = _stored_job(tmp_path)
+    assert job.spec.checkpoint is not None
+    spec = job.spec.model_copy(update={"checkpoint": job.spec.checkpoint.model_copy(update={"restore_from": there})})
+    with pytest.raises(RequestError, match=f"spec.checkpoint.restoreFrom .*{told}"):
+        identity_of(job.model_copy(update={"spec": spec}), False, lambda _: None)
 
 
 @pytest.mark.parametrize("resume", [True, False])

@@ -112,7 +112,7 @@ class Archive:
         """
 
         def take(head: Head) -> Head:
-            if head.job != mark and not resume:
+            if head.job != mark and not resume and not head.vacant:
                 raise RequestError(
                     f"{self.url} holds the checkpoints of another job, {head.job}; this one is {mark}: go on from them "
                     "with spec.checkpoint.resume (trainctl run --resume), or give this job another name or "
@@ -121,6 +121,16 @@ class Archive:
             return replace(line.claimed(head, claim, expected), job=mark)
 
         return self._move(take, Head(mark))
+
+    def release(self, claim: ClaimMark) -> None:
+        """Give the head back if ``claim`` holds it and no checkpoint was made: there is nothing to go on from."""
+
+        def give(head: Head) -> Head:
+            empty = head.claim == claim and not head.line and not head.quarantined
+            return replace(head, claim=None) if empty else head
+
+        if self.read_head() is not None:
+            self._move(give)
 
     def commit(self, manifest: Manifest, claim: ClaimMark) -> Head:
         """Make a generation, whose images are all uploaded, a checkpoint: its manifest, then the head. May be repeated.
@@ -264,10 +274,19 @@ class Archive:
                 self._known = Head.from_text(data, where)
             except CheckpointError:
                 data, etag = self.store.get(HEAD_KEY)
-                self._known = Head.from_text(data, where)
+                self._known = self._parse(data, where)
         except ObjectMissing:
             return None, None
         return self._known, etag
+
+    def _parse(self, data: bytes, where: str) -> Head:
+        try:
+            return Head.from_text(data, where)
+        except NewerFormat:
+            raise
+        except CheckpointError as error:
+            remedy = f"see what can be had back with: trainctl checkpoints repair {self.url}"
+            raise CheckpointError(f"{error}; {remedy}") from error
 
     def _move(self, change: Callable[[Head], Head], fresh: Head | None = None) -> Head:
         """Replace the head by what ``change`` makes of it. A head that the store lost is taken from memory; without

@@ -256,9 +256,16 @@ def _store_error(url: str, key: str, error: OSError) -> StoreError:
     where = f"{url}/{key}"
     if error.errno in _FULL:
         return StoreUnavailable(f"{where}: the file system is full; free some space, or keep fewer checkpoints")
+    if isinstance(error, NotADirectoryError) and (file := _file_above(error)):
+        return StoreDenied(f"{where}: {file} is a file, below which there can be no folder; name another URL")
     if error.errno in _DENIED:
         return StoreDenied(f"{where}: {error.strerror}; make {error.filename or url} a folder that this user may write")
     return StoreUnavailable(f"{where}: {error.strerror or error}")
+
+
+def _file_above(error: OSError) -> Path | None:
+    """Which part of a path is no folder."""
+    return next((above for above in Path(error.filename or "").parents if above.is_file()), None)
 
 
 def _unless_gone(error: OSError) -> None:

@@ -169,6 +169,11 @@ class Head:
     quarantined: tuple[Quarantined, ...] = ()
     format: int = FORMAT
 
+    @property
+    def vacant(self) -> bool:
+        """Whether it holds nothing, and nobody is about to change that."""
+        return self.claim is None and not self.line and not self.quarantined
+
     def entry(self, generation: Generation) -> Entry | None:
         """The checkpoint of that generation, if the line has it."""
         return next((entry for entry in self.line if entry.generation == generation), None)

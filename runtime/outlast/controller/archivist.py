@@ -57,7 +57,7 @@ COMMIT_S = 60.0
 PAUSES_S = (1.0, 30.0)
 """Seconds before the first and the longest wait between two tries."""
 
-Order = m.Claim | m.CommitCheckpoint | m.Quarantine
+Order = m.Claim | m.CommitCheckpoint | m.Quarantine | m.Finish
 Answer = Callable[[m.Event], object]
 Log = Callable[[str, str, Mapping[str, Any]], object]
 _FAILURES = (StoreError, CheckpointError, ClaimLost, RequestError)
@@ -138,6 +138,7 @@ class Archivist:
         self._looked = False
         self._expected: ClaimMark | None = None
         self._claim: ClaimMark | None = None
+        self._own: ClaimMark | None = None
         self._unfinished: _Unfinished | None = None
         self._condemned: dict[Generation, str] = {}
         self._foreign: tuple[StoredCheckpoint, ...] = ()
@@ -150,7 +151,8 @@ class Archivist:
         self._orders.put(order)
 
     def close(self) -> None:
-        """Have ``run`` return after the call that is under way. Nothing is said from now on."""
+        """Have ``run`` return after the call that is under way, and after what ``Finish`` asks for. Nothing is said from
+        now on."""
         self._closed.set()
         self._orders.put(None)
 
@@ -167,8 +169,9 @@ class Archivist:
             self._look()
         except _FAILURES as error:  # the claim tells
             self._last_error = str(error)
-        while (order := self._next()) is not None and not self._closed.is_set():
-            self._perform(order)
+        while (order := self._next()) is not None:
+            if not self._closed.is_set() or isinstance(order, m.Finish):
+                self._perform(order)
         for archive in self._archives.values():
             archive.store.close()
 
@@ -201,6 +204,8 @@ class Archivist:
                 case m.Quarantine():
                     self._condemned[order.generation] = order.reason
                     self._quarantine_condemned()
+                case m.Finish():
+                    self._give_back()
         except _FAILURES as error:
             self._failed(order, error)
 
@@ -216,6 +221,8 @@ class Archivist:
                 self._commit_failed(order, str(error), trouble)
             case m.Quarantine():
                 self._log("quarantine-failed", f"{order.generation}: {error}", {"generation": str(order.generation)})
+            case m.Finish():
+                self._log("claim-kept", f"the store still counts as this run's: {error}", {})
 
     def _claim_failed(self, order: m.Claim, reason: str, trouble: StoreTrouble) -> None:
         again = self._unfinished is not None and self._unfinished.order is order
@@ -256,6 +263,11 @@ class Archivist:
         if isinstance(waiting.order, m.CommitCheckpoint):
             self._answer(m.CheckpointFailed(waiting.order.generation, "it was superseded", "unavailable"))
 
+    def _give_back(self) -> None:
+        """The job has ended. A store in trouble is not waited for any more."""
+        if self._own is not None and self._last_error is None:
+            self._archive().release(self._own)
+
     # --- claiming ---------------------------------------------------------------------------------------------------
 
     def _carry_out_claim(self, order: m.Claim) -> None:
@@ -265,7 +277,7 @@ class Archivist:
         charge, attempt = self._charge, order.attempt
         claim = ClaimMark(attempt.number, attempt.incarnation, charge.controller)
         self._archive().claim(charge.mark, claim, self._expected, resume=charge.resume)
-        self._expected = claim
+        self._expected = self._own = claim
         stored = self._stored(claim)
         self._claim, self._unfinished, self._last_error = claim, None, None
         self._quarantine_condemned()
@@ -320,12 +332,12 @@ class Archivist:
     def _find_foreign(self, url: str, step: int | None) -> tuple[StoredCheckpoint, ...]:
         """Another job's checkpoint of ``step``, or all that could be its newest. That job's store is only read."""
         archive = self._archive(url)
-        named: Entry = archive.find(step)
         try:
+            named: Entry = archive.find(step)
             if step is not None:
                 return (archive.complete(named, foreign=True),)
             found = archive.restorable(foreign=True)
-        except (ObjectMissing, CheckpointError) as error:
+        except (ObjectMissing, CheckpointError, RequestError) as error:
             raise RequestError(f"checkpoint.restoreFrom {url}: {error}") from error
         for entry, reason in found.bad:
             if entry.generation not in self._passed_over:

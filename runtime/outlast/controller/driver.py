@@ -332,6 +332,8 @@ class Driver:
                 self.log(instruction.kind, instruction.text, instruction.fields)
             case m.Finish():
                 self._finish(instruction)
+                if self._archivist is not None:
+                    self._archivist.submit(instruction)
             case m.Remember():
                 write_kept(self.config.kept_file, instruction.kept)
             case m.Crash():

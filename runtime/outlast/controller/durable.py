@@ -44,7 +44,8 @@ def claimed(job: Job, event: e.Claimed, now: float) -> None:
     claims.take(event)
     job.store_news.hear(now, "")
     steps = [known.generation.step for known in event.stored]
-    job.emit("claimed", f"the store is claimed; checkpoints of steps {steps} are there", attempt=attempt.number)
+    there = f"checkpoints of steps {', '.join(map(str, steps))} are there" if steps else "no checkpoint is there yet"
+    job.emit("claimed", f"the store is claimed; {there}", attempt=attempt.number)
     own = [known.generation.attempt for known in event.stored if not known.foreign]
     members, preparation = job.members, job.preparation
     members.best_seen_attempt = max([members.best_seen_attempt, *own])

@@ -65,7 +65,8 @@ def rank_done(job: Job, rank: int, digest: str, steps: int, now: float) -> None:
     if len(job.progress.done) == job.world:
         job.ended_at = now
         if job.config.checkpoint is not None and job.final is None and not job.claims.holds_step(steps):
-            text = f"the ranks ended after step {steps} without a snapshot of it: the last checkpoint is an older one"
+            last = "there is no checkpoint" if job.claims.newest is None else "the last checkpoint is an older one"
+            text = f"the ranks ended after step {steps} without a snapshot of it: {last}"
             job.emit("no-final-checkpoint", text, step=steps)
         look(job, now)
 

@@ -80,7 +80,7 @@ class Pace:
         if self._adopted:
             self._adopted, self._not_before_step = False, estimate + 4 * margin + 8
         step = self._step(max(estimate + margin, self._not_before_step, self._last_permitted + 1), progress, now)
-        total = progress.total
+        total = None if progress.total is None else max(progress.total, progress.restored_step)
         if total is not None and step >= total:
             if not self.final:
                 return None

@@ -59,13 +59,18 @@ class RestartBudget:
                 times = f"{SAME_ERROR_LIMIT} times at the same place, after {step} steps"
                 return Verdict(0.0, f"the script fails by itself: {text} ({times})")
         if len(self.times) >= self.max_restarts:
-            within = f"{self.max_restarts} restarts within {self.window_s:.0f} s were allowed and used"
-            return Verdict(0.0, within)
+            return Verdict(0.0, self._used_up())
         self.times.append(now)
         self._fruitless = 0 if progressed else self._fruitless + 1
         if self._fruitless <= 1:
             return Verdict(0.0)
         return Verdict(min(self.longest_delay_s, self.first_delay_s * 2.0 ** (self._fruitless - 2)))
+
+    def _used_up(self) -> str:
+        if self.max_restarts == 0:
+            return "no restart is allowed (recovery.maxRestarts)"
+        many = "1 restart" if self.max_restarts == 1 else f"{self.max_restarts} restarts"
+        return f"{many} within {self.window_s:.0f} s were allowed and used (recovery.maxRestarts)"
 
 
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+|\b\d+\.\d+\.\d+\.\d+(:\d+)?\b|\d+")

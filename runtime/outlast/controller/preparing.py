@@ -202,7 +202,7 @@ def _tell_restore(job: Job, launch: Launch) -> None:
     fields |= {"seats": list(launch.seats.values())[:64], "nodes": len(launch.seats)}
     if launch.plan is not None:
         origin = ", ".join(f"{count} {source}" for source, count in sorted(sources.items()))
-        other = ", written by another world" if launch.plan.direct else ""
+        other = ", written by another world" if launch.plan.direct and len(launch.plan.ranks) != job.world else ""
         text = f"attempt {number} resumes with step {launch.step} ({origin}{other})"
         job.emit("restored", text, generation=str(launch.plan.generation), direct=launch.plan.direct, **fields)
     elif launch.reasons or job.story.best_step or job.restart_count:

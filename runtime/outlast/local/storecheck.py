@@ -8,9 +8,9 @@ from contextlib import closing
 
 from outlast.api import TrainingJob
 from outlast.checkpoint.archive import Archive
-from outlast.checkpoint.manifest import Head, job_url
+from outlast.checkpoint.manifest import Head, job_url, parse_reference
 from outlast.checkpoint.store import StoreOptions, open_store
-from outlast.errors import RequestError
+from outlast.errors import CheckpointError, RequestError
 
 PATIENCE_S = 20.0
 """How long a store that does not answer is asked again."""
@@ -38,11 +38,13 @@ def identity_of(job: TrainingJob, resume: bool, say: Callable[[str], None]) -> s
             f"{url} holds checkpoints of this job already, {_what(head)}: go on from them with --resume, or give the "
             "job another name or spec.checkpoint.url"
         )
-    if not resume and head is not None and not job.metadata.uid:
+    if not resume and head is not None and not head.vacant and not job.metadata.uid:
         raise RequestError(
-            f"{url} belongs to a run of this job that has no checkpoint yet, and that would be stopped: when it has "
-            "ended, take its place with --resume, or give the job another name or spec.checkpoint.url"
+            f"{url} belongs to a run of this job that has made no checkpoint, and that would be stopped if it has not "
+            "ended: if it has, begin in its place with --resume, or give the job another name or spec.checkpoint.url"
         )
+    if job.spec.checkpoint.restore_from is not None and not (head is not None and head.line) and not job.metadata.uid:
+        _check_restorable(job.spec.checkpoint.restore_from)
     if resume:
         there = head is not None and head.line
         say(
@@ -51,6 +53,16 @@ def identity_of(job: TrainingJob, resume: bool, say: Callable[[str], None]) -> s
             else f"nothing is stored at {url}: starting afresh"
         )
     return head.job.identity if head is not None and not job.metadata.uid else own
+
+
+def _check_restorable(reference: str) -> None:
+    """Raises RequestError when there is no such checkpoint, and what the store raises."""
+    url, step = parse_reference(reference)
+    with closing(open_store(url, StoreOptions(patience_s=PATIENCE_S))) as store:
+        try:
+            Archive(store).find(step)
+        except (RequestError, CheckpointError) as error:
+            raise RequestError(f"spec.checkpoint.restoreFrom {reference}: {error}") from error
 
 
 def _holds(head: Head) -> bool:

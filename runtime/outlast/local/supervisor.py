@@ -293,8 +293,10 @@ def _template(options: Options, job: TrainingJob, config: ControllerConfig) -> N
 def _last_words(end: End, report: Mapping[str, Any], folders: RunFolders) -> str:
     """How it ended, for people: of a failure the first cause, and where to read on."""
     text = f"{end.outcome} after {report['steps']} steps in {report['wall_s']:.1f} s"
+    missed = report["faults_not_reached"]
+    text += f"; not reached: {', '.join(missed)}" if missed else ""
     if end.outcome == "succeeded":
-        return f"{text}, {len(report['recoveries'])} recoveries, weights {report['weights_digest']}"
+        return f"{text}, {len(report['recoveries'])} recoveries, weights {report['weights_digest'] or 'not known'}"
     rank = (report["first_error"] or {}).get("rank")
     logs = sorted(folders.logs.glob(f"rank-{rank}.attempt-*.log"), key=lambda path: path.stat().st_mtime)
     return f"{text}: {end.reason}" + (f"\nits log is {logs[-1]}" if logs and end.outcome == "failed" else "")
