@@ -6,7 +6,7 @@ Most kinds are the controller's to carry out; ``head-loss`` and ``pod-delete:SEA
 from __future__ import annotations
 
 from outlast.errors import RequestError
-from outlast.faults import parse_at_once
+from outlast.faults import AT_ONCE, names, parse_at_once, wrong
 from trainctl.cluster.connection import Cluster
 from trainctl.cluster.controller import controller_of
 from trainctl.cluster.refusals import ClusterError
@@ -18,19 +18,37 @@ POD_DELETE, HEAD_LOSS = "pod-delete", "head-loss"
 
 
 def inject(where: Where, name: str, fault: str) -> None:
-    """Break it. Raises RequestError unless the job allows it and the fault is one."""
+    """Break it. Raises RequestError unless the fault is one, before anything is asked, and the job allows it."""
+    check_form(fault)
     with Cluster(where) as cluster:
         job = JobRef(cluster, cluster.namespace, name)
         resource = job.get()
         check_allowed(resource)
         kind, _, target = fault.partition(":")
-        if kind == HEAD_LOSS and not target:
+        if kind == HEAD_LOSS:
             _delete(job, _head(resource))
         elif kind == POD_DELETE:
             _delete(job, _seated(job, resource, target))
         else:
             _through_controller(job, resource, str(parse_at_once(fault)))
             print(f"{fault} asked of {job.name}: `trainctl events {job.name} --follow` tells what comes of it")
+
+
+def check_form(fault: str) -> None:
+    """Raises RequestError when it is none of a running job (pure). Which ranks and seats there are is seen later."""
+    kind, colon, target = fault.partition(":")
+    given = f"the fault {fault or '(none)'}"
+    if kind == HEAD_LOSS:
+        if colon:
+            raise wrong(given, f"{HEAD_LOSS} takes no target")
+    elif kind == POD_DELETE:
+        if not (target.isascii() and target.isdecimal()):
+            raise wrong(given, f"{POD_DELETE} needs a seat: {POD_DELETE}:0")
+    elif kind.replace("-", "").isalpha() and kind not in AT_ONCE:
+        known = f"{names(sorted(AT_ONCE))}, {POD_DELETE}, {HEAD_LOSS}"
+        raise wrong(given, f"unknown kind {kind}: a running job can be asked for {known}")
+    else:
+        parse_at_once(fault)
 
 
 def check_allowed(resource: Object) -> None:
@@ -66,7 +84,7 @@ def _head(resource: Object) -> str:
 def _seated(job: JobRef, resource: Object, target: str) -> str:
     """The Pod that has a seat, as the controller says."""
     replicas = int((resource["spec"].get("workers") or {}).get("replicas", 1))
-    if not target.isdecimal() or int(target) >= replicas:
+    if int(target) >= replicas:
         raise RequestError(f"{POD_DELETE}:{target}: a seat is needed, 0 to {replicas - 1}")
     client = controller_of(job, resource)
     try:

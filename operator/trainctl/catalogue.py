@@ -15,8 +15,9 @@ from contextlib import closing, contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from outlast.errors import RequestError
+from outlast.errors import CheckpointError, RequestError
 from outlast.quantities import parse_duration
+from trainctl.columns import counted, facts, table
 
 if TYPE_CHECKING:
     from outlast.checkpoint.archive import Archive
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 20.0
 """How long a store that does not answer is asked again."""
-PLAIN_WIDTH = 200
-"""Columns where there is no terminal."""
 _NAMED = 20
 _HEAD = "head.json"
 
@@ -49,7 +48,7 @@ def list_checkpoints(url: str, as_json: bool) -> None:
             {"url": url, "job": head.job.to_json(), "claim": head.claim and head.claim.to_json(), "checkpoints": rows}
         )
         return
-    print(f"{len(head.line)} checkpoints of {head.job.namespace}/{head.job.name} at {url}")
+    print(f"{counted(len(head.line), 'checkpoint')} of {head.job.namespace}/{head.job.name} at {url}")
     _print_table(
         ("STEP", "GENERATION", "AGE", "SIZE", "RANKS", "PINNED", "STATE"),
         [
@@ -76,19 +75,19 @@ def show_checkpoint(url: str, step: int | None, as_json: bool) -> None:
     if as_json:
         _print_json({"url": archive.url, "pinned": entry.pinned, "bytes": entry.bytes, **told})
         return
-    facts = {
+    rows = {
         "url": archive.url,
         "job": str(manifest.job),
         "step": manifest.step,
         "generation": manifest.generation,
         "created": f"{manifest.created}, {ago(_age(entry))} ago",
-        "ranks": f"{len(manifest.images)}: {manifest.nodes} nodes x {manifest.procs}",
+        "ranks": f"{len(manifest.images)}: {counted(manifest.nodes, 'node')} x {manifest.procs}",
         "size": amount(entry.bytes),
         "pinned": "yes" if entry.pinned else "no",
         "manifest": f"{entry.manifest}, SHA-256 {entry.digest}",
         **dict(_flat(manifest.about)),
     }
-    _print_table((), [(name, str(value)) for name, value in facts.items()])
+    _print_table((), [(name, str(value)) for name, value in rows.items()])
     images = [(str(i.rank), str(i.seat), amount(i.size), i.checksum, i.key) for i in manifest.images]
     _print_table(("RANK", "SEAT", "SIZE", "CHECKSUM", "OBJECT"), images)
 
@@ -111,7 +110,8 @@ def collect_garbage(url: str, grace: str, delete: bool, as_json: bool) -> None:
     rows += [("-", f"{upload.key} (an upload that was never ended)") for upload in report.unfinished]
     if rows:
         _print_table(("SIZE", "OBJECT"), rows)
-    count = f"{len(report.keys)} objects of {amount(report.bytes)} and {len(report.unfinished)} unfinished uploads"
+    unfinished = counted(len(report.unfinished), "unfinished upload")
+    count = f"{counted(len(report.keys), 'object')} of {amount(report.bytes)} and {unfinished}"
     if not rows:
         print("there is no garbage")
     else:
@@ -173,6 +173,8 @@ def locate(text: str, step: int | None) -> tuple[str, int | None]:
     from outlast.checkpoint.manifest import parse_reference
 
     url, named = parse_reference(text)
+    if None not in (named, step) and named != step:
+        raise RequestError(f"{text} names step {named}, and step {step} was given too: leave one of them out")
     with _store(url) as store:
         archive = _archive(store)
         if archive.read_head() is None:
@@ -207,14 +209,14 @@ def _list_jobs(store: Store, as_json: bool) -> None:
     if not urls and not headless:
         raise RequestError(f"{store.url} holds no checkpoints")
     rows: list[dict[str, Any]] = []
+    unreadable: list[dict[str, str]] = []
     for url in urls:
-        with _store(url) as below:
-            head = _archive(below).require_head()
-        newest = head.line[-1] if head.line else None
-        size = sum(entry.bytes for entry in head.line)
-        rows.append({"url": url, "checkpoints": len(head.line), "bytes": size, "step": newest and newest.step})
+        try:
+            rows.append(_outline(url))
+        except CheckpointError as error:
+            unreadable.append({"url": url, "reason": str(error)})
     if as_json:
-        _print_json({"url": store.url, "jobs": rows, "headless": headless})
+        _print_json({"url": store.url, "jobs": rows, "headless": headless, "unreadable": unreadable})
         return
     cells = [
         (row["url"], str(row["checkpoints"]), amount(row["bytes"]), "-" if row["step"] is None else str(row["step"]))
@@ -223,6 +225,17 @@ def _list_jobs(store: Store, as_json: bool) -> None:
     _print_table(("JOB", "CHECKPOINTS", "SIZE", "NEWEST STEP"), cells)
     for url in headless:
         print(f"{_HEAD} is lost: trainctl checkpoints repair {url}")
+    for job in unreadable:
+        print(job["reason"])
+
+
+def _outline(url: str) -> dict[str, Any]:
+    """A job in the list of a store's. Raises CheckpointError when its head cannot be read."""
+    with _store(url) as store:
+        head = _archive(store).require_head()
+    newest = head.line[-1] if head.line else None
+    size = sum(entry.bytes for entry in head.line)
+    return {"url": url, "checkpoints": len(head.line), "bytes": size, "step": newest and newest.step}
 
 
 def _rows(archive: Archive, head: Head) -> Iterator[dict[str, Any]]:
@@ -285,17 +298,24 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, obj
 
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Rows in columns; where there is no terminal nothing is cut off."""
+    """Rows in columns, folded into a terminal; without ``columns``: names and values."""
+    if sys.stdout.isatty():
+        _draw_table(columns, rows)
+    else:
+        print(table(columns, rows) if columns else facts((name, value) for name, value in rows))
+
+
+def _draw_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, show_header=bool(columns), padding=(0, 2, 0, 0), pad_edge=False)
+    drawn = Table(box=None, show_header=bool(columns), padding=(0, 2, 0, 0), pad_edge=False)
     for column in columns or ("", ""):
-        table.add_column(column, overflow="fold", no_wrap=not sys.stdout.isatty())
+        drawn.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
+        drawn.add_row(*(Text(cell) for cell in row))
+    Console().print(drawn)
 
 
 def _print_json(value: Mapping[str, Any]) -> None:

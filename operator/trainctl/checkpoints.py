@@ -60,7 +60,7 @@ def list_them(
     """List a job's checkpoints, or the jobs of a store."""
     from trainctl.catalogue import list_checkpoints
 
-    place = store_place(url, where_of(ctx, namespace, context, kubeconfig))
+    place = whole_place("ls", url, where_of(ctx, namespace, context, kubeconfig))
     list_checkpoints(place, json)
 
 
@@ -114,7 +114,7 @@ def gc(
     """Find what no checkpoint needs: left by uploads that never became one, and by branches given up."""
     from trainctl.catalogue import collect_garbage
 
-    place = store_place(url, where_of(ctx, namespace, context, kubeconfig))
+    place = whole_place("gc", url, where_of(ctx, namespace, context, kubeconfig))
     collect_garbage(place, grace, delete, json)
 
 
@@ -131,7 +131,7 @@ def repair(
     """Make a lost or unreadable head.json anew out of the manifests whose images verify. Let no job run on it."""
     from trainctl.transfers import repair_head
 
-    place = store_place(url, where_of(ctx, namespace, context, kubeconfig))
+    place = whole_place("repair", url, where_of(ctx, namespace, context, kubeconfig))
     raise typer.Exit(repair_head(place, write, json))
 
 
@@ -201,9 +201,10 @@ def export(
 def store_place(text: str, where: Where) -> str:
     """The URL that ``text`` is, or that the job of this name has; a step after @ stays.
 
-    Raises RequestError for a job without a store, and what the cluster refuses.
+    Raises RequestError for a URL that is none and for a job without a store, and what the cluster refuses.
     """
     if "/" in text:
+        _check_url(text)
         return text
     from trainctl.cluster.connection import Cluster
     from trainctl.cluster.resources import JobRef
@@ -215,3 +216,30 @@ def store_place(text: str, where: Where) -> str:
     if url is None:
         raise RequestError(f'the TrainingJob "{name}" has no store (spec.checkpoint): it makes no checkpoints')
     return f"{url}{at}{step}"
+
+
+def whole_place(command: str, text: str, where: Where) -> str:
+    """As ``store_place``, for a command that is about all of a job's checkpoints. Raises RequestError for a step."""
+    place, step = _parted(text)
+    if step is not None:
+        raise RequestError(
+            f"checkpoints {command} takes no step: write {place}, or look at that one: checkpoints show {text}"
+        )
+    return store_place(text, where)
+
+
+def _parted(text: str) -> tuple[str, str | None]:
+    """What is before the step, and the step, if there is one; another @ is part of a name."""
+    place, at, step = text.rstrip("/").rpartition("@")
+    return (place, step) if at and step.isascii() and step.isdecimal() else (text, None)
+
+
+def _check_url(text: str) -> None:
+    """Raises RequestError, naming ``text``, when it is no store's URL, with or without a step."""
+    from outlast.storeurl import parse_store_url
+
+    try:
+        parse_store_url(_parted(text)[0])
+    except ValueError as error:
+        named = str(error).startswith(f'"{text}"')
+        raise RequestError(str(error) if named else f"{text}: {error}") from error

@@ -27,6 +27,11 @@ def facts(rows: Iterable[tuple[str, str]], indent: str = "") -> str:
     return "\n".join(lines)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: "1 spare", "2 spares"."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def section(title: str, body: str) -> str:
     """A titled part of a page; nothing when it has nothing to say."""
     return f"{title}\n" + "\n".join(f"  {line}".rstrip() for line in body.split("\n")) if body else ""

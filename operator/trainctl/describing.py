@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainctl.catalogue import amount
-from trainctl.columns import facts, section, table
+from trainctl.columns import counted, facts, section, table
 from trainctl.jobview import age, job_facts, node_table, recovery_table
-from trainctl.lifecycle import counted
 from trainctl.timeline import Entry, timeline
 
 Object = Mapping[str, Any]

@@ -13,7 +13,7 @@ from trainctl.cluster.connection import Cluster, Json
 from trainctl.cluster.refusals import Absent, ClusterError
 from trainctl.cluster.resources import JobRef, Object
 from trainctl.cluster.where import Where
-from trainctl.columns import facts
+from trainctl.columns import counted, facts
 from trainctl.jobview import ENDED, phase_of, why
 from trainctl.merging import Ended, Merged
 from trainctl.output import Form, dumped, name_of, plain
@@ -180,11 +180,6 @@ def _suspended(resource: Object) -> bool:
 
 def _going(resource: Object) -> bool:
     return phase_of(resource) in ("Running", *ENDED)
-
-
-def counted(count: int, noun: str) -> str:
-    """A number of things: "1 spare", "2 spares"."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def _numbers(resource: Object) -> str:

@@ -30,14 +30,26 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"trainctl {version('outlast')}")
+        raise typer.Exit
+
+
 @app.callback()
 def trainctl(
     ctx: typer.Context,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Runs training jobs that outlast their machines."""
+    del version
     where = Where(namespace, context, kubeconfig)
     if ctx.invoked_subcommand == "run" and where != Where():
         raise typer.BadParameter("run needs no cluster: leave out --namespace, --context and --kubeconfig")

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,9 +42,10 @@ class CodeFile:
 
 @dataclass(frozen=True)
 class Packed:
-    """Files that fit into one ConfigMap, by path."""
+    """Files that fit into one ConfigMap, by path. ``left_out``: what else is in the folder that somebody might miss."""
 
     files: tuple[CodeFile, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -113,13 +114,17 @@ def pack_script(script: Path) -> Packed:
 
 
 def pack_folder(folder: Path) -> Packed:
-    """All files of a folder but hidden ones and Python's caches. Raises RequestError: none, too many, too large."""
+    """All files of a folder but hidden ones, Python's caches and what is behind links to folders.
+
+    Raises RequestError: none, too many, too large, a link that leads out of the folder.
+    """
     if not folder.is_dir():
         raise RequestError(f"--code {folder}: there is no such folder")
-    paths = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
+    left_out: list[str] = []
+    paths = {path.relative_to(folder).as_posix(): path for path in _walk(folder, left_out)}
     if not paths:
         raise RequestError(f"--code {folder}: there is no file in it that could be sent")
-    return _packed(paths, folder)
+    return replace(_packed(paths, folder), left_out=tuple(left_out))
 
 
 def with_code(tree: Mapping[str, Any], packed: Packed) -> dict[str, Any]:
@@ -157,14 +162,41 @@ def _mounted(template: Mapping[str, Any], volume: Mapping[str, Any], where: str)
     return {**template, "spec": pod}
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not _left_out(name))
-        yield from (Path(place) / name for name in sorted(names) if not _left_out(name))
+def _walk(folder: Path, left_out: list[str]) -> Iterator[Path]:
+    """The files to send. Raises RequestError for a link that leads out of the folder: it may be to a secret."""
+    for text, folders, names in os.walk(folder):
+        place = Path(text)
+        left_out += [_shown(folder, place / name) for name in sorted([*folders, *names]) if name.startswith(".")]
+        kept = [place / name for name in sorted([*folders, *names]) if not _unwanted(name)]
+        for path in kept:
+            _check_link(folder, path)
+        left_out += [_shown(folder, path) for path in kept if path.is_symlink() and path.is_dir()]
+        folders[:] = [path.name for path in kept if path.is_dir() and not path.is_symlink()]
+        yield from (path for path in kept if not path.is_dir())
 
 
-def _left_out(name: str) -> bool:
+def _unwanted(name: str) -> bool:
     return name.startswith(".") or name == "__pycache__" or name.endswith((".pyc", ".egg-info"))
+
+
+def _shown(folder: Path, path: Path) -> str:
+    """A path in the folder, with a slash behind it where it is one itself."""
+    return path.relative_to(folder).as_posix() + ("/" if path.is_dir() and not path.is_symlink() else "")
+
+
+def _check_link(folder: Path, path: Path) -> None:
+    if path.is_symlink() and not _target(path).is_relative_to(folder.resolve()):
+        raise RequestError(
+            f"--code {folder}: {path.relative_to(folder).as_posix()} is a link to {path.readlink()}, which is not in "
+            "the folder: put a copy in its place, or take the link away"
+        )
+
+
+def _target(link: Path) -> Path:
+    try:
+        return link.resolve()
+    except (OSError, RuntimeError) as error:
+        raise RequestError(f"{link}: this link leads nowhere: take it away") from error
 
 
 def _packed(paths: Mapping[str, Path], what: Path) -> Packed:

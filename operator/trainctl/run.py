@@ -11,17 +11,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outlast.errors import OutlastError, RequestError
 from outlast.local.faults import check_faults, parse_fault
 from trainctl.child import INTERRUPTED, Interrupts, check_installed, lines
 
+if TYPE_CHECKING:
+    from outlast.api import TrainingJobSpec
+
 _NEEDED = ("torch", "ray", "aiohttp")
 _END_LIMIT_S = 20.0
+_THIS_PYTHON = ("python", "python3", f"python3.{sys.version_info.minor}")
+"""What ``outlast.agent.forkprotocol`` runs by this interpreter, whatever PATH says."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +60,17 @@ def run_here(request: RunRequest) -> int:
 
 def _load(request: RunRequest) -> dict[str, Any]:
     """The job with every default filled in, after all checks that need no process."""
-    from outlast.api import load
+    from trainctl.jobfile import load_named, read_text
 
-    try:
-        job = load(request.job.read_text(), request.overrides)
-    except OSError as error:
-        raise RequestError(f"{request.job}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{request.job}: it is no text") from error
+    job = load_named(read_text(request.job), str(request.job), request.overrides)
     workers = job.spec.workers
     check_faults([parse_fault(text) for text in request.faults], workers.replicas, workers.procs_per_worker)
     _check_replace_after(request.replace_after)
-    _check_entrypoint(job.spec.entrypoint, request.job.parent)
+    _check_entrypoint(job.spec, request.job.resolve().parent)
     if request.resume and job.spec.checkpoint is None:
         raise RequestError("--resume: the job has no spec.checkpoint, so there is no store to go on from")
+    if job.spec.suspend:
+        print("note: spec.suspend is for clusters: here the job runs at once", file=sys.stderr)
     return job.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
@@ -81,12 +83,31 @@ def _check_replace_after(text: str) -> None:
         raise RequestError(f"--replace-after {text}: a number of seconds (0 or more) or never")
 
 
-def _check_entrypoint(entrypoint: Sequence[str], folder: Path) -> None:
-    script = next((word for word in entrypoint[1:2] if word.endswith(".py")), None)
+def _check_entrypoint(spec: TrainingJobSpec, folder: Path) -> None:
+    program, *rest = spec.entrypoint
+    env = {**os.environ, **{variable.name: variable.value for variable in spec.env}}
+    missing = "" if program in _THIS_PYTHON else _missing(program, folder, env)
+    if missing:
+        raise RequestError(f"spec.entrypoint: {missing}")
+    script = next((word for word in rest[:1] if word.endswith(".py")), None)
     if script is not None and not (folder / script).exists():
         raise RequestError(
-            f"spec.entrypoint: there is no {script} in {folder.resolve()}, the job file's folder, where ranks start"
+            f"spec.entrypoint: there is no {script} in {folder}, the job file's folder, where ranks start"
         )
+
+
+def _missing(program: str, folder: Path, env: Mapping[str, str]) -> str:
+    """Why ranks could not run it, in ``folder`` and with ``env``; "" when they can."""
+    if "/" not in program:
+        places = [str(folder / place) for place in os.get_exec_path(env)]
+        found = shutil.which(program, path=os.pathsep.join(places))
+        return "" if found else f"there is no program {program} on PATH: mend its name, or install it"
+    path = folder / program
+    if shutil.which(path):
+        return ""
+    if path.is_file():
+        return f"{path} is not executable: chmod +x it, or name the program that runs it"
+    return f"there is no program {path} (ranks start in the job file's folder)"
 
 
 def _prepare(request: RunRequest, document: dict[str, Any]) -> Path:

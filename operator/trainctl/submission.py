@@ -11,14 +11,24 @@ from typing import Any
 
 import yaml
 
-from outlast.api import API_VERSION, KIND, TrainingJob, load
+from outlast.api import API_VERSION, KIND, TrainingJob
 from outlast.errors import RequestError, SpecError
 from outlast.kube import CONTAINER, LONGEST_JOB_NAME
+from outlast_operator.memory import parse_quantity
 from outlast_operator.podspec import problems
+from trainctl.jobfile import load_named
 from trainctl.packing import Packed, pack_folder, pack_script, with_code
 
 GPU = "nvidia.com/gpu"
 _YAML = (".yaml", ".yml", ".json")
+_NAMED = 8
+_NAME_PART = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
+_IMAGE = re.compile(
+    r"(?:(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(?::\d+)?/)?"
+    rf"{_NAME_PART}(?:/{_NAME_PART})*(?::\w[\w.-]{{0,127}})?(?:@[A-Za-z0-9+._-]+:[0-9A-Fa-f]{{32,}})?",
+    re.ASCII,
+)
+"""An image's reference. Source: distribution/reference, regexp.go (host, path, tag, digest)."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,10 @@ def _from_file(asked: Submission, default_namespace: str) -> Prepared:
 
 
 def _from_script(asked: Submission, default_namespace: str) -> Prepared:
+    if asked.source.is_dir() and not asked.no_code:
+        raise RequestError(
+            f"{asked.source}: it is a folder: name the script in it, and send all of it with --code {asked.source}"
+        )
     if not asked.name:
         raise RequestError(f"--name: a job from a script needs a name, such as --name {_suggested(asked.source)}")
     packed, script = _code(asked)
@@ -135,6 +149,10 @@ def job_tree(name: str, script: str, arguments: Sequence[str], flags: Flags) -> 
 
 def _container(flags: Flags) -> dict[str, Any]:
     """A memory request is also its limit; processor time is requested and not limited, since a limit only slows."""
+    if flags.cpu is not None and not _is_cpu(flags.cpu):
+        raise RequestError(f"--cpu {flags.cpu}: it is no number of processors: write 4, 0.5 or 500m")
+    if flags.image is not None and not _IMAGE.fullmatch(flags.image):
+        raise RequestError(f'--image "{flags.image}": it is no image: write registry/name:tag')
     requests = {"cpu": flags.cpu, "memory": flags.memory}
     limits = {"memory": flags.memory, GPU: None if flags.gpus is None else str(flags.gpus)}
     resources = {
@@ -143,6 +161,13 @@ def _container(flags: Flags) -> dict[str, Any]:
         if (kept := {key: value for key, value in amounts.items() if value is not None})
     }
     return {**({"image": flags.image} if flags.image else {}), **({"resources": resources} if resources else {})}
+
+
+def _is_cpu(text: str) -> bool:
+    try:
+        return parse_quantity(text) > 0
+    except ValueError:
+        return False
 
 
 def _checkpoint(flags: Flags) -> dict[str, Any]:
@@ -197,32 +222,44 @@ def _load(asked: Submission, text: str, default_namespace: str) -> TrainingJob:
     overrides = list(asked.overrides)
     if asked.name:
         overrides.append(f"metadata.name={json.dumps(asked.name)}")
-    job = load(text, overrides)
+    name = "standard input" if str(asked.source) == "-" else str(asked.source)
+    job = load_named(text, name, overrides)
     written = job.metadata.namespace if "namespace" in job.metadata.model_fields_set else None
     if written and asked.namespace and written != asked.namespace:
         raise RequestError(f'-n {asked.namespace}: the job is written for namespace "{written}": leave one of them out')
     if not written:
-        job = load(text, [*overrides, f"metadata.namespace={json.dumps(default_namespace)}"])
+        job = load_named(text, name, [*overrides, f"metadata.namespace={json.dumps(default_namespace)}"])
     unmakeable = problems(job)
     if unmakeable:
         raise SpecError(unmakeable)
-    if len(job.metadata.name) > LONGEST_JOB_NAME:
-        raise SpecError(
-            [
-                (
-                    "metadata.name",
-                    f"it has {len(job.metadata.name)} letters; Pods are named after it: {LONGEST_JOB_NAME} at most",
-                )
-            ]
-        )
+    misnamed = _name_problem(job.metadata.name)
+    if misnamed:
+        raise SpecError([("metadata.name", misnamed)])
     return job
+
+
+def _name_problem(name: str) -> str:
+    """What the definition of TrainingJobs refuses of a name that is a DNS label; "" when nothing."""
+    if len(name) > LONGEST_JOB_NAME:
+        return f"it has {len(name)} letters; Pods are named after it: {LONGEST_JOB_NAME} at most"
+    return "" if name[0].isalpha() else f'"{name}" must begin with a letter, as the name of its Service does'
 
 
 def _prepared(job: TrainingJob, packed: Packed | None, notes: tuple[str, ...]) -> Prepared:
     """The fields that were given, and no defaults: those are the server's to fill in."""
     tree = job.model_dump(mode="json", by_alias=True, exclude_unset=True)
     tree["metadata"]["namespace"] = job.metadata.namespace
-    return Prepared(with_code(tree, packed) if packed else tree, packed, notes)
+    if packed is None:
+        return Prepared(tree, None, notes)
+    return Prepared(with_code(tree, packed), packed, (*notes, *_not_sent(packed.left_out)))
+
+
+def _not_sent(paths: Sequence[str]) -> tuple[str, ...]:
+    """A note on what lies in the folder of code and is not sent."""
+    if not paths:
+        return ()
+    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+    return (f"not sent (hidden, or links to folders): {', '.join(paths[:_NAMED])}{more}",)
 
 
 def _forgotten(job: TrainingJob, source: Path) -> tuple[str, ...]:

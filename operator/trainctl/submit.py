@@ -14,6 +14,7 @@ from trainctl.cluster.refusals import Absent, Conflict
 from trainctl.cluster.resources import JobRef, core_path, jobs_path
 from trainctl.cluster.where import Where
 from trainctl.columns import facts
+from trainctl.jobfile import read_text
 from trainctl.lifecycle import delete_job, wait_gone
 from trainctl.output import Form, dumped, name_of, plain
 from trainctl.submission import Prepared, Submission, is_job_file, prepare
@@ -45,11 +46,9 @@ def _with_text(asked: Submission) -> Submission:
     if not is_job_file(asked.source):
         return asked
     try:
-        text = sys.stdin.read() if str(asked.source) == "-" else asked.source.read_text()
-    except OSError as error:
-        raise RequestError(f"{asked.source}: {error.strerror}") from error
+        text = sys.stdin.read() if str(asked.source) == "-" else read_text(asked.source)
     except UnicodeDecodeError as error:
-        raise RequestError(f"{asked.source}: it is no text") from error
+        raise RequestError("standard input: it is no text") from error
     return replace(asked, text=text)
 
 
@@ -60,7 +59,7 @@ def _namespace(where: Where, asked: Submission) -> str:
     if asked.namespace:
         return asked.namespace
     try:
-        return find_cluster(where).namespace
+        return find_cluster(where, credentials=False).namespace
     except RequestError:
         if where.context or where.kubeconfig:
             raise

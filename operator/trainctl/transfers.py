@@ -89,12 +89,13 @@ def _run(module: str, arguments: Sequence[str], as_json: bool, doing: str) -> tu
 
 
 def _tell(end: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({key: value for key, value in end.items() if key != "type"}, indent=2))
-    elif end["exit"] == 0 or "problems" in end:
-        print(end["text"])
-    else:
+    """What was found goes to standard output, also when it is that something is wrong."""
+    if end["exit"] != 0 and "problems" not in end:
         print(f"trainctl: {end['text']}", file=sys.stderr)
+    elif as_json:
+        print(json.dumps({key: value for key, value in end.items() if key != "type"}, indent=2))
+    else:
+        print(end["text"])
 
 
 class Bar(Protocol):

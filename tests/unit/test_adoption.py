@@ -252,3 +252,25 @@ def test_what_an_adopted_attempt_lacked_is_nothing_to_the_next() -> None:
     world.run_to("restored-none", 60.0)
     world.run(85.0)
     assert "not-restored" not in [line.kind for line in world.log[seen:]]
+
+
+def test_nodes_that_were_away_are_not_taken_for_the_one_that_has_what_is_needed() -> None:
+    """After the head was lost a node comes that was paused for long; another, which has a seat's newest image, is last."""
+    world = Cluster(replace(CONFIG, parity=1), 5, total=400)
+    world.run_to_step(12)
+    paused = world.seated(2)
+    world.pause(paused)
+    world.run_to("recovered", 60.0)
+    world.add_node()
+    world.add_node()
+    world.run(5.0)
+    world.resume(paused)
+    world.run_to_step(60)
+    last, gone = world.seated(2), world.seated(3)
+    world.lose_node(gone, replace_after=None)
+    join = world.join
+    world.join = lambda node: world.at(1.0, lambda: join(node)) and None if node is last else join(node)  # type: ignore[method-assign, func-returns-value]
+    world.restart_controller(head=True)
+    line = world.run_to("restored", 60.0)
+    assert line.fields["restore_sources"]["memory-decode"] == 1
+    assert "passed-over" not in [entry.kind for entry in world.log[-12:]]

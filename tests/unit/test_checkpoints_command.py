@@ -143,12 +143,56 @@ def test_of_a_store_ls_lists_the_jobs_and_the_rest_names_them(job: Job, trainctl
         assert other.url in complaint
 
 
+def test_into_a_pipe_nothing_is_cut_off(job: Job, trainctl: Command) -> None:
+    reason = "block 7 does not verify; " * 20
+    job.archive().quarantine(job.generation(20), reason)
+    text = output_of(trainctl, "ls", job.url)
+    assert f"quarantined: {reason.strip()}" in text
+    assert "PINNED   STATE" in text
+
+
+def test_a_head_that_cannot_be_read_hides_no_other_job(job: Job, trainctl: Command) -> None:
+    other = Job(job.root, "second").fill()
+    (job.folder / "head.json").write_text("{}")
+    text = output_of(trainctl, "ls", f"file://{job.root}")
+    assert other.url in text
+    assert f"{job.url}/head.json cannot be read" in text
+    found = of_json(trainctl("ls", f"file://{job.root}", "--json"))
+    assert [row["url"] for row in found["jobs"]] == [other.url]
+    assert [row["url"] for row in found["unreadable"]] == [job.url]
+    assert "cannot be read" in found["unreadable"][0]["reason"]
+
+
+def test_what_there_is_one_of_is_told_so(job: Job, trainctl: Command) -> None:
+    garbage(job, 90000)
+    assert "1 object of 4.9 KiB and 0 unfinished uploads would be removed" in output_of(trainctl, "gc", job.url)
+    lone = Archive(open_store(f"file://{job.root}/default/lone"))
+    lone.claim(JobMark("default", "lone", "me"), CLAIM, None)
+    lone.store.upload(image_key(job.generation(5), 0), memoryview(bytes(100)))
+    images = (StoredImage(0, 0, 0, image_key(job.generation(5), 0), 100, "0" * 16),)
+    mark = JobMark("default", "lone", "me")
+    lone.commit(Manifest(mark, job.generation(5), 5, 1, 1, rfc3339(time.time()), images, ABOUT), CLAIM)
+    assert output_of(trainctl, "ls", lone.url).startswith("1 checkpoint of default/lone")
+    assert "1: 1 node x 1" in output_of(trainctl, "show", lone.url)
+
+
+def test_json_is_for_what_was_found_and_not_for_errors(job: Job, trainctl: Command) -> None:
+    status, text, complaint = trainctl("verify", job.url, "15", "--json")
+    assert (status, text) == (2, "")
+    assert complaint.startswith("trainctl: ")
+    assert "no checkpoint of step 15" in complaint
+    status, text, complaint = trainctl("verify", job.url, "10", "--json")
+    assert (status, complaint) == (1, ""), "that something is wrong is what was found"
+    assert len(json.loads(text)["problems"]) == 2
+
+
 def test_show_tells_the_manifest(job: Job, trainctl: Command) -> None:
     text = trainctl("show", job.url, "20")[1]
     for part in (str(job.generation(20)), "2 nodes x 1", "mesh.shape", "c0ffee", image_key(job.generation(20), 1)):
         assert part in text
     assert of_json(trainctl("show", job.url, "--json"))["step"] == 30
     assert of_json(trainctl("show", f"{job.url}@10", "--json"))["about"] == ABOUT
+    assert of_json(trainctl("show", f"{job.url}@10", "10", "--json"))["step"] == 10
 
 
 def test_pins_are_set_and_taken_away(job: Job, trainctl: Command) -> None:
@@ -241,6 +285,15 @@ def output_of(trainctl: Command, *arguments: str) -> str:
         (["ls", "file:///nowhere/at/all"], "holds no checkpoints"),
         (["show", "ftp://x/y"], "is no store: write s3://bucket/prefix or file:///folder"),
         (["gc", "URL", "--grace", "soon"], "--grace"),
+        (["ls", "URL@10"], "checkpoints ls takes no step: write file:///"),
+        (["gc", "URL@10"], "checkpoints gc takes no step: write file:///"),
+        (["repair", "URL@10"], "checkpoints repair takes no step: write file:///"),
+        (["show", "URL@10", "20"], "@10 names step 10, and step 20 was given too"),
+        (["ls", "file://"], '"file://" is no absolute folder: write file:///folder'),
+        (["ls", "file://host/x"], '"file://host/x" is no absolute folder: write file:///folder; did you mean'),
+        (["ls", "s3://"], 's3://: "" is no bucket'),
+        (["ls", "s3:///x"], 's3:///x: "" is no bucket'),
+        (["ls", "/nowhere/at/all"], '"/nowhere/at/all" is no store: write s3://'),
         (["export", "URL"], "--to"),
         (["export", "URL", "--to", "x", "--format", "onnx"], "onnx"),
         (["ls"], "Missing argument"),
@@ -248,7 +301,7 @@ def output_of(trainctl: Command, *arguments: str) -> str:
     ],
 )
 def test_wrong_requests_end_with_2_and_a_reason(job: Job, trainctl: Command, arguments: list[str], said: str) -> None:
-    status, _, complaint = trainctl(*(job.url if word == "URL" else word for word in arguments))
+    status, _, complaint = trainctl(*(word.replace("URL", job.url) for word in arguments))
     assert status == 2
     assert said in complaint
 

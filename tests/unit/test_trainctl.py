@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,13 @@ def test_help_imports_nothing_heavy() -> None:
         (["run", "job.yaml", "--replace-after", "nan"], "--replace-after nan: a number of seconds"),
         (["run", "job.yaml", "--set", "spec.workers.replicas=0"], "spec.workers.replicas"),
         (["run", "job.yaml", "--set", "spec.entrypoint=[python, nowhere.py]"], "there is no nowhere.py"),
+        (["run", "job.yaml", "--set", "spec.entrypoint=[nosuchprogram]"], "there is no program nosuchprogram on PATH"),
+        (["run", "job.yaml", "--set", "spec.entrypoint=[./nosuch]"], "/nosuch (ranks start in the job file's folder)"),
+        (["run", "job.yaml", "--set", "spec.entrypoint=[./job.yaml]"], "job.yaml is not executable: chmod +x it"),
+        (
+            ["run", "job.yaml", "--set", "spec.entrypoint=[sh]", "--set", "spec.env=[{name: PATH, value: bin}]"],
+            "there is no program sh on PATH",
+        ),
         (["run", "job.yaml", "--resume"], "no spec.checkpoint"),
         (["run", "job.yaml", "--dir", "."], "it is not empty"),
         (["run", "job.yaml", "--dir", "job.yaml/x"], "Not a directory"),
@@ -101,6 +109,36 @@ def test_wrong_requests_end_with_2_and_a_reason(job: Path, arguments: list[str],
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert list(job.parent.iterdir()) == [job], "a refused request leaves nothing"
+
+
+@pytest.mark.parametrize(("text", "said"), [("a: [", "this is no YAML at line 1"), ("", "the file is empty")])
+def test_a_file_that_holds_no_job_is_named(job: Path, text: str, said: str) -> None:
+    job.write_text(text)
+    assert f"trainctl: job.yaml: {said}" in _trainctl(["run", "job.yaml"], job.parent).stderr
+
+
+def test_programs_are_found_where_ranks_find_them(job: Path) -> None:
+    """What is refused here is the folder alone, which is looked at after the program."""
+    (job.parent / "bin").mkdir()
+    for name in ("train", "bin/prepare"):
+        (job.parent / name).write_text("#!/bin/sh\n")
+        (job.parent / name).chmod(0o755)
+    path = ["--set", "spec.env=[{name: PATH, value: bin}]"]
+    for options in (["--set", "entrypoint=[./train]"], ["--set", "entrypoint=[prepare]", *path], path):
+        assert "it is not empty" in _trainctl(["run", "job.yaml", "--dir", ".", *options], job.parent).stderr
+
+
+def test_a_run_says_that_it_does_not_heed_suspend(job: Path) -> None:
+    told = [
+        _trainctl(["run", "job.yaml", "--dir", ".", *more], job.parent).stderr
+        for more in ((), ("--set", "suspend=true"))
+    ]
+    assert ["spec.suspend" in text for text in told] == [False, True]
+
+
+def test_the_version_is_the_packages(job: Path) -> None:
+    done = _trainctl(["--version"], job.parent)
+    assert (done.returncode, done.stdout) == (0, f"trainctl {version('outlast')}\n")
 
 
 def test_summary_of_a_status() -> None:

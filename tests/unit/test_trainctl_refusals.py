@@ -13,7 +13,7 @@ import pytest
 import urllib3
 
 from outlast.errors import OutlastError, RequestError
-from trainctl.breaking import check_allowed
+from trainctl.breaking import check_allowed, check_form
 from trainctl.cluster.connection import Lines
 from trainctl.cluster.kubeconfig import find_cluster
 from trainctl.cluster.refusals import (
@@ -30,9 +30,10 @@ from trainctl.cluster.refusals import (
     Unwell,
     refusal,
 )
-from trainctl.cluster.resources import PATIENCE_S, Away, follow, list_all
+from trainctl.cluster.resources import PATIENCE_S, Away, Note, follow, list_all
 from trainctl.cluster.where import Where
 from trainctl.completion import complete_jobs
+from trainctl.main import run
 
 JOBS = "/apis/outlast.dev/v1alpha1/namespaces/team/trainingjobs"
 PODS = "/api/v1/namespaces/team/pods"
@@ -176,7 +177,13 @@ def test_files_that_are_empty_are_passed_over(home: Path, monkeypatch: pytest.Mo
         (None, Where(kubeconfig=Path("/nowhere")), "--kubeconfig /nowhere: there is no such file"),
         ("", Where(), "this is no usable kubeconfig: it is empty"),
         ("a: [", Where(), "this is no usable kubeconfig: it is no YAML"),
-        ("- a\n", Where(), "this is no usable kubeconfig"),
+        ("- a\n", Where(), "config: this is no usable kubeconfig: it holds no mapping"),
+        ("hello\n", Where(), "config: this is no usable kubeconfig: it holds no mapping"),
+        (
+            {**CONFIG, "clusters": [{"name": "c", "cluster": {"server": "notaurl"}}]},
+            Where(),
+            'config: this is no usable kubeconfig: "notaurl" is no server of a cluster, as https://HOST:PORT is one',
+        ),
         ({**CONFIG, "current-context": ""}, Where(), "no context is current: choose one with --context (here, team"),
         (CONFIG, Where(context="none"), "--context none: there is no such context in"),
         ({**CONFIG, "current-context": "gone"}, Where(), "current-context gone: there is no such context in"),
@@ -190,6 +197,54 @@ def test_a_kubeconfig_that_cannot_be_used_is_told(home: Path, text: Any, where: 
         find_cluster(where)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_of_several_kubeconfigs_the_wrong_one_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = (write(home / "a", CONFIG), write(home / "b", "a: ["))
+    monkeypatch.setenv("KUBECONFIG", os.pathsep.join(map(str, files)))
+    with pytest.raises(RequestError, match=f"^{files[1]}: this is no usable kubeconfig: it is no YAML"):
+        find_cluster(Where())
+
+
+def plugin(command: str) -> dict[str, Any]:
+    """A kubeconfig whose credentials a program says, on a port where nobody answers."""
+    told = {"apiVersion": "client.authentication.k8s.io/v1", "command": command, "interactiveMode": "Never"}
+    server = {"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}
+    return {**CONFIG, "clusters": [server], "users": [{"name": "u", "user": {"exec": told}}]}
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("nosuchexec", "nosuchexec: No such file or directory"), ("false", "exec: process returned 1")],
+)
+def test_an_exec_plugin_that_fails_is_one_error(home: Path, command: str, said: str) -> None:
+    config = write(home / "config", plugin(command))
+    command_line = [sys.executable, "-m", "trainctl", "status", "x", "--kubeconfig", str(config)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command_line, env=environment, text=True, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        f'trainctl: {config}: the credentials of context "here" cannot be had from its exec plugin: {said}: mend or '
+        "install it, or choose another context with --context"
+    ]
+
+
+def test_a_dry_run_asks_for_no_credentials(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(home / "config", plugin("nosuchexec"))
+    (home / "train.py").write_text("")
+    words = ["submit", str(home / "train.py"), "--name", "x", "--dry-run", "--context", "team"]
+    assert trainctl(monkeypatch, *words, "--kubeconfig", str(config)) == 0
+    assert "namespace: team" in capsys.readouterr().out
+
+
+def trainctl(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Runs the command here; its exit status."""
+    monkeypatch.setattr("sys.argv", ["trainctl", *words])
+    with pytest.raises(SystemExit) as ended:
+        run()
+    return int(ended.value.code or 0)
 
 
 def test_what_is_said_at_the_command_counts_more_than_before_it() -> None:
@@ -228,7 +283,7 @@ def test_an_api_server_that_is_away_is_waited_for_and_then_given_up() -> None:
         pauses.append(seconds)
         now[0] += seconds
 
-    away = Away(lambda: now[0], pause)
+    away = Away(lambda: now[0], pause, Note(lambda: now[0]))
 
     def wait_forever() -> None:
         while True:
@@ -241,6 +296,21 @@ def test_an_api_server_that_is_away_is_waited_for_and_then_given_up() -> None:
     away.over()
     away.wait_or_raise(Unreachable("again"))
     assert pauses[-1] == 0.5
+
+
+def test_that_an_api_server_is_waited_for_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    note = Note(lambda: now[0])
+    followers = [Away(lambda: now[0], lambda _: None, note) for _ in range(2)]
+    for away in followers * 2:
+        away.wait_or_raise(Unreachable("it is away"))
+    said = capsys.readouterr().err
+    assert said == "note: the API server is asked again, for 60 s at most: it is away\n"
+    now[0] = PATIENCE_S + 1
+    for away in followers:
+        away.over()
+        away.wait_or_raise(Unreachable("it is away"))
+    assert capsys.readouterr().err == said
 
 
 Answer = OutlastError | list[dict[str, Any]]
@@ -285,7 +355,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     pauses: list[float] = []
 
     def away() -> Away:
-        return Away(lambda: sum(pauses), pauses.append)
+        return Away(lambda: sum(pauses), pauses.append, Note(lambda: sum(pauses)))
 
     monkeypatch.setattr("trainctl.cluster.resources.Away", away)
     return pauses
@@ -319,11 +389,33 @@ def test_what_the_api_server_will_not_do_ends_a_watch(slept: list[float]) -> Non
 
 @pytest.mark.parametrize("lists", [True, False])
 def test_an_api_server_that_stays_unwell_is_given_up(slept: list[float], lists: bool) -> None:
-    answers: list[Answer] = [[item("a")], watch_error(500)] if lists else [ill(500, "list")]
-    following = follow(_Server(*answers * 100), JOBS)  # type: ignore[arg-type]
+    begun: list[Answer] = [[item("a")], watch_error(500)]
+    answers: list[Answer] = begun if lists else [ill(500, "list")]
+    following = follow(_Server(*begun, *answers * 100), JOBS)  # type: ignore[arg-type]
     with pytest.raises(Unwell):
         list(following)
     assert PATIENCE_S < sum(slept) < PATIENCE_S + 10
+
+
+def test_an_api_server_that_has_never_answered_is_not_waited_for(slept: list[float]) -> None:
+    with pytest.raises(Unwell):
+        list(follow(_Server(ill(503, "list")), JOBS))  # type: ignore[arg-type]
+    assert slept == []
+
+
+@pytest.mark.parametrize("words", [["status", "x", "--watch"], ["status", "--watch"]])
+def test_watching_a_cluster_that_is_away_fails_at_once(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    slept: list[float],
+    words: list[str],
+) -> None:
+    server = {"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}
+    config = write(home / "config", {**CONFIG, "clusters": [server]})
+    assert trainctl(monkeypatch, *words, "--kubeconfig", str(config)) == 1
+    assert "does not answer: Connection refused" in capsys.readouterr().err
+    assert slept == []
 
 
 def test_what_is_asked_once_tells_at_once_that_the_api_server_is_unwell(slept: list[float]) -> None:
@@ -346,6 +438,31 @@ def test_faults_are_for_jobs_that_allow_them_and_run() -> None:
         check_allowed(job(allow=False))
     with pytest.raises(RequestError, match=r"has ended \(Failed\): there is nothing to break"):
         check_allowed(job(phase="Failed"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("foo", "the fault foo: unknown kind foo: a running job can be asked for agent-crash,"),
+        ("node-join", "unknown kind node-join: a running job can be asked for"),
+        ("", "the fault (none): it is not KIND:TARGET"),
+        ("rank-crash", "rank-crash needs a rank: rank-crash:0"),
+        ("rank-crash@3:1", "it is not KIND:TARGET, such as rank-crash:1"),
+        ("head-loss:1", "head-loss takes no target"),
+        ("pod-delete", "pod-delete needs a seat: pod-delete:0"),
+        ("corrupt:1/foot", "unknown part foot"),
+    ],
+)
+def test_what_is_no_fault_is_told_before_a_cluster_is_looked_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str, said: str
+) -> None:
+    assert trainctl(monkeypatch, "fault", fault, "x") == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["rank-crash:1", "corrupt:0/header", "controller-crash", "head-loss", "pod-delete:2"])
+def test_faults_of_a_running_job_pass(fault: str) -> None:
+    check_form(fault)
 
 
 # --- quick ----------------------------------------------------------------------------------------------------------

@@ -90,6 +90,12 @@ def test_there_is_a_rank_for_each_gpu_unless_told_otherwise(flags: Flags, ranks:
             {"overrides": ("workers.template.spec.containers=[{name: outlast, command: [sh]}]",)},
             "spec.workers.template.spec.containers[0].command: ",
         ),
+        ({"name": "1abc"}, 'metadata.name: "1abc" must begin with a letter, as the name of its Service does'),
+        ({"flags": Flags(cpu="abc")}, "--cpu abc: it is no number of processors: write 4, 0.5 or 500m"),
+        ({"flags": Flags(cpu="0")}, "--cpu 0: it is no number of processors"),
+        ({"flags": Flags(image="bad image")}, '--image "bad image": it is no image: write registry/name:tag'),
+        ({"flags": Flags(image="Registry/UPPER:1")}, '--image "Registry/UPPER:1": it is no image'),
+        ({"flags": Flags(image="x:")}, '--image "x:": it is no image'),
         ({"flags": Flags(memory="1Gi")}, "spec.workers.template.spec.containers[0].resources.limits.memory: "),
         ({"code": Path("x"), "no_code": True}, "--code and --no-code: give one of them"),
     ],
@@ -98,6 +104,42 @@ def test_what_a_script_lacks_is_told(tmp_path: Path, given: dict[str, Any], said
     with pytest.raises(RequestError) as refused:
         prepare(script_job(tmp_path, **given), "default")
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "img",
+        "docker.io/library/img:1.2-rc_3",
+        "localhost:5000/a/b__c",
+        f"ghcr.io/a/b:1@sha256:{'0f' * 32}",
+        "[::1]:5/x",
+    ],
+)
+def test_images_are_taken_as_a_registry_takes_them(tmp_path: Path, image: str) -> None:
+    prepare(script_job(tmp_path, flags=Flags(image=image, cpu="500m")), "default")
+
+
+def test_a_folder_is_no_script(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=f"{tmp_path}: it is a folder: .* --code {tmp_path}$"):
+        prepare(Submission(tmp_path), "default")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "job.yaml: the file is empty"),
+        ("42", "job.yaml: the file holds 42"),
+        ("a: [", "job.yaml: this is no YAML at line 1"),
+        ("a: 1\na: 2\n", "a: is given twice"),
+    ],
+)
+def test_what_is_wrong_with_a_file_as_a_whole_names_it(text: str, said: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        prepare(Submission(Path("job.yaml"), text), "default")
+    assert str(refused.value).startswith(said)
+    with pytest.raises(SpecError, match="standard input: the file is empty"):
+        prepare(Submission(Path("-"), ""), "default")
 
 
 def test_a_file_is_sent_as_it_is_written_in_the_namespace_in_force(tmp_path: Path) -> None:
@@ -258,6 +300,35 @@ def test_an_empty_folder_and_what_is_no_file_are_refused(tmp_path: Path) -> None
     (tmp_path / "gone.py").symlink_to("nowhere")
     with pytest.raises(RequestError, match="it is no file"):
         pack_folder(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "/etc", "../beside"])
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, target: str) -> None:
+    folder = tmp_path / "code"
+    (folder / "lib").mkdir(parents=True)
+    (folder / "train.py").write_text("")
+    (tmp_path / "beside").write_text("secret")
+    link = folder / ("lib" if target.startswith("/") else "") / "link"
+    link.symlink_to(target)
+    with pytest.raises(RequestError) as refused:
+        pack_folder(folder)
+    assert f"{link.relative_to(folder)} is a link to {target}, which is not in the folder: put a copy" in str(
+        refused.value
+    )
+
+
+def test_what_is_left_out_of_a_folder_is_a_note(tmp_path: Path) -> None:
+    for name in ("train.py", "lib/model.py", "lib/.key", ".git/config", ".env", "__pycache__/train.pyc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "again").symlink_to("lib")
+    (tmp_path / "self").symlink_to(".")
+    (tmp_path / "other.py").symlink_to("train.py")
+    (tmp_path / ".venv").symlink_to("/usr")
+    found = prepare(Submission(tmp_path / "train.py", name="x", code=tmp_path), "default")
+    assert found.packed is not None
+    assert [file.path for file in found.packed.files] == ["lib/model.py", "other.py", "train.py"]
+    assert found.notes == ("not sent (hidden, or links to folders): .env, .git/, .venv, again, self, lib/.key",)
 
 
 def test_code_joins_a_template_that_is_there(tmp_path: Path) -> None:

@@ -4,7 +4,11 @@ without any of these its own service account."""
 from __future__ import annotations
 
 import binascii
+import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +37,9 @@ class Found:
     namespace: str
 
 
-def find_cluster(where: Where) -> Found:
+def find_cluster(where: Where, *, credentials: bool = True) -> Found:
     """The cluster, the context's name and the namespace in force. Asks nothing of the cluster; a context's exec plugin
-    is run.
+    is run. Without ``credentials`` it is not, and the cluster cannot be asked.
 
     Raises RequestError that names the file and what to do.
     """
@@ -47,16 +51,14 @@ def find_cluster(where: Where) -> Found:
         loaded, current = _merged(files)
         if loaded is None:
             raise _wrong(text, "it is empty")
-        return _of_context(loaded, current, where, text)
-    except yaml.YAMLError as error:
-        raise _wrong(text, f"it is no YAML: {' '.join(str(error).split())}") from error
+        return _of_context(loaded, current, where, text, credentials)
     except (ConfigException, binascii.Error, KeyError, TypeError, AttributeError, ValueError) as error:
         raise _wrong(text, " ".join(str(error).split())) from error
     except OSError as error:
         raise RequestError(f"{error.filename or text}: {error.strerror}; the kubeconfig cannot be read") from error
 
 
-def _wrong(text: str, reason: str) -> RequestError:
+def _wrong(text: object, reason: str) -> RequestError:
     return RequestError(
         f"{text}: this is no usable kubeconfig: {reason}: mend it, or say where yours lies (--kubeconfig)"
     )
@@ -81,13 +83,24 @@ def _files(where: Where) -> list[Path]:
 
 def _merged(files: list[Path]) -> tuple[Any, Any]:
     """The files as one, and the current context that the first to name one names; files that are empty do not count."""
-    filled = [str(path) for path in files if yaml.safe_load(path.read_text()) is not None]
+    filled = [str(path) for path in files if _is_filled(path)]
     merger = KubeConfigMerger(os.pathsep.join(filled))
     named = (config.get("current-context") for config in merger.config_files.values())
     return merger.config, next(filter(None, named), None)
 
 
-def _of_context(loaded: Any, current: Any, where: Where, text: str) -> Found:
+def _is_filled(path: Path) -> bool:
+    """Whether there is anything in it. Raises RequestError when that is no kubeconfig."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise _wrong(path, f"it is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict | None):
+        raise _wrong(path, "it holds no mapping (apiVersion, clusters, contexts, users)")
+    return found is not None
+
+
+def _of_context(loaded: Any, current: Any, where: Where, text: str, credentials: bool) -> Found:
     names = [str(context["name"]) for context in loaded["contexts"].value or []] if "contexts" in loaded else []
     chosen = where.context or current
     if not chosen:
@@ -97,9 +110,52 @@ def _of_context(loaded: Any, current: Any, where: Where, text: str) -> Found:
         raise RequestError(f"{said} {chosen}: there is no such context in {text}: there are {_listed(names)}")
     loader = KubeConfigLoader(config_dict=loaded, active_context=chosen, config_base_path=None)
     configuration = Configuration()
-    loader.load_and_set(configuration)
+    if credentials:
+        _configure(configuration, loader, chosen, text)
     context = loader.current_context.get("context") or {}
     return Found(configuration, chosen, where.namespace or context.get("namespace") or "default")
+
+
+def _configure(configuration: Configuration, loader: KubeConfigLoader, context: str, text: str) -> None:
+    with _complaints() as said:
+        loader.load_and_set(configuration)
+    if said:
+        raise RequestError(
+            f'{text}: the credentials of context "{context}" cannot be had from its exec plugin: {said[0]}: mend or '
+            "install it, or choose another context with --context"
+        )
+    if not str(configuration.host).lower().startswith(("https://", "http://")):
+        raise _wrong(text, f'"{configuration.host}" is no server of a cluster, as https://HOST:PORT is one')
+
+
+@contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """What the client library says of an exec plugin: it logs that it failed, and goes on without credentials."""
+    keeper = _Keeper(logging.ERROR)
+    root = logging.getLogger()
+    root.addHandler(keeper)
+    try:
+        yield keeper.said
+    finally:
+        root.removeHandler(keeper)
+
+
+class _Keeper(logging.Handler):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name == "root":
+            self.said.append(_reason(sys.exception(), record.getMessage()))
+
+
+def _reason(error: BaseException | None, message: str) -> str:
+    """Of an OSError without its number; on a terminal the library falls over a plugin's failure (AttributeError),
+    which the plugin has told itself."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
+    return "it failed" if isinstance(error, AttributeError) else " ".join(message.split())
 
 
 def _listed(names: list[str]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -139,13 +141,14 @@ def _listed(cluster: Cluster, path: str, query: Query) -> tuple[list[Json], str]
 def follow(cluster: Cluster, path: str, query: Query | None = None) -> Iterator[dict[str, Json]]:
     """All objects of a list by uid, now and after each change, for as long as they are asked for.
 
-    An API server that goes away, or is unwell, is asked again for ``PATIENCE_S``; then, and when it refuses, its error
-    is raised.
+    An API server that goes away, or is unwell, is asked again for ``PATIENCE_S``; then its error is raised, and at once
+    when it refuses or has never answered.
     """
-    away = Away()
+    away, listed = Away(), False
     while True:
         try:
             objects, version = _listed(cluster, path, query or {})
+            listed = True
             known = {item["metadata"]["uid"]: item for item in objects}
             yield dict(known)
             for kind, item in _changes(cluster, path, query or {}, version, away):
@@ -158,6 +161,8 @@ def follow(cluster: Cluster, path: str, query: Query | None = None) -> Iterator[
         except Gone:
             continue
         except Unreachable as error:
+            if not listed:
+                raise
             away.wait_or_raise(error)
 
 
@@ -186,13 +191,38 @@ def _watch_error(status: Object) -> ClusterError:
     return Unwell(message) if is_unwell(code) else ClusterError(message)
 
 
+class Note:
+    """Says that the API server is waited for: once in ``PATIENCE_S``, for all followers of one command together."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self._said_at = float("-inf")
+
+    def say(self, error: Unreachable) -> None:
+        """Say it, unless that was done a moment ago."""
+        with self._lock:
+            now = self._clock()
+            if now - self._said_at <= PATIENCE_S:
+                return
+            self._said_at = now
+        print(
+            f"note: the API server is asked again, for {PATIENCE_S:.0f} s at most: {error}", file=sys.stderr, flush=True
+        )
+
+
+_note = Note()
+
+
 class Away:
     """Patience with an API server that does not answer, or is not well."""
 
     def __init__(
-        self, clock: Callable[[], float] = time.monotonic, pause: Callable[[float], None] = time.sleep
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
+        note: Note = _note,
     ) -> None:
-        self._clock, self._pause = clock, pause
+        self._clock, self._pause, self._note = clock, pause, note
         self._since: float | None = None
         self._times = 0
 
@@ -206,5 +236,6 @@ class Away:
         self._since = now if self._since is None else self._since
         if now - self._since > PATIENCE_S:
             raise error
+        self._note.say(error)
         self._pause(_PAUSES_S[min(self._times, len(_PAUSES_S) - 1)])
         self._times += 1

@@ -199,7 +199,8 @@ def _check_room(folder: pathlib.Path, needed: int) -> None:
 
 
 def _text(request: Request, entry: Entry, files: Sequence[str], weights: Weights, digest: str | None) -> str:
-    text = f"step {entry.step} of {request.url} is in {request.to}: {len(files)} files of {request.format}"
+    files_of = f"{len(files)} file{'s' * (len(files) != 1)} of {request.format}"
+    text = f"step {entry.step} of {request.url} is in {request.to}: {files_of}"
     if weights.lacking:
         return f"{text}; not in it, since state_dict() computes them: {', '.join(weights.lacking[:8])}"
     return f"{text}, weights {digest}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -87,13 +88,15 @@ class Gathering:
         return any(event.best_seen_attempt or event.attempt or event.held for event in self.joined.values())
 
     def complete(self, config: MachineConfig) -> bool:
-        """Whether nobody else is expected to bring a part of the state."""
+        """Whether nobody else is expected to bring a part of the state: of the newest snapshot, or of the one before,
+        which is whole while that is taken. Older ones lie on nodes that were away meanwhile."""
         if any(event.running for event in self.joined.values()):
             return False
-        if len(self.joined) >= max(config.replicas, self.expected(config)) + config.spares:
-            return True
-        held = {image.seat for event in self.joined.values() for image in event.held if image.kind == "shard"}
-        return held == set(range(self.expected(config)))
+        seats: dict[Generation, set[int]] = defaultdict(set)
+        for image in (image for event in self.joined.values() for image in event.held if image.kind == "shard"):
+            seats[image.generation].add(image.seat)
+        wanted = set(range(self.expected(config)))
+        return any(seats[generation] == wanted for generation in sorted(seats)[-2:])
 
     def restart_count(self) -> int:
         """The most restarts that any node was told of."""

@@ -151,8 +151,7 @@ class Archivist:
         self._orders.put(order)
 
     def close(self) -> None:
-        """Have ``run`` return after the call that is under way, and after what ``Finish`` asks for. Nothing is said from
-        now on."""
+        """Have ``run`` return after the call that is under way, and what ``Finish`` asks for. It says no more."""
         self._closed.set()
         self._orders.put(None)
 
