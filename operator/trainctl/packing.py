@@ -168,9 +168,11 @@ def _walk(folder: Path, left_out: list[str]) -> Iterator[Path]:
         place = Path(text)
         left_out += [_shown(folder, place / name) for name in sorted([*folders, *names]) if name.startswith(".")]
         kept = [place / name for name in sorted([*folders, *names]) if not _unwanted(name)]
+        linked = [path for path in kept if path.is_symlink() and path.is_dir()]
         for path in kept:
-            _check_link(folder, path)
-        left_out += [_shown(folder, path) for path in kept if path.is_symlink() and path.is_dir()]
+            if path not in linked:
+                _check_link(folder, path)
+        left_out += [_shown(folder, path) for path in linked]
         folders[:] = [path.name for path in kept if path.is_dir() and not path.is_symlink()]
         yield from (path for path in kept if not path.is_dir())
 

@@ -274,3 +274,43 @@ def test_nodes_that_were_away_are_not_taken_for_the_one_that_has_what_is_needed(
     line = world.run_to("restored", 60.0)
     assert line.fields["restore_sources"]["memory-decode"] == 1
     assert "passed-over" not in [entry.kind for entry in world.log[-12:]]
+
+
+@pytest.mark.parametrize("late_s", [0.0, 1.0, 2.0])
+def test_what_the_attempt_began_with_is_not_enough_while_newer_images_may_come(late_s: float) -> None:
+    """Nodes that were away hold it whole; those that took their places hold the snapshot since."""
+    world = Cluster(replace(CONFIG, parity=1, every_steps=20, spares=0), 4, total=400)
+    away = list[SimNode]()
+    world.run_to_step(42)
+    for seat in (1, 2):
+        away.append(world.seated(seat))
+        world.pause(away[-1])
+        world.add_node()
+        world.run_to("recovered", 60.0)
+    for node in away:
+        world.resume(node)
+    world.run_to("snapshot-committed", 60.0)
+    newest = world.kept
+    assert newest is not None
+    late, join = [world.seated(1), world.seated(2)], world.join
+    world.join = lambda node: world.at(late_s, lambda: join(node)) if node in late else join(node)  # type: ignore[method-assign]
+    world.restart_controller(head=True)
+    assert world.run_to("restored", 60.0).fields["step"] == newest.step
+
+
+def test_ranks_are_told_to_load_although_one_has_ended_at_once() -> None:
+    """It does not use Outlast, and its end has the attempt run."""
+    world = Cluster(CONFIG, 5, total=200)
+    world.run_to_step(30)
+    rebuild = world._rebuild
+    world._rebuild = lambda node, start: world.at(5.0 * (node.seat == 2), lambda: rebuild(node, start))  # type: ignore[method-assign]
+    heard = list[str]()
+    world._on_load = lambda node, load: heard.append(node.name)  # type: ignore[method-assign]
+    world.crash_rank(0)
+    world.run_to("restored")
+    world.run(1.0)
+    node, attempt = world.seated(1), world.machine.job.attempt
+    assert attempt is not None
+    world.say(m.RankDone(node.name, attempt, 1, "", 0))
+    world.run(12.0)
+    assert set(heard) >= set(world.machine.job.members.seated_names())

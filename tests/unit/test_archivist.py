@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -216,6 +217,19 @@ def test_a_job_that_ends_without_a_checkpoint_gives_its_place_back(tmp_path: Pat
     assert (head.vacant, head.claim is None) == (not steps, not steps)
     with desk(tmp_path, mark=other) as at:
         assert at.failed(1)[0] == "denied" if steps else at.claimed(1) == []
+
+
+def test_a_job_that_has_ended_does_not_take_a_store_that_comes_back(tmp_path: Path) -> None:
+    with desk(tmp_path, StoreUnavailable("503")) as at:
+        at.failed(1)
+        at.archivist.submit(m.Finish("failed", "the store did not answer"))
+        at.archivist.submit(m.Finish("failed", "and the one before was carried out"))
+        while not at.archivist._orders.empty():
+            time.sleep(0.01)
+        at.trouble.clear()
+        with pytest.raises(queue.Empty):
+            at.answers.get(timeout=0.3)
+    assert Archive(folder(tmp_path)).read_head() is None
 
 
 def test_another_job_that_cannot_be_read_is_no_store_that_is_down(tmp_path: Path) -> None:

@@ -398,9 +398,15 @@ def test_an_api_server_that_stays_unwell_is_given_up(slept: list[float], lists: 
 
 
 def test_an_api_server_that_has_never_answered_is_not_waited_for(slept: list[float]) -> None:
-    with pytest.raises(Unwell):
-        list(follow(_Server(ill(503, "list")), JOBS))  # type: ignore[arg-type]
+    with pytest.raises(Unreachable):
+        list(follow(_Server(Unreachable("connection refused")), JOBS))  # type: ignore[arg-type]
     assert slept == []
+
+
+def test_an_api_server_that_answers_is_waited_for_from_the_first_list_on(slept: list[float]) -> None:
+    following = follow(_Server(ill(503, "list"), [item("a")]), JOBS)  # type: ignore[arg-type]
+    assert list(next(following)) == ["a"]
+    assert slept
 
 
 @pytest.mark.parametrize("words", [["status", "x", "--watch"], ["status", "--watch"]])

@@ -142,7 +142,7 @@ def follow(cluster: Cluster, path: str, query: Query | None = None) -> Iterator[
     """All objects of a list by uid, now and after each change, for as long as they are asked for.
 
     An API server that goes away, or is unwell, is asked again for ``PATIENCE_S``; then its error is raised, and at once
-    when it refuses or has never answered.
+    when it refuses or there was never an answer.
     """
     away, listed = Away(), False
     while True:
@@ -161,7 +161,7 @@ def follow(cluster: Cluster, path: str, query: Query | None = None) -> Iterator[
         except Gone:
             continue
         except Unreachable as error:
-            if not listed:
+            if not (listed or isinstance(error, Unwell)):
                 raise
             away.wait_or_raise(error)
 

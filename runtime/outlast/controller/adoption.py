@@ -88,15 +88,17 @@ class Gathering:
         return any(event.best_seen_attempt or event.attempt or event.held for event in self.joined.values())
 
     def complete(self, config: MachineConfig) -> bool:
-        """Whether nobody else is expected to bring a part of the state: of the newest snapshot, or of the one before,
-        which is whole while that is taken. Older ones lie on nodes that were away meanwhile."""
+        """Whether nobody else is expected to bring a part of the state: of the newest snapshot, or of its attempt's one
+        before, which is whole while that is taken. Older ones lie on nodes that were away meanwhile."""
         if any(event.running for event in self.joined.values()):
             return False
         seats: dict[Generation, set[int]] = defaultdict(set)
         for image in (image for event in self.joined.values() for image in event.held if image.kind == "shard"):
             seats[image.generation].add(image.seat)
         wanted = set(range(self.expected(config)))
-        return any(seats[generation] == wanted for generation in sorted(seats)[-2:])
+        last = sorted(seats)[-2:]
+        own = [g for g in last if (g.attempt, g.incarnation) == (last[-1].attempt, last[-1].incarnation)]
+        return any(seats[generation] == wanted for generation in own)
 
     def restart_count(self) -> int:
         """The most restarts that any node was told of."""

@@ -264,6 +264,7 @@ class Archivist:
 
     def _give_back(self) -> None:
         """The job has ended. A store in trouble is not waited for any more."""
+        self._unfinished = None
         if self._own is not None and self._last_error is None:
             self._archive().release(self._own)
 

@@ -332,8 +332,6 @@ class Driver:
                 self.log(instruction.kind, instruction.text, instruction.fields)
             case m.Finish():
                 self._finish(instruction)
-                if self._archivist is not None:
-                    self._archivist.submit(instruction)
             case m.Remember():
                 write_kept(self.config.kept_file, instruction.kept)
             case m.Crash():
@@ -372,6 +370,8 @@ class Driver:
         outcome, reason = ending.finish.outcome, ending.finish.reason
         self._ending = None
         self._decide(m.Finalized())
+        if self._archivist is not None:  # after the commit of what was still uploaded meanwhile
+            self._archivist.submit(ending.finish)
         final = {**self._machine.status(self._clock.monotonic()), "outcome": outcome, "reason": reason}
         write_private_json(self.config.final_file, final)
         self._final = final

@@ -198,8 +198,12 @@ class Machine:
         if self._of_attempt(event.node, event.attempt, now) is None or event.node not in job.awaiting:
             return
         job.awaiting.discard(event.node)
-        if not job.awaiting and job.phase is Phase.STARTING:
+        if job.awaiting:
+            return
+        if job.phase is Phase.STARTING:
             job.loaded(now)
+        else:  # some rank has ended already, or the attempt is adopted
+            job.load_again_at = min(job.load_again_at, now + job.config.patience.settle_s)
 
     def _rank_ready(self, event: e.RankReady, now: float) -> None:
         job = self.job

@@ -52,7 +52,7 @@ def identity_of(job: TrainingJob, resume: bool, say: Callable[[str], None]) -> s
             if head and there
             else f"nothing is stored at {url}: starting afresh"
         )
-    return head.job.identity if head is not None and not job.metadata.uid else own
+    return head.job.identity if head is not None and not head.vacant and not job.metadata.uid else own
 
 
 def _check_restorable(reference: str) -> None:
