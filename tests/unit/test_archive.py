@@ -301,6 +301,22 @@ def test_retention_removes_all_of_what_expires(tmp_path: Path) -> None:
     assert steps(archive) == [15, 20]
 
 
+def test_what_expires_while_it_is_looked_at_is_not_called_damaged(tmp_path: Path) -> None:
+    archive = claimed(tmp_path)
+    for step in (5, 10, 15):
+        checkpoint(archive, CLAIM, step)
+
+    class Slow(Archive):
+        def read_head(self) -> Head | None:
+            found = super().read_head()
+            archive.expire(Retention(keep_last=1), CLAIM)
+            return found
+
+    found = Slow(folder(tmp_path)).restorable()
+    assert [stored.generation.step for stored in found.stored] == [15]
+    assert found.bad == ()
+
+
 def test_a_branch_that_a_commit_drops_is_removed_with_what_expires(tmp_path: Path) -> None:
     archive, second = claimed(tmp_path), claim_of(2)
     for step in (5, 10, 15, 20):

@@ -202,8 +202,8 @@ class Archive:
     def restorable(self, enough: int = ENOUGH, *, foreign: bool = False) -> Restorable:
         """The newest ``enough`` checkpoints whose manifests verify and whose objects are all there in full size.
 
-        Those passed over are named with the reason. Contents of images are not read. ``foreign``: this archive is not
-        that of the job that wants to restore.
+        Those passed over are named with the reason, what expired meanwhile is not. Contents of images are not read.
+        ``foreign``: this archive is not that of the job that wants to restore.
         """
         head = self.read_head()
         sizes = {info.key: info.size for info in self.store.list()} if head is not None and head.line else {}
@@ -217,7 +217,12 @@ class Archive:
                 stored.append(checkpoint_of(self.manifest(entry), self.url, foreign))
             else:
                 bad.append((entry, reason))
-        return Restorable(tuple(stored), tuple(bad))
+        return Restorable(tuple(stored), self._still_named(bad))
+
+    def _still_named(self, bad: list[tuple[Entry, str]]) -> tuple[tuple[Entry, str], ...]:
+        """Those that the head names still: what retention has taken out of it since is removed, not damaged."""
+        head = self.read_head() if bad else None
+        return tuple((entry, reason) for entry, reason in bad if head is not None and head.entry(entry.generation))
 
     # --- removing ---------------------------------------------------------------------------------------------------
 
