@@ -16,25 +16,29 @@ from support.simulated_store import URL
 CONFIG = MachineConfig(replicas=4, spares=1, every_steps=5)
 
 
+def slow_at(world: Cluster, source: str, seconds: float) -> list[SimNode]:
+    """The first node that gets images from ``source`` takes long; it, once it has begun."""
+    rebuild, begun = world._rebuild, list[SimNode]()
+
+    def take_long(node: SimNode, start: m.Start) -> None:
+        plan = start.restore
+        if plan is not None and not begun and any(one.source == source for one in plan.on_node(node.name)):
+            begun.append(node)
+            world.at(seconds, lambda: rebuild(node, start))
+        else:
+            rebuild(node, start)
+
+    world._rebuild = take_long  # type: ignore[method-assign]
+    return begun
+
+
 def rebuilding(config: MachineConfig, slow_s: float) -> tuple[Cluster, Generation]:
     """A node is lost, its replacement takes ``slow_s`` to decode its image, the controller dies meanwhile."""
     world = Cluster(config, 5, total=400)
     world.run_to_step(33)
     world.run_to("snapshot-committed")
-    kept, rebuild, begun = world.kept, world._rebuild, list[str]()
+    kept, begun = world.kept, slow_at(world, "memory-decode", slow_s)
     assert kept is not None
-
-    def take_long(node: SimNode, start: m.Start) -> None:
-        lacking = (
-            [one for one in start.restore.on_node(node.name) if one.source == "memory-decode"] if start.restore else []
-        )
-        if lacking and not begun:
-            begun.append(node.name)
-            world.at(slow_s, lambda: rebuild(node, start))
-        else:
-            rebuild(node, start)
-
-    world._rebuild = take_long  # type: ignore[method-assign]
     world.lose_node(world.seated(1), replace_after=None)
     assert world.run(30.0, lambda: bool(begun))
     world.run(1.0)
@@ -212,17 +216,7 @@ def test_nobody_loads_while_another_node_reads_from_the_store() -> None:
     world = Cluster(config, 5, total=400)
     world.run_to_step(33)
     world.run(5.0)
-    rebuild, fetching = world._rebuild, list[SimNode]()
-
-    def slowly(node: SimNode, start: m.Start) -> None:
-        plan = start.restore
-        if plan is not None and not fetching and any(one.source == "object" for one in plan.on_node(node.name)):
-            fetching.append(node)
-            world.at(120.0, lambda: rebuild(node, start))
-        else:
-            rebuild(node, start)
-
-    world._rebuild = slowly  # type: ignore[method-assign]
+    fetching = slow_at(world, "object", 120.0)
     world.lose_node(world.seated(1), replace_after=None)
     assert world.run(100.0, lambda: bool(fetching))
     world.run(2.0)

@@ -591,17 +591,23 @@ def test_what_is_enough_is_min_replicas(least: int | None, short: bool) -> None:
     assert (world.status.start.since is not None) == short
 
 
+def trains_on_three_of_five(spec: dict[str, Any], asked: dict[str, Any]) -> World:
+    """More nodes were asked for, and the controller has heard of it."""
+    world = World.training(resource(spec))
+    world.edit(workers={**world.spec["workers"], **asked})
+    assert world.said is not None
+    world.said["workers"] |= {"wanted": 5, "least": 5}
+    world.run()
+    return world
+
+
 @pytest.mark.parametrize("spec", [{"checkpoint": STORE}, {}], ids=["with a store", "from memory alone"])
 @pytest.mark.parametrize("asked", [{"replicas": 5}, {"replicas": 5, "minReplicas": 5}], ids=str)
 def test_an_operator_that_has_heard_nothing_yet_knows_what_a_job_trains_on(
     spec: dict[str, Any], asked: dict[str, Any]
 ) -> None:
     """It began after more were asked for, and cannot reach the head."""
-    world = World.training(resource(spec))
-    world.edit(workers={**world.spec["workers"], **asked})
-    assert world.said is not None
-    world.said["workers"] |= {"wanted": 5, "least": 5}
-    world.run()
+    world = trains_on_three_of_five(spec, asked)
     world.failing_since, world.said = world.now, None
     for _ in range(40):
         decided = world.run()
@@ -616,11 +622,7 @@ def test_an_operator_that_has_heard_nothing_yet_knows_what_a_job_trains_on(
 def test_a_job_that_trains_waits_for_more_nodes_as_long_as_it_takes(
     spec: dict[str, Any], asked: dict[str, Any]
 ) -> None:
-    world = World.training(resource(spec))
-    world.edit(workers={**world.spec["workers"], **asked})
-    assert world.said is not None
-    world.said["workers"] |= {"wanted": 5, "least": 5}
-    world.run()
+    world = trains_on_three_of_five(spec, asked)
     world.now += 5000
     decided = world.run()
     assert deletes(decided) == []

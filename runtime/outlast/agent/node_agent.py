@@ -281,7 +281,8 @@ class NodeAgent:
         self._stopping = stop.attempt
 
     def _stopped(self, stop: m.Stop, dirty: frozenset[int], inventory: Inventory) -> None:
-        self._stopping = None if self._stopping == stop.attempt else self._stopping
+        if self._stopping == stop.attempt:
+            self._stopping = None
         if stop.attempt != self._record.in_force or self._begun == stop.attempt:
             return
         self._emit(m.Stopped(self.config.node, stop.attempt, inventory, self._dirty(dirty), self._port.renew()))

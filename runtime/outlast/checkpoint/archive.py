@@ -126,8 +126,7 @@ class Archive:
         """Give the head back if ``claim`` holds it and no checkpoint was made: there is nothing to go on from."""
 
         def give(head: Head) -> Head:
-            empty = head.claim == claim and not head.line and not head.quarantined
-            return replace(head, claim=None) if empty else head
+            return replace(head, claim=None) if head.claim == claim and head.empty else head
 
         if self.read_head() is not None:
             self._move(give)

@@ -170,9 +170,14 @@ class Head:
     format: int = FORMAT
 
     @property
+    def empty(self) -> bool:
+        """Whether there is nothing that a run from the start would throw away."""
+        return not self.line and not self.quarantined
+
+    @property
     def vacant(self) -> bool:
-        """Whether it holds nothing, and nobody is about to change that."""
-        return self.claim is None and not self.line and not self.quarantined
+        """Whether it is empty, and nobody is about to change that."""
+        return self.claim is None and self.empty
 
     def entry(self, generation: Generation) -> Entry | None:
         """The checkpoint of that generation, if the line has it."""

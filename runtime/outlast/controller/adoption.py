@@ -97,8 +97,7 @@ class Gathering:
             seats[image.generation].add(image.seat)
         wanted = set(range(self.expected(config)))
         last = sorted(seats)[-2:]
-        own = [g for g in last if (g.attempt, g.incarnation) == (last[-1].attempt, last[-1].incarnation)]
-        return any(seats[generation] == wanted for generation in own)
+        return any(seats[generation] == wanted and generation.same_attempt(last[-1]) for generation in last)
 
     def restart_count(self) -> int:
         """The most restarts that any node was told of."""
@@ -114,16 +113,13 @@ def newest_whole(
     ``joined``: what the seats' nodes say, unverified. It is treated like one that was restored: protected again
     before its slot's neighbour is written, since the controller that died may not have come to that.
     """
-    world, begun = len(joined) * procs, {event.restores for event in joined.values()}
+    world, begun = len(joined) * procs, joined[0].restores
     images: dict[Generation, dict[int, HeldImage]] = {}
     for seat, event in joined.items():
         for image in event.held:
             its_own = image.kind == "shard" and image.seat == seat and image.local_rank < procs
-            if (
-                its_own
-                and image.world in (0, world)
-                and (image.generation.taken_by(attempt) or image.generation in begun)
-            ):
+            counts = image.generation.taken_by(attempt) or image.generation == begun
+            if its_own and counts and image.world in (0, world):
                 images.setdefault(image.generation, {})[seat * procs + image.local_rank] = image
     whole = [generation for generation, ranks in images.items() if len(ranks) == world]
     if not whole:
@@ -135,23 +131,22 @@ def newest_whole(
     return Restored(newest, ranks[0].slot, {rank: image.length for rank, image in ranks.items()}, targets)
 
 
-def begun_with(joined: Sequence[Joined], found: Restored | None) -> tuple[Restored | None, bool]:
+def to_keep(joined: Mapping[int, Joined], whole: Restored | None) -> tuple[Restored | None, bool]:
     """What an attempt's next snapshot must not write over, and whether nodes may still make images of it.
 
-    ``found``: its newest whole generation. When it began with a newer one, then either some of the images were not
+    ``whole``: its newest whole generation. When it began with a newer one, then either some of the images were not
     there yet as the controller died, or ranks read from those of another world, which no node has as its own. Where
-    the store has it, nothing is lost with them.
+    the store has it, nothing is lost with them. All nodes of an attempt were told the same of its beginning.
     """
-    restores = (event.restores for event in joined if event.restores is not None and not event.stored)
-    generation = max(restores, default=None)
-    if generation is None or (found is not None and found.generation >= generation):
-        return found, False
-    images = [image for event in joined for image in event.held if image.kind == "shard"]
-    slots = {image.slot for image in images if image.generation == generation}
+    begun = joined[0].restores
+    if begun is None or joined[0].stored or (whole is not None and whole.generation >= begun):
+        return whole, False
+    images = [image for event in joined.values() for image in event.held if image.kind == "shard"]
+    slots = {image.slot for image in images if image.generation == begun}
     if not slots:
-        return found, False
-    slot = min(slots - {GUEST_SLOT}, default=None)
-    return Restored(generation, slot, {}, {}, direct=True), True
+        return whole, False
+    slot = min((slot for slot in slots if slot < GUEST_SLOT), default=None)
+    return Restored(begun, slot, {}, {}, direct=True), True
 
 
 def gathered(job: Job, gathering: Gathering, now: float) -> None:
@@ -185,9 +180,9 @@ def _adopt(job: Job, gathering: Gathering, attempt: Attempt, seats: dict[int, st
     placed = seat_groups(job.config, job.members, seats)
     joined = {seat: gathering.joined[name] for seat, name in seats.items()}
     whole = newest_whole(joined, attempt, placed, job.config.procs)
-    restored, job.half_restored = begun_with(tuple(joined.values()), whole)
-    began_with = [event.restores.step for event in joined.values() if event.restores is not None]
-    job.resumes, job.progress = bool(began_with), Progress(now, max(began_with, default=0))
+    restored, job.half_restored = to_keep(joined, whole)
+    begun = joined[0].restores
+    job.resumes, job.progress = begun is not None, Progress(now, begun.step if begun is not None else 0)
     job.cycle = SnapshotCycle(job.around, attempt, placed, restored, adopted=True)
     if restored is not None and not restored.direct:
         job.inherited = Committed(restored.generation, restored.slot or 0, restored.lengths)

@@ -138,7 +138,6 @@ class Archivist:
         self._looked = False
         self._expected: ClaimMark | None = None
         self._claim: ClaimMark | None = None
-        self._own: ClaimMark | None = None
         self._unfinished: _Unfinished | None = None
         self._condemned: dict[Generation, str] = {}
         self._foreign: tuple[StoredCheckpoint, ...] = ()
@@ -265,8 +264,9 @@ class Archivist:
     def _give_back(self) -> None:
         """The job has ended. A store in trouble is not waited for any more."""
         self._unfinished = None
-        if self._own is not None and self._last_error is None:
-            self._archive().release(self._own)
+        claim = self._expected
+        if claim is not None and claim.controller == self._charge.controller and self._last_error is None:
+            self._archive().release(claim)
 
     # --- claiming ---------------------------------------------------------------------------------------------------
 
@@ -277,7 +277,7 @@ class Archivist:
         charge, attempt = self._charge, order.attempt
         claim = ClaimMark(attempt.number, attempt.incarnation, charge.controller)
         self._archive().claim(charge.mark, claim, self._expected, resume=charge.resume)
-        self._expected = self._own = claim
+        self._expected = claim
         stored = self._stored(claim)
         self._claim, self._unfinished, self._last_error = claim, None, None
         self._quarantine_condemned()

@@ -23,6 +23,7 @@ def identity_of(job: TrainingJob, resume: bool, say: Callable[[str], None]) -> s
     RequestError when a run of the job has left checkpoints there, or may be about to, and ``resume`` was not asked for,
     or ones whose head was lost, and what the store raises.
     """
+    local = not job.metadata.uid
     own = job.metadata.uid or secrets.token_hex(16)
     if job.spec.checkpoint is None:
         return own
@@ -33,17 +34,17 @@ def identity_of(job: TrainingJob, resume: bool, say: Callable[[str], None]) -> s
         head = archive.read_head()
         if head is None:
             archive.check_lost()
-    if not resume and head is not None and _holds(head):
+    if not resume and head is not None and not head.empty:
         raise RequestError(
             f"{url} holds checkpoints of this job already, {_what(head)}: go on from them with --resume, or give the "
             "job another name or spec.checkpoint.url"
         )
-    if not resume and head is not None and not head.vacant and not job.metadata.uid:
+    if not resume and head is not None and not head.vacant and local:
         raise RequestError(
             f"{url} belongs to a run of this job that has made no checkpoint, and that would be stopped if it has not "
             "ended: if it has, begin in its place with --resume, or give the job another name or spec.checkpoint.url"
         )
-    if job.spec.checkpoint.restore_from is not None and not (head is not None and head.line) and not job.metadata.uid:
+    if job.spec.checkpoint.restore_from is not None and not (head is not None and head.line) and local:
         _check_restorable(job.spec.checkpoint.restore_from)
     if resume:
         there = head is not None and head.line
@@ -52,7 +53,7 @@ def identity_of(job: TrainingJob, resume: bool, say: Callable[[str], None]) -> s
             if head and there
             else f"nothing is stored at {url}: starting afresh"
         )
-    return head.job.identity if head is not None and not head.vacant and not job.metadata.uid else own
+    return head.job.identity if head is not None and not head.vacant and local else own
 
 
 def _check_restorable(reference: str) -> None:
@@ -63,11 +64,6 @@ def _check_restorable(reference: str) -> None:
             Archive(store).find(step)
         except (RequestError, CheckpointError) as error:
             raise RequestError(f"spec.checkpoint.restoreFrom {reference}: {error}") from error
-
-
-def _holds(head: Head) -> bool:
-    """Whether there is anything that a run from the start would throw away."""
-    return bool(head.line or head.quarantined)
 
 
 def _what(head: Head) -> str:

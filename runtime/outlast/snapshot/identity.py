@@ -53,3 +53,7 @@ class Generation:
     def taken_by(self, attempt: Attempt) -> bool:
         """Whether ``attempt`` took it."""
         return (self.attempt, self.incarnation) == (attempt.number, attempt.incarnation)
+
+    def same_attempt(self, other: Generation) -> bool:
+        """Whether one attempt took both."""
+        return (self.attempt, self.incarnation) == (other.attempt, other.incarnation)
