@@ -193,7 +193,14 @@ def measure_ours(lab: Lab) -> dict[str, Times]:
         "--create-namespace", "--set", "image.tag=dev", "--wait", "--timeout", "120s",
     )  # fmt: skip
     resource = job(
-        "ours", STEPS, replicas=3, spares=1, workers={"template": template()}, checkpoint={"url": f"s3://{BUCKET}"}
+        "ours",
+        STEPS,
+        replicas=3,
+        spares=1,
+        size="small",
+        step_time=0,
+        workers={"template": template()},
+        checkpoint={"url": f"s3://{BUCKET}"},
     )
     resource["metadata"]["namespace"] = NAMESPACE
     lab.apply(resource)

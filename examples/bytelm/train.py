@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--validate-every", type=int, default=50)
+    parser.add_argument(
+        "--step-time", type=float, default=0.0, help="least seconds of a step: faults are easier to watch"
+    )
     return parser.parse_args()
 
 
@@ -78,6 +82,7 @@ def main() -> None:
     loader = DataLoader(dataset, batch_sampler=sampler)
     run.protect(model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler)
 
+    done = time.monotonic()
     for inputs, targets in run.steps(loader, total=args.steps):
         loss = model.loss(inputs.to(run.device), targets.to(run.device))
         (loss * run.weight).backward()
@@ -94,6 +99,8 @@ def main() -> None:
             if run.rank == 0:
                 print(f"step {run.step + 1}: validation loss {value:.3f} nats/byte "
                       f"(byte frequencies alone: {validation.frequency_entropy(training):.3f})", flush=True)  # fmt: skip
+        time.sleep(max(0.0, done + args.step_time - time.monotonic()))
+        done = time.monotonic()
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from support.trainingjobs import Job, job, template
 
 Submit = Callable[[dict[str, Any]], Job]
 
-STEPS = 320
-APART = 25
+STEPS = 280
+APART = 15
 """Steps of rest between two faults: there are snapshots again, and parity."""
 
 

@@ -45,12 +45,13 @@ def running(release: Lab, bucket: str, tmp_path_factory: pytest.TempPathFactory)
         "steered",
         1_000_000,
         replicas=2,
+        step_time=0.3,
+        validate_every=10,
         workers={"template": template(), "minReplicas": 1},
         checkpoint={"url": bucket, "interval": 20},
         faults={"allow": True},
         recovery={"growAfter": "1s"},
     )
-    resource["spec"]["entrypoint"][-1] = "10"  # steps between two lines of rank 0
     file = tmp_path_factory.mktemp("jobs") / "job.yaml"
     file.write_text(yaml.safe_dump(resource))
     printed = line("submit", str(file))

@@ -16,6 +16,7 @@ from support.trainingjobs import Job, Resource, job, template
 Submit = Callable[[dict[str, Any]], Job]
 
 STEPS = 120
+STEP_S = 0.4
 
 
 def patch(target: Job, **spec: Any) -> None:
@@ -34,6 +35,7 @@ def test_made_suspended_resumed_suspended_and_resumed(
         "queued",
         STEPS,
         replicas=3,
+        step_time=STEP_S,
         workers={"template": template()},
         checkpoint={"url": bucket, "interval": 1000},
         suspend=True,
@@ -65,8 +67,9 @@ def test_made_suspended_resumed_suspended_and_resumed(
 def test_scaled_down_and_up_and_gone_after_its_time(submit: Submit, release: Lab, bucket: str) -> None:
     resource = job(
         "elastic",
-        260,
+        200,
         replicas=3,
+        step_time=STEP_S,
         workers={"template": template(), "minReplicas": 2},
         checkpoint={"url": bucket, "interval": 100},
         recovery={"growAfter": "1s", "shrinkAfter": "5s"},

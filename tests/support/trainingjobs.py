@@ -25,10 +25,29 @@ GROUP, VERSION, PLURAL = "outlast.dev", "v1alpha1", "trainingjobs"
 Resource = Mapping[str, Any]
 
 
-def job(name: str, steps: int, *, replicas: int, spares: int = 0, **spec: Any) -> dict[str, Any]:
-    """The example as a job: one thread a rank, so that the bits are those of every other run of so many ranks."""
+STEP_S = 0.6
+"""Of a step that a test may see: a job lasts as long on every machine, and leaves it room for what else happens."""
+
+
+def job(
+    name: str,
+    steps: int,
+    *,
+    replicas: int,
+    spares: int = 0,
+    size: str = "tiny",
+    step_time: float = STEP_S,
+    validate_every: int | None = None,
+    **spec: Any,
+) -> dict[str, Any]:
+    """The example as a job: one thread a rank, so that the bits are those of every other run of so many ranks. A step
+    takes ``step_time`` seconds at least; rank 0 prints a line every ``validate_every`` steps, at the end if None."""
+    options = {
+        **{"--steps": steps, "--size": size, "--step-time": step_time},
+        "--validate-every": validate_every or steps,
+    }
     content: dict[str, Any] = {
-        "entrypoint": ["python", "bytelm/train.py", "--steps", str(steps), "--validate-every", str(steps)],
+        "entrypoint": ["python", "bytelm/train.py", *(str(part) for option in options.items() for part in option)],
         "env": [{"name": "OMP_NUM_THREADS", "value": "1"}],
         "workers": {"replicas": replicas, "spares": spares},
         "snapshot": {"everySteps": 10, "maxMemory": "512Mi"},
@@ -60,7 +79,7 @@ def local_digest(lab: Lab, namespace: str, steps: int, ranks: int) -> str:
     """The weights' digest after ``trainctl run`` of the same job, undisturbed, in one Pod of the same image: the same
     corpus (Python's own sources), libraries, number of ranks and threads a rank as in the cluster."""
     name = f"undisturbed-{steps}-{ranks}"
-    file = yaml.safe_dump(job("undisturbed", steps, replicas=ranks))
+    file = yaml.safe_dump(job("undisturbed", steps, replicas=ranks, step_time=0))
     about = {"name": name, "namespace": namespace}
     run = {
         "name": "run",
