@@ -51,7 +51,8 @@ def run(sight: Sight, status: TrainingJobStatus) -> Decision:
         phase,
         _why(sight, status, phase, gathering),
         status.model_copy(update=known),
-        (*_objects(sight, roster), *roster.creates, *roster.deletes, *calls(sight)),
+        # What is let go comes first: where a quota is used up, it makes room for what replaces it.
+        (*_objects(sight, roster), *roster.deletes, *roster.creates, *calls(sight)),
         roster.happenings,
         ready=_ready(sight, phase),
         waits=tuple(at for at in waits if at is not None),

@@ -1,8 +1,10 @@
 """Does what a plan says: requests to the API server and to the job's controller, in the plan's order.
 
 Nothing is written blindly: a create bears a name that is used once, a delete the uid that it means, an apply is forced
-only on an object that this job owns already. The first action that the API server does not take ends the pass; a call
-that the job's controller does not take holds back nothing (it may be gone for good; Pods must be made all the same).
+only on an object that this job owns already. After a refusal of the API server's nothing more is made, but what is to go
+goes, and the controller is told what it has to know: a spare for which there is no quota must not keep the job from
+being resized. Any other error of the API server's ends the pass; a call that the job's controller does not take holds
+back nothing (it may be gone for good; Pods must be made all the same).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from outlast_operator.cluster import Cluster
 from outlast_operator.expectations import Expectations
 from outlast_operator.kinds import BY_NAME, JOB, POD, Kind, kind_of
 from outlast_operator.model import Action, Apply, Call, Create, Delete, Key, Object
+from outlast_operator.pods import owner_uid
 from outlast_operator.poller import CallFailed, Poller
 from outlast_operator.refusals import NAME_TAKEN, ApiError, Verdict, verdict
 
@@ -25,8 +28,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Done:
-    """How far a plan's actions came: ``error`` ended them; ``calls_failed`` did not. ``objection``: why the job's
-    controller will not do what it was asked, "" when it objects to nothing."""
+    """How far a plan's actions came: ``error`` ended them, or kept more from being made; ``calls_failed`` did not.
+    ``objection``: why the job's controller will not do what it was asked, "" when it objects to nothing."""
 
     error: ApiError | None = None
     calls_failed: int = 0
@@ -49,9 +52,12 @@ class Applier:
         self._poller, self._clock, self.may_write = poller, clock, may_write
 
     def do(self, key: Key, raw: Object, actions: Sequence[Action]) -> Done:
-        """All of them, until one is not taken."""
+        """All of them, as far as they are taken."""
         calls_failed, objection = 0, ""
+        refused: ApiError | None = None
         for action in actions:
+            if refused is not None and isinstance(action, Create | Apply):
+                continue
             self.may_write()
             try:
                 self._one(key, raw, action)
@@ -60,9 +66,12 @@ class Applier:
                 objection = error.objection or objection
                 log.warning("call-failed job=%s cause=%s", key, error)
             except ApiError as error:
-                if verdict(error) is not Verdict.DONE:
+                found = verdict(error)
+                if found is Verdict.REFUSED:
+                    refused = refused or error
+                elif found is not Verdict.DONE:
                     return Done(error, calls_failed, objection)
-        return Done(None, calls_failed, objection)
+        return Done(refused, calls_failed, objection)
 
     def _one(self, key: Key, raw: Object, action: Action) -> None:
         if isinstance(action, Create):
@@ -94,8 +103,14 @@ class Applier:
 
     def _check_owner(self, key: Key, kind: Kind, obj: Object) -> None:
         """Raises ApiError when the object of that name is not, and will not be, this job's. One of a job of the same
-        name that was deleted is on its way out."""
-        found = self._cluster.get(kind, key.namespace, obj["metadata"]["name"])
+        name that was deleted is on its way out; one that has lost the labels by which caches know it gets them back."""
+        name, labels = obj["metadata"]["name"], obj["metadata"]["labels"]
+        found = self._cluster.get(kind, key.namespace, name)
+        if owner_uid(found) == owner_uid(obj):
+            if kind is not POD and not labels.items() <= (found["metadata"].get("labels") or {}).items():
+                self._cluster.patch(kind, key.namespace, name, {"metadata": {"labels": labels}})
+                log.warning("labels-restored job=%s kind=%s name=%s", key, kind.name, name)
+            return
         owners = found["metadata"].get("ownerReferences") or ()
         if not any(owner.get("kind") == JOB.name and owner.get("name") == key.name for owner in owners):
             what = f"{kind.name} {obj['metadata']['name']}"

@@ -24,14 +24,17 @@ def judged(sight: Sight, decision: Decision) -> TrainingJobStatus:
 def _words(sight: Sight, decision: Decision) -> Mapping[str, tuple[Truth, Word]]:
     phase, why = decision.phase, decision.why
     ready = decision.ready or _truth(phase == "Running")
-    recovering = phase == "Recovering"
     return {
         "Ready": (ready, why),
         "Suspended": (_truth(phase == "Suspended"), _suspended(decision)),
-        "Recovering": (_truth(recovering), recoveries.under_way(sight) if recovering else recoveries.last_one(sight)),
+        "Recovering": (_truth(phase == "Recovering"), _recovery(sight, phase)),
         "Succeeded": _ended(phase, "Succeeded", why),
         "Failed": _ended(phase, "Failed", why),
     }
+
+
+def _recovery(sight: Sight, phase: Phase) -> Word:
+    return recoveries.under_way(sight) if phase == "Recovering" else recoveries.last_one(sight, phase == "Running")
 
 
 def _truth(so: bool) -> Truth:

@@ -51,7 +51,8 @@ class Obstacle:
 @dataclass(frozen=True)
 class Pod:
     """``index`` -1: a name that is none of ours. ``age_from``: when it was made; ``ended_at``: when it Failed or
-    Succeeded, as far as it says so; ``why``: reason and message of its phase; ``obstacles``: why it is not ready.
+    Succeeded, as far as it says so; ``why``: reason and message of its phase; ``obstacles``: why it is not ready;
+    ``replaces``, ``ended_soon``: see ``outlast.kube``.
     """
 
     name: str
@@ -66,6 +67,8 @@ class Pod:
     ended_at: float | None
     why: str
     obstacles: tuple[Obstacle, ...]
+    replaces: str
+    ended_soon: int
 
     @property
     def ended(self) -> bool:
@@ -81,6 +84,8 @@ def pod_of(obj: Object, now: float) -> Pod:
     """``obj`` as it is read here; ``now``: wall seconds."""
     metadata, status = obj["metadata"], obj.get("status", {})
     name, phase = metadata["name"], status.get("phase") or "Pending"
+    noted = metadata.get("annotations") or {}
+    times = str(noted.get(kube.ENDED_SOON_ANNOTATION, ""))
     made_at = read_or_none(metadata.get("creationTimestamp")) or 0.0
     return Pod(
         name=name,
@@ -95,6 +100,8 @@ def pod_of(obj: Object, now: float) -> Pod:
         ended_at=_ended_at(status, made_at) if phase in ("Failed", "Succeeded") else None,
         why=": ".join(text for text in (status.get("reason"), status.get("message")) if text),
         obstacles=() if phase in ("Failed", "Succeeded") else tuple(_obstacles(name, obj, now)),
+        replaces=str(noted.get(kube.REPLACES_ANNOTATION, "")),
+        ended_soon=int(times) if times.isascii() and times.isdigit() else 0,
     )
 
 

@@ -40,21 +40,27 @@ def problems(job: TrainingJob) -> list[Problem]:
     return [(path, wrong)] if wrong else []
 
 
-def node_pod(job: TrainingJob, settings: Settings, index: int) -> dict[str, Any]:
-    """A node Pod. The job must have no ``problems``."""
-    return _pod(job, settings, kube.NODE_ROLE, index, job.spec.workers.template)
+def node_pod(
+    job: TrainingJob, settings: Settings, index: int, notes: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """A node Pod with the annotations ``notes``. The job must have no ``problems``."""
+    return _pod(job, settings, kube.NODE_ROLE, index, job.spec.workers.template, notes or {})
 
 
-def head_pod(job: TrainingJob, settings: Settings, index: int) -> dict[str, Any]:
-    """A head Pod. The job must have no ``problems``."""
-    return _pod(job, settings, kube.HEAD_ROLE, index, head_template(job.spec))
+def head_pod(
+    job: TrainingJob, settings: Settings, index: int, notes: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """A head Pod with the annotations ``notes``. The job must have no ``problems``."""
+    return _pod(job, settings, kube.HEAD_ROLE, index, head_template(job.spec), notes or {})
 
 
-def _pod(job: TrainingJob, settings: Settings, role: str, index: int, source: Mapping[str, Any]) -> dict[str, Any]:
+def _pod(
+    job: TrainingJob, settings: Settings, role: str, index: int, source: Mapping[str, Any], notes: Mapping[str, str]
+) -> dict[str, Any]:
     name, given = kube.pod_name(job.metadata.name, role, index), source.get("metadata") or {}
     metadata = metadata_of(job, name, {kube.ROLE_LABEL: role, kube.POD_LABEL: name})
     metadata["labels"] = {**(given.get("labels") or {}), **metadata["labels"]}
-    metadata["annotations"] = {**(given.get("annotations") or {}), kube.VERSION_ANNOTATION: settings.version}
+    metadata["annotations"] = {**(given.get("annotations") or {}), kube.VERSION_ANNOTATION: settings.version, **notes}
     return {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -120,7 +126,8 @@ def _fill_main(
     if not main.get("image"):
         main["image"] = settings.training_image
         main.setdefault("imagePullPolicy", settings.image_pull_policy)
-    main["command"] = ["python", "-m", _COMMANDS[role]]
+    # -P: a secrets.py or logging.py of the user's, in the working directory, is theirs alone.
+    main["command"] = ["python", "-P", "-m", _COMMANDS[role]]
     main["env"] = [*_variables(job, role, grace, size), *(main.get("env") or ())]
     folders = template.VOLUMES.items()
     mounts = [

@@ -13,6 +13,8 @@ RECOVERED, WENT_ON = "Recovered", "WentOn"
 HEAD_LOST = "HeadLost"
 FIRST_STEP = "FirstStep"
 """Ranks run again; what the recovery cost is known when they have done a step that is new."""
+NOT_RECOVERED = "NotRecovered"
+"""The job has ended, was suspended or has given back its nodes before that."""
 
 
 def under_way(sight: Sight) -> Word:
@@ -21,6 +23,8 @@ def under_way(sight: Sight) -> Word:
     known = next((one for one in sight.old.conditions if one.type == "Recovering"), None)
     if sight.head is not None and sight.heard is None and known is not None and known.status == "True":
         return Word(known.reason, known.message)
+    if sight.head is None and not sight.old.head:
+        return Word("Recovering", "the job's Pods are made again")
     if sight.head is None or sight.heard is None or not (sight.heard.started or last):
         return Word(HEAD_LOST, "the head was lost: the next one gathers the nodes")
     if last.get("cause") and last.get("total_s") is None:
@@ -28,19 +32,22 @@ def under_way(sight: Sight) -> Word:
     return Word("Recovering", "ranks are started again")
 
 
-def last_one(sight: Sight) -> Word:
-    """The last recovery, once it is over; the condition keeps what a controller said that is no more."""
+def last_one(sight: Sight, trains: bool) -> Word:
+    """The last recovery, once it is over; the condition keeps what a controller said that is no more. ``trains``: so
+    does the job; if it does not, a recovery that had no end yet has none."""
     last = _last(sight)
     if isinstance(last.get("total_s"), int | float):
         lost = f", {last['lost_steps']} steps lost" if last.get("lost_steps") is not None else ""
         reason = WENT_ON if last.get("planned") else RECOVERED
         return Word(reason, f"{last.get('cause', '')} ({last['total_s']:.1f} s{lost})")
     if last.get("cause"):
-        return Word(FIRST_STEP, str(last["cause"]))
+        return Word(FIRST_STEP if trains else NOT_RECOVERED, str(last["cause"]))
     known = next((one for one in sight.old.conditions if one.type == "Recovering"), None)
     if known is None:
         return Word("NothingLost")
-    return Word(known.reason if known.status == "False" else RECOVERED, known.message)
+    if known.status == "False":
+        return Word(known.reason, known.message)
+    return Word(RECOVERED if trains else NOT_RECOVERED, known.message)
 
 
 def camel(cause: str) -> str:

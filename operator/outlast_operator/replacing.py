@@ -5,8 +5,9 @@ gone for that, since the runtime's attempts fence it. Exactly one head is in for
 than wanted; who goes when fewer are wanted is the controller's choice (nodes that have ``left``), and the operator's
 only among Pods that no controller knows.
 
-Pods that end soon after they were made would be made over and over: the first of each place is replaced at once, later
-ones after 10 s, doubling to 5 minutes. Ended Pods are kept for ten minutes, for their logs, and to be counted here.
+Pods that end soon after they were made would be made over and over: in each place the first is replaced at once, the
+next ones after 10 s, doubling to 5 minutes. A Pod notes whose place it takes, and how many ended soon there before it.
+Ended Pods are kept for ten minutes, for their logs, and to be known here: 20, or as many as the job has.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 300.0
 SETTLE_S = 5.0
 """A node Pod that ended by itself gets no successor for so long: at the job's end it may be quicker than the news."""
 KEPT_S = 600.0
-MOST_KEPT = 20
+LEAST_KEPT = 20
 MOST_TOLD = 5
 """Replacements of one pass that get an Event each."""
 
@@ -103,13 +104,14 @@ def _head(sight: Sight, draft: _Draft) -> str | None:
     heads = [pod for pod in sight.live if pod.role == kube.HEAD_ROLE]
     if heads:
         return heads[-1].name
-    pause = _paused_until([pod for pod in sight.pods if pod.role == kube.HEAD_ROLE], 1)
+    before = max((pod for pod in sight.pods if pod.role == kube.HEAD_ROLE), key=lambda pod: pod.index, default=None)
+    pause = _paused_until(before)
     if pause > sight.now:
         draft.waits.append(pause)
         return sight.old.head
     index = draft.take_index()
     name = kube.pod_name(sight.name, kube.HEAD_ROLE, index)
-    draft.creates.append(Create(podspec.head_pod(sight.job, sight.settings, index)))
+    draft.creates.append(Create(podspec.head_pod(sight.job, sight.settings, index, _notes(before))))
     if sight.old.head:
         why = sight.lost.get(sight.old.head, "is gone")
         draft.happenings.append(Happening("Warning", "HeadReplaced", f"{name} replaces {sight.old.head}, which {why}"))
@@ -127,16 +129,16 @@ def _nodes(sight: Sight, draft: _Draft) -> None:
     missing = sight.wanted - len(live) - len(settling)
     if missing <= 0:
         return
-    pause = _paused_until(sight.nodes, sight.wanted)
-    if pause > sight.now:
-        draft.waits.append(pause)
-        return
     victims = _victims(sight, missing)
-    for at in range(missing):
+    for victim in [*victims, *[None] * (missing - len(victims))]:
+        pause = _paused_until(victim)
+        if pause > sight.now:
+            draft.waits.append(pause)
+            continue
         index = draft.take_index()
-        draft.creates.append(Create(podspec.node_pod(sight.job, sight.settings, index)))
-        if at < len(victims) and at < MOST_TOLD:
-            victim, name = victims[at], kube.pod_name(sight.name, kube.NODE_ROLE, index)
+        draft.creates.append(Create(podspec.node_pod(sight.job, sight.settings, index, _notes(victim))))
+        if victim is not None and len(draft.happenings) < MOST_TOLD:
+            name = kube.pod_name(sight.name, kube.NODE_ROLE, index)
             text = f"{name} replaces {victim.name}, which {sight.lost[victim.name]}"
             draft.happenings.append(Happening("Warning", "PodReplaced", text))
 
@@ -161,20 +163,33 @@ def surplus(sight: Sight, live: Sequence[Pod]) -> list[Pod]:
 
 
 def _victims(sight: Sight, count: int) -> list[Pod]:
-    """The lost node Pods that new ones are made for, as far as it can be told: those that have been lost just now."""
+    """The lost node Pods that new ones are made for: those in whose places there are none yet, the last lost first."""
     left = {name for name, state in (sight.heard.states if sight.heard else {}).items() if state == LEFT}
-    lost = [pod for pod in sight.nodes if pod.name in sight.lost and pod.name not in left]
+    done = left | {pod.replaces for pod in sight.nodes}
+    lost = [pod for pod in sight.nodes if pod.name in sight.lost and pod.name not in done]
     return sorted(lost, key=lambda pod: (pod.deleting, -(pod.ended_at or sight.now), -pod.index))[:count]
 
 
-def _paused_until(pods: Sequence[Pod], places: int) -> float:
-    """When the next Pod may be made, for Pods that ended soon; 0: at once."""
-    young = [pod for pod in pods if pod.ended_at is not None and pod.ended_at - pod.made_at < YOUNG_S]
-    rounds = (len(young) - 1) // places
-    if rounds < 1:
+def _ended_soon(pod: Pod | None) -> int:
+    """How many in the place of ``pod`` have ended soon, one after the other up to it."""
+    young = pod is not None and pod.ended_at is not None and pod.ended_at - pod.made_at < YOUNG_S
+    return pod.ended_soon + 1 if pod is not None and young else 0
+
+
+def _paused_until(before: Pod | None) -> float:
+    """When a Pod may be made in the place of ``before``; 0: at once."""
+    pauses = _ended_soon(before) - 1
+    if before is None or before.ended_at is None or pauses < 1:
         return 0.0
-    last = max(pod.ended_at or 0.0 for pod in young)
-    return last + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(rounds - 1, 10))
+    return before.ended_at + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(pauses - 1, 10))
+
+
+def _notes(before: Pod | None) -> dict[str, str]:
+    """The annotations of a Pod that is made in the place of ``before``."""
+    if before is None:
+        return {}
+    count = _ended_soon(before)
+    return {kube.REPLACES_ANNOTATION: before.name, **({kube.ENDED_SOON_ANNOTATION: str(count)} if count else {})}
 
 
 # --- who goes -------------------------------------------------------------------------------------------------------
@@ -184,7 +199,7 @@ def _let_go(sight: Sight, draft: _Draft, head: str | None) -> None:
     """Pods that do not count are deleted, with their own grace, so that they go when their machine returns."""
     left = {name for name, state in (sight.heard.states if sight.heard else {}).items() if state == LEFT}
     ended = [pod for pod in sight.pods if pod.ended and not pod.deleting]
-    kept = sorted(ended, key=lambda pod: pod.ended_at or 0.0, reverse=True)[:MOST_KEPT]
+    kept = sorted(ended, key=lambda pod: pod.ended_at or 0.0, reverse=True)[: max(LEAST_KEPT, sight.wanted)]
     for pod in sight.pods:
         if pod.deleting or pod.name == head:
             continue

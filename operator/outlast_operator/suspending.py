@@ -9,7 +9,7 @@ The condition says what is kept and what is lost.
 from __future__ import annotations
 
 from outlast.jobstatus import TrainingJobStatus
-from outlast_operator.model import Action, Call
+from outlast_operator.model import Action, Call, Happening
 from outlast_operator.progress import emptied
 from outlast_operator.replacing import empty_roster, next_index
 from outlast_operator.sight import Sight
@@ -54,9 +54,10 @@ def _patience_s(sight: Sight) -> float:
 
 def start_anew(sight: Sight, status: TrainingJobStatus) -> Decision:
     """The controller has suspended the job, and it is wanted again: its nodes are spent, the next pass makes others."""
-    fresh = emptied(status).model_copy(update={"next_pod": next_index(sight)})
-    why = Word("Resuming", "the suspension was taken back when it was complete: the job starts anew")
-    return Decision("Pending", why, fresh, empty_roster(sight), waits=(sight.now,))
+    kept = _what_is_kept(sight, status)
+    why = Word("Resuming", f"the suspension was taken back when it was complete: {kept.message}")
+    told = (Happening("Normal" if kept.reason == "Suspended" else "Warning", "Resumed", why.message),)
+    return Decision("Pending", why, _bare(sight, status), empty_roster(sight), told, waits=(sight.now,))
 
 
 def _has_state(sight: Sight, status: TrainingJobStatus) -> bool:
@@ -78,10 +79,13 @@ def _wait(sight: Sight, status: TrainingJobStatus, ends: float) -> Decision:
 
 def _take_away(sight: Sight, status: TrainingJobStatus) -> Decision:
     """All Pods go; what is said of them is said from now on of none."""
-    why = _what_is_kept(sight, status)
+    return Decision("Suspended", _what_is_kept(sight, status), _bare(sight, status), empty_roster(sight))
+
+
+def _bare(sight: Sight, status: TrainingJobStatus) -> TrainingJobStatus:
+    """The status of a job whose Pods all go, and that will start anew from what is kept."""
     kept = status.checkpoint.step if status.checkpoint is not None else 0
-    bare = emptied(status).model_copy(update={**NONE_YET, "step": kept, "next_pod": next_index(sight)})
-    return Decision("Suspended", why, bare, empty_roster(sight))
+    return emptied(status).model_copy(update={**NONE_YET, "step": kept, "next_pod": next_index(sight)})
 
 
 def _stay(sight: Sight, status: TrainingJobStatus) -> Decision:

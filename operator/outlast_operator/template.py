@@ -108,7 +108,11 @@ def _list_problems(path: str, value: Any) -> Iterator[Problem]:
     if not isinstance(value, list | tuple) or not all(isinstance(entry, Mapping) for entry in value):
         yield path, "must be a list of mappings"
         return
-    names = [entry["name"] for entry in value if isinstance(entry.get("name"), str)]
+    for at, entry in enumerate(value):
+        if not isinstance(entry.get("name", ""), str):
+            yield f"{path}[{at}].name", "must be a text"
+            return
+    names = [entry["name"] for entry in value if "name" in entry]
     if path.rpartition(".")[2] not in ("containers", "initContainers", "volumes", "env"):
         return
     for at, name in enumerate(names):

@@ -23,6 +23,8 @@ from outlast.clock import Clock
 K = TypeVar("K", bound=Hashable)
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 300.0
+LONGEST_WAIT_S = 3600.0
+"""Of a thread, at a time: a job may be due in a thousand years, which the lock would not take."""
 REFUSED_HOLD_S = 2.0
 """A job of which something was refused is not looked at again sooner, whatever happens."""
 
@@ -196,7 +198,7 @@ class WorkQueue(Generic[K]):
                 if key is not None:
                     return key
                 due = self._backlog.next_due()
-                self._changed.wait(None if due is None else max(0.001, due - now))
+                self._changed.wait(None if due is None else min(max(0.001, due - now), LONGEST_WAIT_S))
             return None
 
     def done(self, key: K, ended: Ended = Ended.WELL, at_least_s: float = 0.0) -> None:

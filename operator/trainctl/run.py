@@ -51,7 +51,7 @@ def run_here(request: RunRequest) -> int:
     document = _load(request)
     directory = _prepare(request, document)
     command = [
-        *(sys.executable, "-m", "outlast.local.supervisor", "--dir", str(directory)),
+        *(sys.executable, "-P", "-m", "outlast.local.supervisor", "--dir", str(directory)),
         *("--replace-after", request.replace_after, *(f"--fault={fault}" for fault in request.faults)),
         *(["--resume"] if request.resume else []),
     ]

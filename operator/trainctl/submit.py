@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 from outlast.errors import OutlastError, RequestError
 from trainctl.cluster.connection import Cluster, Json
-from trainctl.cluster.refusals import Absent, Conflict
+from trainctl.cluster.refusals import Absent, Conflict, Forbidden
 from trainctl.cluster.resources import JobRef, core_path, jobs_path
 from trainctl.cluster.where import Where
 from trainctl.columns import facts
@@ -36,7 +37,7 @@ def submit(where: Where, asked: Submission, *, dry_run: str, replacing: bool, fo
             return 0
         job = JobRef(cluster, prepared.namespace, prepared.name)
         _note(prepared)
-        _make_room(job, replacing)
+        _make_room(job, prepared, replacing)
         made = _create(job, prepared)
         _say(made, form, f"{name_of(made)} created")
         return _follow(job, form) if follow else 0
@@ -103,8 +104,9 @@ def _strict(dry_run: str | None = None) -> dict[str, Any]:
     return {"fieldValidation": "Strict", "fieldManager": "trainctl", "dryRun": dry_run}
 
 
-def _make_room(job: JobRef, replacing: bool) -> None:
-    """See that there is no job of this name. Raises Conflict when there is one and it shall not be replaced."""
+def _make_room(job: JobRef, prepared: Prepared, replacing: bool) -> None:
+    """See that there is no job of this name. Raises Conflict when there is one and it shall not be replaced, and what
+    the API server objects to in the new one."""
     try:
         old = job.get()
     except Absent:
@@ -115,6 +117,7 @@ def _make_room(job: JobRef, replacing: bool) -> None:
             f'there is a TrainingJob "{job.name}" in namespace "{job.namespace}" already ({phase}): give this one '
             "another --name, or delete that one first with --replace"
         )
+    _rehearse(job, prepared)
     print(facts([("replacing", f"{name_of(old)} ({phase})")]), file=sys.stderr)
     delete_job(job, old)
     wait_gone(job, old, REPLACE_S)
@@ -125,6 +128,17 @@ def _make_room(job: JobRef, replacing: bool) -> None:
             "is refused to a new job of that name, unless it says spec.checkpoint.resume: true and goes on from them",
             file=sys.stderr,
         )
+
+
+def _rehearse(job: JobRef, prepared: Prepared) -> None:
+    """Have the API server check the new job, under a name that is free: the old one is not deleted for one that is
+    refused. Raises what the refusal is."""
+    metadata = {**prepared.job["metadata"], "name": f"{job.name[:40]}-{secrets.token_hex(4)}"}
+    try:
+        job.cluster.post(jobs_path(job.namespace), {**prepared.job, "metadata": metadata}, _strict("All"))
+    except Forbidden as error:
+        if "exceeded quota" not in str(error):  # in which the old job counts
+            raise
 
 
 def _create(job: JobRef, prepared: Prepared) -> Json:

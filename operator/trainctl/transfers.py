@@ -64,7 +64,7 @@ def _step(step: int | None) -> list[str]:
 
 def _run(module: str, arguments: Sequence[str], as_json: bool, doing: str) -> tuple[int, dict[str, Any]]:
     """Run it to its end: the exit status and the last line. Raises OutlastError when it broke."""
-    command = [sys.executable, "-m", f"outlast.checkpoint.{module}", *arguments]
+    command = [sys.executable, "-P", "-m", f"outlast.checkpoint.{module}", *arguments]
     end: dict[str, Any] = {}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(

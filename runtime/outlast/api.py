@@ -37,6 +37,8 @@ SET_BY_OUTLAST = re.compile(
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 MOST_NODES, MOST_PROCS = 100_000, 1024
+MOST_SECONDS = 2**31 - 1
+"""As of a Job's ttlSecondsAfterFinished."""
 
 
 def _check_dns_label(name: str) -> str:
@@ -266,11 +268,12 @@ class TrainingJobSpec(Part):
     )
     active_deadline_seconds: PositiveCount | None = Field(
         default=None,
+        le=MOST_SECONDS,
         description="Seconds after which the job fails, counted from when it was first given Pods, and anew when it is "
         "resumed; with `trainctl run` from its start. Absent: no limit.",
     )
     ttl_seconds_after_finished: Count | None = Field(
-        default=None, description="Seconds after its end when the job is deleted; absent: it is kept."
+        default=None, le=MOST_SECONDS, description="Seconds after its end when the job is deleted; absent: it is kept."
     )
 
     @field_validator("entrypoint")

@@ -35,6 +35,7 @@ _DURATION = re.compile(rf"(?:{_DURATION_PART.pattern})+")
 _LOOSE_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|)[a-z]*", re.IGNORECASE)
 
 _MIN_MEMORY = 1024**2
+LONGEST_S = 100 * 365 * 86400
 
 
 def parse_bytes(value: str | int) -> int:
@@ -61,16 +62,18 @@ def format_bytes(count: int) -> str:
 def parse_duration(value: str | float) -> float:
     """Seconds out of ``90s``, ``10m``, ``1h30m``, ``250ms``, ``2d``, or a number, which counts seconds.
 
-    Raises ValueError.
+    Raises ValueError, also for more than a hundred years, which no clock and no lock would wait for.
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
-        return float(value)
-    if not isinstance(value, str) or not _DURATION.fullmatch(value):
+        seconds = Fraction(value)
+    elif isinstance(value, str) and _DURATION.fullmatch(value):
+        parts = _DURATION_PART.findall(value)
+        seconds = sum((Fraction(number) * _SECOND_UNITS[unit] for number, unit in parts), Fraction(0))
+    else:
         raise ValueError(f"{_shown(value)} is no duration: write 90s, 10m or 1h30m{_meant(_guess_duration(value))}")
-    try:
-        return float(sum(Fraction(number) * _SECOND_UNITS[unit] for number, unit in _DURATION_PART.findall(value)))
-    except OverflowError:
-        raise ValueError(f"{_shown(value)} is no duration: it is longer than can be counted") from None
+    if seconds > LONGEST_S:
+        raise ValueError(f"{_shown(value)} is no duration: it is longer than a hundred years")
+    return float(seconds)
 
 
 def format_duration(seconds: float) -> str:

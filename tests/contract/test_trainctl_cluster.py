@@ -127,6 +127,14 @@ def test_a_name_is_taken_once_unless_replaced(cluster: Lab, trainctl: Trainctl) 
     assert config["metadata"]["ownerReferences"][0]["uid"] == second["uid"], "the same code, not the old job's"
 
 
+def test_a_job_is_not_deleted_for_one_that_is_refused(cluster: Lab, trainctl: Trainctl) -> None:
+    trainctl.ok("submit", "train.py", "--name", "small")
+    first = resource(cluster)["metadata"]["uid"]
+    wrong = ["--set", "metadata.labels={a: b c}"]
+    assert trainctl("submit", "train.py", "--name", "small", "--replace", *wrong).status != 0
+    assert resource(cluster)["metadata"]["uid"] == first
+
+
 def test_code_that_was_left_behind_is_taken_up(cluster: Lab, trainctl: Trainctl) -> None:
     trainctl.ok("submit", "train.py", "--name", "left", "-o", "name")
     name = resource(cluster, "left")["metadata"]["annotations"]["outlast.dev/code"]
@@ -455,6 +463,35 @@ def test_a_user_without_rights_is_told_which(cluster: Lab, trainctl: Trainctl, t
         assert f'you may not {action}: User "bob" cannot' in done.err
         assert done.err.count("\n") == 1
     assert trainctl(*["delete", "x"], "--kubeconfig", bob).status == 1
+
+
+def test_who_impersonates_has_no_more_rights_than_whom(
+    cluster: Lab, trainctl: Trainctl, tmp_path: pathlib.Path
+) -> None:
+    """As kubectl does: an admin whose user says ``as`` must not delete with an admin's rights."""
+    trainctl.ok("submit", "job.yaml")
+    config = json.loads(pathlib.Path(cluster.variables["KUBECONFIG"]).read_text())
+    config["users"][0]["user"] |= {"as": "jane", "as-groups": ["devs", "readers"], "as-user-extra": {"Why": ["a", "b"]}}
+    weak = tmp_path / "weak"
+    weak.write_text(json.dumps(config))
+    done = trainctl("delete", "small", "--kubeconfig", str(weak))
+    assert done.status == 1
+    assert 'User "jane" cannot' in done.err
+    role = ["create", "clusterrole", "read", "--verb=get,list", "--resource=trainingjobs.outlast.dev"]
+    cluster.kubectl(*role)
+    try:
+        cluster.kubectl("create", "clusterrolebinding", "read", "--clusterrole=read", "--group=readers")
+        assert "small" in trainctl.ok("status", "--kubeconfig", str(weak)), "all groups count"
+    finally:
+        cluster.kubectl("delete", "clusterrole,clusterrolebinding", "read")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "j?x", "Big", "a b"])
+@pytest.mark.parametrize("command", [["suspend"], ["delete"], ["events"], ["scale", "--nodes", "2"], ["status"]])
+def test_what_is_no_name_is_told(trainctl: Trainctl, command: list[str], name: str) -> None:
+    done = trainctl(command[0], name, *command[1:])
+    assert done.status == 2
+    assert f'"{name}" is no name of a TrainingJob' in done.err
 
 
 def test_without_the_definition_trainctl_says_how_to_install(cluster: Lab, trainctl: Trainctl) -> None:

@@ -338,6 +338,39 @@ def test_pods_that_cannot_live_are_made_again_ever_more_slowly() -> None:
     assert world.now > at
 
 
+@pytest.mark.parametrize(("replicas", "bad"), [(3, 1), (3, 3), (24, 1), (24, 8), (64, 64)])
+def test_bad_places_have_pauses_of_their_own_however_large_the_job_is(replicas: int, bad: int) -> None:
+    """Everything that ends soon on ``bad`` of the places, and a look every second for two minutes."""
+    world = World.training(resource(workers={"replicas": replicas, "spares": 0}))
+    failing, made = set(world.names("node")[:bad]), 0
+    for _ in range(120):
+        for name in failing & set(world.names("node")):
+            world.end(name, "Failed", after_s=1)
+        new = created(world.step())
+        made, failing = made + len(new), failing | set(new)
+        assert len(world.pods) <= 3 * replicas + 21, "not all of them are kept"
+        world.now += 1
+    # At once, then after 10, 20 and 40 s.
+    assert made == 4 * bad
+
+
+def test_a_place_whose_pods_cannot_live_does_not_hold_up_others() -> None:
+    world = World.training()
+    for _ in range(2):
+        (bad,) = [name for name in world.names("node") if name not in (node(1), node(3), node(4))]
+        world.end(bad, "Failed", after_s=1)
+        world.step()
+    assert len(world.names("node")) == 3, "it is waited for"
+    world.now += 1
+    world.end(node(3), "Failed")
+    (new,) = created(world.step())
+    assert world.pods[new]["metadata"]["annotations"][kube.REPLACES_ANNOTATION] == node(3)
+    world.now += 10
+    (new,) = created(world.step())
+    annotations = world.pods[new]["metadata"]["annotations"]
+    assert (annotations[kube.REPLACES_ANNOTATION], annotations[kube.ENDED_SOON_ANNOTATION]) == (bad, "2")
+
+
 def test_ended_pods_are_kept_for_their_logs_and_not_for_ever() -> None:
     world = World.training()
     world.end(node(2), "Failed")
@@ -866,6 +899,31 @@ def test_a_job_that_has_not_begun_is_suspended_at_once() -> None:
     world.edit(suspend=True)
     assert len(deletes(world.step())) == 5
     assert world.condition("Suspended").message == "the job has not begun; it starts when spec.suspend is false"
+
+
+@pytest.mark.parametrize("store", [None, STORE])
+def test_a_suspension_that_is_taken_back_when_it_is_complete_begins_anew(store: Any) -> None:
+    spec = {"activeDeadlineSeconds": 1000} | ({} if store is None else {"checkpoint": store})
+    world = World.training(resource(spec), checkpoint=None if store is None else {"step": 40, "age_s": 5.0})
+    world.edit(suspend=True)
+    world.step()
+    assert world.said is not None
+    world.now += 900
+    world.said["outcome"] = "suspended"
+    world.edit(suspend=False)
+    decided = world.step()
+    assert decided.status is not None
+    assert (decided.status.phase, decided.status.step) == ("Pending", 0 if store is None else 40)
+    kept = "all 40 steps that were done are lost" if store is None else "step 40 is kept"
+    told = [(told.type, told.reason) for told in decided.happenings if kept in told.message]
+    assert told == [("Warning" if store is None else "Normal", "Resumed")]
+    assert world.condition("Recovering").status == "False", "nothing was lost: it was asked for"
+    world.said, world.pods = None, {}
+    for _ in range(2):
+        world.now += 100
+        world.step()
+        assert world.status.phase == "Pending", "its deadline counts from now"
+        assert world.condition("Recovering").reason == "NothingLost"
 
 
 def test_a_resumed_job_gets_new_pods_and_counts_on() -> None:

@@ -148,7 +148,7 @@ def test_a_node_pod_has_what_the_runtime_needs() -> None:
     assert (spec["restartPolicy"], spec["terminationGracePeriodSeconds"]) == ("OnFailure", 60)
     assert spec["automountServiceAccountToken"] is False
     (main,) = spec["containers"]
-    assert (main["image"], main["command"]) == ("mine:1", ["python", "-m", "outlast.pod.node"])
+    assert (main["image"], main["command"]) == ("mine:1", ["python", "-P", "-m", "outlast.pod.node"])
     assert "imagePullPolicy" not in main, "of one's own image Kubernetes decides"
     env = {
         variable["name"]: variable.get("value") or variable["valueFrom"]["fieldRef"]["fieldPath"]
@@ -172,7 +172,7 @@ def test_a_node_pod_has_what_the_runtime_needs() -> None:
 
 def test_a_head_pod_has_no_memory_volume_and_another_command() -> None:
     (main,) = head_of()["spec"]["containers"]
-    assert main["command"] == ["python", "-m", "outlast.pod.head"]
+    assert main["command"] == ["python", "-P", "-m", "outlast.pod.head"]
     assert {mount["mountPath"] for mount in main["volumeMounts"]} == {"/etc/outlast", "/run/outlast"}
     assert main["readinessProbe"]["httpGet"]["port"] == 8470
     assert kube.HEAD_VARIABLE not in {variable["name"] for variable in main["env"]}

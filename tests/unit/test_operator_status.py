@@ -374,6 +374,25 @@ def test_a_recovery_between_two_looks_is_told() -> None:
     assert reasons(world) == []
 
 
+@pytest.mark.parametrize("head_lost", [False, True])
+def test_a_recovery_that_a_deadline_ends_is_none(head_lost: bool) -> None:
+    world = World.training(resource({"activeDeadlineSeconds": 3600}))
+    if head_lost:
+        del world.pods[head(0)]
+        world.said = None
+    else:
+        record = {"kind": "node-lost", "cause": f"{node(2)} was lost", "total_s": None}
+        said(world).update(phase="Recovering", recoveries=[record])
+    world.step()
+    assert world.condition("Recovering").status == "True"
+    world.now += 3601
+    for _ in range(3):
+        world.step()
+        recovering = world.condition("Recovering")
+        assert (world.status.phase, recovering.status, recovering.reason) == ("Failed", "False", "NotRecovered")
+    assert "lost" in recovering.message
+
+
 def test_a_change_of_size_is_no_recovery_from_a_fault() -> None:
     world = World.training()
     record = {"kind": "resize", "cause": "grows from 2 to 3 nodes", "planned": True, "total_s": None}

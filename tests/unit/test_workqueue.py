@@ -216,6 +216,17 @@ def test_a_thread_wakes_for_a_key_that_becomes_due() -> None:
     assert taken == ["a"]
 
 
+def test_a_thread_waits_for_a_key_that_is_due_in_a_thousand_years() -> None:
+    queue: WorkQueue[str] = WorkQueue(SystemClock(), Random(1))
+    queue.add_in("later", 3e10)
+    taken: list[str | None] = []
+    thread = threading.Thread(target=lambda: taken.append(queue.take()))
+    thread.start()
+    queue.add("now")
+    thread.join(5)
+    assert taken == ["now"]
+
+
 def test_a_closed_queue_lets_threads_go() -> None:
     queue: WorkQueue[str] = WorkQueue(ManualClock(), Random(1))
     queue.add("a")

@@ -15,6 +15,7 @@ from urllib.parse import urlencode
 import urllib3
 from kubernetes.client import ApiClient
 from kubernetes.client.exceptions import ApiException
+from urllib3 import HTTPHeaderDict
 from urllib3.exceptions import HTTPError, MaxRetryError
 
 from trainctl.cluster.kubeconfig import find_cluster
@@ -68,6 +69,7 @@ class Cluster:
     def __init__(self, where: Where) -> None:
         found = find_cluster(where)
         self.context, self.namespace = found.context, found.namespace
+        self._impersonated = found.impersonated
         self.configuration = found.configuration
         self.configuration.retries = urllib3.Retry(total=1, redirect=2, backoff_factor=0.1)
         self.configuration.connection_pool_maxsize = THREADS
@@ -104,10 +106,13 @@ class Cluster:
         """A stream; ``quiet_s``: how long it may say nothing before it counts as lost (None: forever)."""
         return Lines(self._send("GET", path, query, verb=verb, read_s=quiet_s))
 
-    def signed(self, path: str) -> tuple[str, dict[str, str]]:
+    def signed(self, path: str) -> tuple[str, HTTPHeaderDict]:
         """The URL of ``path`` and the headers that say who asks, for what speaks no plain HTTP."""
-        _, url, headers, _, _ = self._client.param_serialize("GET", path, auth_settings=["BearerToken"])
-        return str(url), dict(headers)
+        _, url, given, _, _ = self._client.param_serialize("GET", path, auth_settings=["BearerToken"])
+        headers = HTTPHeaderDict(given)
+        for name, value in self._impersonated:
+            headers.add(name, value)
+        return str(url), headers
 
     def _send(
         self,
@@ -122,7 +127,7 @@ class Cluster:
     ) -> urllib3.BaseHTTPResponse:
         """Ask; the response once its head is there and good. Raises what ``refusals`` names."""
         url, headers = self.signed(path)
-        headers |= {"Accept": "application/json, */*", "Content-Type": content}
+        headers.update({"Accept": "application/json, */*", "Content-Type": content})
         given = {name: value for name, value in (query or {}).items() if value is not None}
         address = f"{url}?{urlencode(given)}" if given else url
         try:

@@ -20,6 +20,8 @@ from trainctl.cluster.resources import core_path
 
 SUBPROTOCOL = "v4.channel.k8s.io"
 _DATA, _ERROR = 0, 1
+_WHO = ("authorization", "impersonate-")
+"""Headers that say who asks."""
 
 
 class ForwardedSocket:
@@ -94,8 +96,9 @@ def _connect(cluster: Cluster, path: str, port: int, timeout_s: float, what: str
     """The WebSocket, once the kubelet has been found. Raises ControllerAway, Forbidden, Absent."""
     url, signed = cluster.signed(path)
     headers = {name.lower(): value for name, value in signed.items()}
+    own = [f"{name}: {value}" for name, value in signed.items() if name.lower().startswith(_WHO)]
     options: dict[str, Any] = {
-        "header": [f"authorization: {headers['authorization']}"] if "authorization" in headers else [],
+        "header": own,
         "subprotocols": [SUBPROTOCOL],
         "timeout": timeout_s,
     }

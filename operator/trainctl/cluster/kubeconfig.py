@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from kubernetes.client import Configuration
@@ -30,11 +31,13 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Found:
-    """A cluster, as far as files tell."""
+    """A cluster, as far as files tell. ``impersonated``: headers that say as whom to ask, which the client library does
+    not know of."""
 
     configuration: Configuration
     context: str
     namespace: str
+    impersonated: tuple[tuple[str, str], ...] = ()
 
 
 def find_cluster(where: Where, *, credentials: bool = True) -> Found:
@@ -113,7 +116,25 @@ def _of_context(loaded: Any, current: Any, where: Where, text: str, credentials:
     if credentials:
         _configure(configuration, loader, chosen, text)
     context = loader.current_context.get("context") or {}
-    return Found(configuration, chosen, where.namespace or context.get("namespace") or "default")
+    namespace = where.namespace or context.get("namespace") or "default"
+    return Found(configuration, chosen, namespace, tuple(_impersonated(loaded, context.get("user"))))
+
+
+def _impersonated(loaded: Any, user: object) -> Iterator[tuple[str, str]]:
+    """The user's as, as-uid, as-groups and as-user-extra as headers.
+
+    Source: Kubernetes, user impersonation; client-go, transport.NewImpersonatingRoundTripper.
+    """
+    users = loaded["users"].value if "users" in loaded else []
+    own = next((one.value.get("user") or {} for one in users or [] if one["name"] == user), {})
+    single = {"Impersonate-User": own.get("as"), "Impersonate-Uid": own.get("as-uid")}
+    found = [(header, value) for header, value in single.items() if value]
+    found += [("Impersonate-Group", group) for group in own.get("as-groups") or ()]
+    for key, values in (own.get("as-user-extra") or {}).items():
+        found += [(f"Impersonate-Extra-{quote(str(key).lower(), safe='')}", value) for value in values or ()]
+    if found and not own.get("as"):
+        raise ValueError(f'user "{user}" impersonates without "as"')
+    return ((header, str(value)) for header, value in found)
 
 
 def _configure(configuration: Configuration, loader: KubeConfigLoader, context: str, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from outlast.errors import RequestError
 from outlast.kube import JOB_LABEL, ROLE_LABEL, TOKEN_KEY, secret_name
 from trainctl.cluster.connection import Cluster, Json, Query
 from trainctl.cluster.refusals import Absent, ClusterError, Gone, Unreachable, Unwell, is_unwell
@@ -25,6 +27,8 @@ PATIENCE_S = 60.0
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 
 Object = Mapping[str, Any]
+NAME = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
+"""What the API server takes for a name. It is put into paths as it is."""
 
 
 def jobs_path(namespace: str | None, name: str = "", part: str = "") -> str:
@@ -46,6 +50,13 @@ class JobRef:
     cluster: Cluster
     namespace: str
     name: str
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise RequestError(
+                f'"{self.name}" is no name of a TrainingJob: lower-case letters, digits and -; `trainctl status` lists '
+                "those there are"
+            )
 
     @property
     def path(self) -> str:

@@ -72,7 +72,7 @@ def launch(
 
     All its children share its hash seed, 0. Its output is appended to ``log``. ``env`` defaults to this process's.
     """
-    command = [sys.executable, "-m", "outlast.agent.forkserver", "--socket", path, "--preload", ",".join(preload)]
+    command = [sys.executable, "-P", "-m", "outlast.agent.forkserver", "--socket", path, "--preload", ",".join(preload)]
     command += ["--pid-dir", pid_dir] if pid_dir else []
     command += ["--survive-parent"] if survive_parent else []
     environment = {**(os.environ if env is None else env), "PYTHONHASHSEED": "0"}

@@ -21,7 +21,7 @@ class Launcher:
 
     async def launch(self, address: str) -> None:
         """Return when a controller answers over HTTP in the Ray at ``address``. Raises OutlastError."""
-        command = [sys.executable, "-m", "outlast.controller.launch", "--address", address]
+        command = [sys.executable, "-P", "-m", "outlast.controller.launch", "--address", address]
         process = processes.launch([*command, "--config", str(self._config_file)], self._env, self._log, self._cwd)
         self.pid = process.pid
         try:

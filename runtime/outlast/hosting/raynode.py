@@ -147,7 +147,7 @@ def ray_environment(token_file: Path) -> dict[str, str]:
     }
 
 
-_COMMAND = (sys.executable, "-m", "ray.scripts.scripts", "start")
+_COMMAND = (sys.executable, "-P", "-m", "ray.scripts.scripts", "start")
 _QUIET = (
     "--num-cpus=0",
     "--num-gpus=0",

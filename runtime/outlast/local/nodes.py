@@ -120,7 +120,7 @@ class LocalNodes:
         """Start the process that all others are forked from. Raises OutlastError naming its log."""
         log = self._folders.logs / "forkserver.log"
         socket = self._folders.zygote_socket
-        command = [sys.executable, "-m", "outlast.agent.forkserver", "--socket", str(socket)]
+        command = [sys.executable, "-P", "-m", "outlast.agent.forkserver", "--socket", str(socket)]
         env = {**self._template.env, "PYTHONHASHSEED": "0"}
         self._zygote = processes.launch(command, env, log, self._template.cwd)
         for _ in range(int(READY_LIMIT_S / 0.05)):

@@ -38,7 +38,14 @@ class FaultGate:
             return
         answer = self._ask(step)
         if "slow" in answer:
-            command = [sys.executable, "-m", "outlast.rank.slowdown", str(os.getpid()), str(float(answer["slow"]))]
+            command = [
+                sys.executable,
+                "-P",
+                "-m",
+                "outlast.rank.slowdown",
+                str(os.getpid()),
+                str(float(answer["slow"])),
+            ]
             subprocess.Popen(command, stdin=subprocess.DEVNULL)
         if "raise" in answer:
             raise InjectedError(str(answer["raise"]))
