@@ -1,8 +1,8 @@
 """Does what a plan says: requests to the API server and to the job's controller, in the plan's order.
 
 Nothing is written blindly: a create bears a name that is used once, a delete the uid that it means, an apply is forced
-only on an object that this job owns already. After a refusal of the API server's nothing more is made, but what is to go
-goes, and the controller is told what it has to know: a spare for which there is no quota must not keep the job from
+only on an object that this job owns already. After a refusal of the API server's nothing more is made, but what is to
+go goes, and the controller is told what it has to know: a spare for which there is no quota must not keep the job from
 being resized. Any other error of the API server's ends the pass; a call that the job's controller does not take holds
 back nothing (it may be gone for good; Pods must be made all the same).
 """

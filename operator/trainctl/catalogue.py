@@ -196,10 +196,10 @@ def _jobs_below(store: Store) -> list[str]:
 
 def _headless_below(store: Store) -> list[str]:
     """Those that have manifests, but no head."""
-    from outlast.checkpoint.manifest import MANIFESTS
+    from outlast.checkpoint.line import job_of_manifest
 
-    keys = [info.key for info in store.list() if f"/{MANIFESTS}" in info.key]
-    found = dict.fromkeys(f"{store.url}/{key.partition('/' + MANIFESTS)[0]}" for key in keys)
+    jobs = (job_of_manifest(info.key) for info in store.list())
+    found = dict.fromkeys(f"{store.url}/{job}" for job in jobs if job)
     known = _jobs_below(store) if found else []
     return [url for url in found if url not in known]
 

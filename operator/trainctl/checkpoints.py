@@ -104,7 +104,12 @@ def gc(
     url: Url,
     delete: Annotated[bool, typer.Option("--delete", help="Remove it; without this it is only shown.")] = False,
     grace: Annotated[
-        str, typer.Option(metavar="DURATION", help="Leave alone what was written so recently: it may be in use.")
+        str,
+        typer.Option(
+            metavar="DURATION",
+            help="Leave alone what was written so recently: it may be in use. "
+            "Less than an upload takes is for jobs that do not run.",
+        ),
     ] = GRACE,
     json: Json = False,
     namespace: Namespace = None,

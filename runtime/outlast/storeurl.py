@@ -7,6 +7,7 @@ value, says what is allowed and, where it can be guessed, what was meant. Nothin
 from __future__ import annotations
 
 import re
+from urllib.parse import quote
 
 _BUCKET = re.compile(r"[a-z0-9][-.a-z0-9]{1,61}[a-z0-9]")
 _UNUSABLE = re.compile(r"[?#\s\x00-\x1f\x7f]")
@@ -20,7 +21,8 @@ def parse_store_url(text: str) -> str:
         raise ValueError(f'"{text}" is no store: {_WANTED}{_meant(text)}')
     unusable = _UNUSABLE.search(text)
     if unusable:
-        raise ValueError(f'"{text}" cannot be a store: {unusable[0]!r} may not stand in it')
+        remedy = f"; write {quote(unusable[0])} for it" if scheme == "file" else ""
+        raise ValueError(f'"{text}" cannot be a store: {unusable[0]!r} may not stand in it{remedy}')
     first, *parts = rest.rstrip("/").split("/")
     if scheme == "file" and (first or not parts):
         raise ValueError(f'"{text}" is no absolute folder: write file:///folder{_meant(text)}')

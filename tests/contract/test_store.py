@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import fcntl
+import hashlib
 import http.server
+import io
 import multiprocessing
 import os
 import pathlib
@@ -14,10 +17,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from botocore import exceptions as b
+from botocore.awsrequest import AWSResponse
 
 from outlast.checkpoint import folder, s3
 from outlast.checkpoint.s3errors import Where, told
@@ -613,6 +617,37 @@ def test_a_region_counts_by_either_name(monkeypatch: pytest.MonkeyPatch) -> None
             assert store._client.meta.region_name == region  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("code", [None, "MissingContentMD5", "NotImplemented"])
+def test_many_are_deleted_also_where_a_service_asks_for_more_or_cannot(code: str | None) -> None:
+    """Services of some makers want a Content-MD5, which botocore has ceased to send, or delete one by one."""
+    asked: list[str] = []
+
+    def answer(request: Any, **_: object) -> AWSResponse | None:
+        digest = hashlib.md5(request.body).digest()
+        asked.append(request.headers["Content-MD5"])
+        assert base64.b64decode(asked[-1]) == digest
+        if code is None:
+            return None
+        body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+        status = 501 if code == "NotImplemented" else 400
+        return AWSResponse(request.url, status, {"Content-Type": "application/xml"}, cast(Any, Raw(body)))
+
+    with lab_s3() as variables, environment(variables), closing(open_store(f"s3://{new_bucket()}/x")) as store:
+        store._client.meta.events.register("before-send.s3.DeleteObjects", answer)  # type: ignore[attr-defined]
+        for key in ("a", "b", "keep"):
+            store.put(key, b"1")
+        store.delete(["a", "b", "never there"])
+        assert [found.key for found in store.list()] == ["keep"]
+        assert len(asked) == 1
+
+
+class Raw(io.BytesIO):
+    """A body, as botocore reads it."""
+
+    def stream(self, *_: object, **__: object) -> Iterator[bytes]:
+        yield self.read()
+
+
 def test_wrong_credentials_are_told_at_once() -> None:
     with lab_s3() as variables, environment({**variables, "AWS_SECRET_ACCESS_KEY": "wrong"}):
         began = time.monotonic()
@@ -667,6 +702,24 @@ def failing(real: Callable[..., Any], errors: list[OSError], where: str = "") ->
     return call
 
 
+def test_a_new_folder_is_on_the_disk_with_all_that_leads_to_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(file: int) -> None:
+        synced.append(str(pathlib.Path(f"/proc/self/fd/{file}").readlink()))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store = open_store(f"file://{tmp_path}/a/b")
+    store.put("head", b"1", if_absent=True)
+    store.upload("images/x", memoryview(b"1"))
+    made = [tmp_path, tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "images"]
+    assert {str(path) for path in made} <= set(synced)
+
+
 @pytest.mark.parametrize("point", ["write", "fsync", "replace", "preadv", "open"])
 def test_a_folder_that_fails_is_asked_again(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, point: str
@@ -695,6 +748,7 @@ def test_a_put_that_failed_after_it_had_moved_into_place_is_ours(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, condition: str
 ) -> None:
     store = open_store(f"file://{tmp_path}", StoreOptions(patience_s=10))
+    store.put("other", b"0")  # there are folders
     conditions = {"if_absent": True} if condition == "if_absent" else {"if_match": store.put("x", b"0")}
     errors = [PASSING]
     monkeypatch.setattr(folder, "_sync_folder", failing(folder._sync_folder, errors))

@@ -12,13 +12,18 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
 
 from outlast.checkpoint import formats
 from outlast.checkpoint.export import main
+from outlast.protect.leaves import local_of
 from outlast.snapshot.identity import Generation
 from support import checkpoints
+from support.checkpoints import WORLD, Objects, as_rank, checkpoint, sharded, train, write_image
 from support.mounts import small_file_system
-from support.plain_net import optimizer_digest
+from support.plain_net import Net, optimizer_digest
 from support.plain_python import run_plain
 
 Run = Callable[..., dict[str, Any]]
@@ -94,6 +99,54 @@ def test_torch_alone_reads_a_dcp_folder(
     assert end["weights_digest"] == stored.weights
     for form in ("nested", "flat"):
         assert run("load_dcp.py", str(to), form) == {"weights": stored.weights, "optimizer": stored.optimizer}
+
+
+class PlainState(torch.optim.Optimizer):
+    """Keeps what it knows of a parameter as a plain tensor of the local shard's shape, as 8-bit optimizers do."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            if parameter.grad is not None:
+                local, gradient = local_of(parameter), local_of(parameter.grad)
+                state = self.state[parameter]
+                state.setdefault("mean", torch.zeros_like(local)).mul_(0.9).add_(gradient)
+                local.add_(state["mean"], alpha=-0.1)
+                state["name"] = torch.full((3,), float(local.dim()))
+
+
+def with_plain_state(shard: Callable[[nn.Module], None] = lambda model: None) -> Objects:
+    torch.manual_seed(5)
+    model = Net()
+    shard(model)
+    objects: Objects = {"model": model, "optimizer": PlainState(list(model.parameters())), "notes": {}}
+    train(objects, 3)
+    return objects
+
+
+def test_state_that_is_cut_like_its_parameter_is_exported_whole(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generation = Generation(1, 5, "ab" * 8)
+    for rank in range(WORLD):
+        with as_rank(rank):
+            write_image(with_plain_state(sharded), tmp_path / "images", rank, generation, {})
+    url, to = f"file://{tmp_path}/store/default/test", tmp_path / "out"
+    checkpoint(url, tmp_path / "images", generation)
+    status, end = export(capsys, url, "--format", "dcp", "--to", str(to))
+    assert status == 0, end
+    plain = with_plain_state()
+    wanted: dict[str, torch.Tensor] = {}
+    for name, parameter in plain["model"].named_parameters():
+        for key, value in plain["optimizer"].state[parameter].items():
+            wanted[f"optimizer.state.{name}.{key}"] = value
+    loaded = {name: torch.empty_like(value) for name, value in wanted.items()}
+    dcp.load(loaded, checkpoint_id=to)
+    for name, value in wanted.items():
+        assert torch.equal(loaded[name], value), name
 
 
 def test_dcp_folders_of_several_files_are_read_too(

@@ -616,18 +616,19 @@ class Cluster:
         if epoch == self.epoch and not self.machine.over:
             self.tell(event)
 
-    def _claim(self, claim: m.Claim, epoch: int, told: bool = False) -> None:
+    def _claim(self, claim: m.Claim, epoch: int, told: str | None = None) -> None:
         def ask() -> None:
             if epoch != self.epoch or self.machine.job.attempt != claim.attempt:
                 return
             trouble = self.store.claim(epoch, claim.attempt)
             if trouble is None:
-                self._answer(m.Claimed(claim.attempt, self.store.restorable()), epoch)
+                unseen = self.store.unseen()
+                self._answer(m.Claimed(claim.attempt, self.store.restorable(), unseen, bool(unseen)), epoch)
                 return
-            if not told or trouble != "unavailable":
+            if trouble != told:
                 self._answer(m.ClaimFailed(claim.attempt, f"the store is {trouble}", trouble), epoch)
-            if trouble == "unavailable":
-                self._claim(claim, epoch, True)
+            if trouble != "lost":
+                self._claim(claim, epoch, trouble)
 
         self.at(1.0 if told else 0.05, ask)
 

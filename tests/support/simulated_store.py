@@ -36,11 +36,13 @@ class SimStore:
         """Claim for a controller; what is the matter, if anything."""
         if self.trouble is None and self.owner is not None and owner < self.owner:
             return "lost"
-        if self.trouble is None and self.foreign and not self.restorable():
-            return "denied"
         if self.trouble is None:
             self.owner, self.attempt = owner, attempt
         return self.trouble
+
+    def unseen(self) -> str:
+        """Why what another job lends cannot be had, "" when it can or does not matter."""
+        return "what restoreFrom names is damaged" if self.foreign and not self.restorable() else ""
 
     def restorable(self) -> tuple[StoredCheckpoint, ...]:
         """What ``Claimed`` says: those that lack no object."""

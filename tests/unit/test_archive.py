@@ -369,6 +369,37 @@ def test_gc_shows_first_and_removes_then(tmp_path: Path) -> None:
     assert not draft.exists()
 
 
+def test_what_was_collected_as_garbage_before_its_commit_is_no_checkpoint(tmp_path: Path) -> None:
+    """gc with a short --grace beside a job: the commit is refused before what it would replace is removed."""
+    archive, generation = claimed(tmp_path), generation_of(CLAIM, 10)
+    checkpoint(archive, CLAIM, 5)
+
+    def collect(name: str) -> None:
+        if name == f"put {HEAD_KEY} done":
+            archive.store.delete([image_key(generation, 1)])
+
+    job = Archive(SteppedStore(folder(tmp_path), collect), FUTURE)
+    manifest = manifest_of(generation, upload(archive.store, generation))
+    with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors is missing"):
+        job.commit(manifest, CLAIM)
+    assert steps(archive) == [5]
+    assert [item.entry.step for item in archive.require_head().quarantined] == [10]
+
+
+def test_gc_leaves_alone_what_a_job_names_meanwhile(tmp_path: Path) -> None:
+    archive, generations = claimed(tmp_path), [generation_of(CLAIM, step) for step in (5, 10, 15)]
+    manifests = [manifest_of(generation, upload(archive.store, generation)) for generation in generations]
+
+    def commit(name: str) -> None:
+        if name == f"delete {image_key(generations[1], 1)} done":  # keys go in their order as texts: 10, 15, 5
+            archive.commit(manifests[2], CLAIM)
+
+    others = (str(generation) for generation in generations[:2])
+    found = Archive(SteppedStore(folder(tmp_path), commit), FUTURE).gc(dry_run=False)
+    assert {key.partition("/")[0] for key in found.keys} <= set(others)
+    assert [stored.generation for stored in archive.restorable().stored] == [generations[2]]
+
+
 # --- dying at every point -------------------------------------------------------------------------------------------
 
 
@@ -531,6 +562,12 @@ def real_checkpoint(
 # --- without its head -----------------------------------------------------------------------------------------------
 
 
+def test_manifests_of_something_else_are_none_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / "app.yaml").write_text("kind: Deployment")
+    claimed(tmp_path)
+
+
 def test_over_checkpoints_whose_head_was_lost_nobody_begins_anew(tmp_path: Path) -> None:
     checkpoint(claimed(tmp_path), CLAIM, 5)
     before = keys(folder(tmp_path)) - {HEAD_KEY}
@@ -636,6 +673,17 @@ def test_a_sound_checkpoint_verifies_with_its_progress(tmp_path: Path) -> None:
     entry = archive.find()
     assert verify(archive, entry, done.append) == []
     assert sum(done) == entry.bytes
+
+
+def test_what_is_removed_while_it_is_verified_is_not_called_damaged(tmp_path: Path) -> None:
+    archive = claimed(tmp_path / "store")
+    real_checkpoint(archive, tmp_path)
+    entry = archive.find()
+    archive.manifest(entry)
+    checkpoint(Archive(folder(tmp_path / "store")), CLAIM, entry.step + 5)
+    Archive(folder(tmp_path / "store")).expire(Retention(1), CLAIM)
+    with pytest.raises(RequestError, match=rf"step {entry.step} was removed .* while it was read: take a newer one"):
+        verify(archive, entry)
 
 
 @pytest.mark.parametrize("place", [0, 100, PIECE - 1, PIECE + BLOCK, -1, -100])

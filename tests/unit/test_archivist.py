@@ -90,6 +90,13 @@ class Desk:
         assert isinstance(event, m.ClaimFailed), event
         return event.trouble, event.reason
 
+    def unseen(self, number: int = 1) -> tuple[bool, str]:
+        """Claim, which must succeed without what another job lends; whether a person must act, and the reason."""
+        event = self.claim(number)
+        assert isinstance(event, m.Claimed), event
+        assert event.stored == ()
+        return event.denied, event.unseen
+
     def order(self, number: int, step: int) -> m.CommitCheckpoint:
         """Upload, and the order to commit."""
         images = upload(self.store, generation(number, step))
@@ -236,8 +243,8 @@ def test_another_job_that_cannot_be_read_is_no_store_that_is_down(tmp_path: Path
     checkpoint_by(tmp_path / "other", 5)
     folder(tmp_path / "other").put(HEAD_KEY, b'{"foo":')
     with desk(tmp_path / "own", restore_from=f"file://{tmp_path}/other") as at:
-        trouble, reason = at.failed(1)
-    assert trouble == "denied"
+        denied, reason = at.unseen(1)
+    assert denied
     assert f"checkpoint.restoreFrom file://{tmp_path}/other" in reason
     assert f"trainctl checkpoints repair file://{tmp_path}/other" in reason
 
@@ -440,10 +447,39 @@ def test_a_checkpoint_that_is_not_there_is_told(
 ) -> None:
     steps = damage if isinstance(damage, tuple) else () if damage is None else (damage,)
     folder(other).delete([image_key(generation(1, step), 0) for step in steps])
-    event, _ = foreign(tmp_path / "own", restore_from=f"file://{other}{at_step}")
-    assert isinstance(event, m.ClaimFailed)
-    assert event.trouble == "denied"
-    assert reason in event.reason
+    with desk(tmp_path / "own", restore_from=f"file://{other}{at_step}") as at:
+        denied, unseen = at.unseen()
+        assert denied
+        assert reason in unseen
+        assert reason in at.archivist.status()["last_error"]
+        at.archivist.submit(m.Finish("failed", unseen))
+    assert Archive(folder(tmp_path / "own")).require_head().vacant, "its place is given back all the same"
+
+
+def test_a_job_that_has_begun_can_do_without_what_it_began_with(tmp_path: Path, other: Path) -> None:
+    """Retention of that job removes it, and it may be out of reach: there are checkpoints all the same."""
+    source = f"file://{other}@5"
+    with desk(tmp_path / "own", restore_from=source) as at:
+        assert [found.step for found in at.claimed(1)] == [5]
+    theirs, claim = Archive(folder(other)), claim_of(1, "past")
+    checkpoint(theirs, claim, 20)
+    theirs.expire(Retention(2), claim)
+    with desk(tmp_path / "own", controller="two", restore_from=source) as at:
+        assert at.unseen(1)[0]
+        assert isinstance(at.commit(1, 7), m.CheckpointCommitted)
+        assert [found.step for found in at.claimed(2)] == [7]
+    (tmp_path / "own" / HEAD_KEY).unlink()
+
+
+def test_what_is_lent_is_looked_for_until_it_is_there(tmp_path: Path, other: Path) -> None:
+    head = (other / HEAD_KEY).read_bytes()
+    (other / HEAD_KEY).unlink()
+    with desk(tmp_path / "own", restore_from=f"file://{other}") as at:
+        assert at.unseen(1)[0]
+        folder(other).put(HEAD_KEY, head)
+        event = at.answer()
+        assert isinstance(event, m.Claimed)
+        assert [stored.generation.step for stored in event.stored] == [15, 10, 5]
 
 
 def test_another_jobs_damaged_checkpoints_are_passed_over_and_left_as_they_are(tmp_path: Path, other: Path) -> None:
@@ -454,8 +490,8 @@ def test_another_jobs_damaged_checkpoints_are_passed_over_and_left_as_they_are(t
         at.archivist.submit(m.Quarantine(generation(1, 10), "flipped"))
         assert [found.step for found in at.claimed(2)] == [5]
         at.archivist.submit(m.Quarantine(generation(1, 5), "flipped"))
-        trouble, reason = at.failed(3)
-        assert trouble == "denied"
+        denied, reason = at.unseen(3)
+        assert denied
         assert "flipped; name another checkpoint, as URL@STEP" in reason
         assert at.kinds() == ["checkpoint-passed-over"]
     assert (other / HEAD_KEY).read_bytes() == before

@@ -498,6 +498,43 @@ def test_a_store_that_refuses_ends_the_job_with_the_reason() -> None:
     assert "the store is denied" in finish.reason
 
 
+@pytest.mark.parametrize("dies", ["a node", "the controller"])
+@pytest.mark.parametrize("trouble", ["unavailable", "denied"])
+def test_a_store_that_denies_later_ends_nothing_that_memory_can_go_on_from(trouble: Any, dies: str) -> None:
+    world = cluster(total=400)
+    world.run_to("checkpoint-committed")
+    world.run_to_step(60)
+    world.store.trouble = trouble
+    world.run_to_step(100)
+    if dies == "a node":
+        world.lose_node(world.seated(1))
+    else:
+        world.restart_controller()
+    line = world.run_to("claim-failed")
+    assert ("a person must act" in line.text) == (trouble == "denied")
+    if dies == "a node":
+        assert world.run_to("restored").fields["step"] >= 90, "from memory"
+    began = world.live_step()
+    world.run(10.0)
+    assert world.live_step() > began
+    world.store.trouble = None
+    world.run_to("claimed")
+    world.run_to("checkpoint-committed")
+    succeeded(world)
+
+
+def test_a_store_that_denies_when_memory_has_nothing_ends_the_job() -> None:
+    """A new controller does not know what the store holds: to begin anew would be to lose it."""
+    world = cluster()
+    world.run_to_step(33)
+    world.store.trouble = "denied"
+    world.restart_controller()
+    lose_all(world, 0.5)
+    finish = world.run_to_end()
+    assert finish.outcome == "failed"
+    assert "the job's checkpoints cannot be used: the store is denied" in finish.reason
+
+
 def test_a_late_claim_of_an_older_attempt_counts_for_nothing() -> None:
     world = cluster()
     world.run_to_step(13)

@@ -59,6 +59,21 @@ def test_an_object_is_missing_only_when_a_service_says_so(code: str, operation: 
     assert type(said(answer(code, 404, operation))) is kind
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "remedy"),
+    [
+        ("AccessDenied", 403, "check the credentials"),
+        ("ExpiredToken", 400, "check the credentials"),
+        ("AuthorizationHeaderMalformed", 400, "check the credentials"),
+        ("MissingContentMD5", 400, "does not take DeleteObjects as it was asked"),
+    ],
+)
+def test_credentials_are_blamed_for_what_they_do(code: str, status: int, remedy: str) -> None:
+    error = said(answer(code, status, "DeleteObjects"))
+    assert type(error) is StoreDenied
+    assert remedy in str(error)
+
+
 def test_the_page_of_an_ingress_says_nothing_of_an_object() -> None:
     shape = get_session().get_service_model("s3").operation_model("GetObject").output_shape
     page = {"status_code": 404, "headers": {}, "body": b"404 page not found\n"}

@@ -70,6 +70,29 @@ def test_weights_whose_names_have_slashes_load(tmp_path: pathlib.Path, monkeypat
     assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in trained.state_dict().items())
 
 
+class Cached(nn.Module):
+    """With a table that ``state_dict()`` leaves out, as rotary embeddings have."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = nn.Linear(4, 4)
+        if length:
+            self.register_buffer("table", torch.randn(length), persistent=False)
+
+
+@pytest.mark.parametrize(("saved", "live"), [(8, 16), (8, 8), (8, 0), (0, 8)])
+def test_what_a_state_dict_leaves_out_need_not_fit(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, saved: int, live: int
+) -> None:
+    trained, other, untouched = Cached(saved, 1), Cached(live, 2), Cached(live, 2)
+    checkpoint(tmp_path, {"model": trained}, monkeypatch)
+    outlast.load("s3://bucket/jobs/test", other)
+    assert torch.equal(other.layer.weight, trained.layer.weight)
+    if live:
+        assert torch.equal(other.table, (trained if live == saved else untouched).table)  # type: ignore[arg-type]
+
+
 def test_a_model_with_a_name_twice_is_not_loaded(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Holder(nn.Module):
         def __init__(self) -> None:

@@ -98,7 +98,8 @@ class Archive:
     def check_lost(self) -> None:
         """To be called when no head was found. Raises RequestError with the remedy when there are manifests, and still
         no head: another may have made both meanwhile."""
-        if any(True for _ in self.store.list(MANIFESTS)) and self.read_head() is None:
+        manifests = (info for info in self.store.list(MANIFESTS) if line.job_of_manifest(info.key) == "")
+        if any(True for _ in manifests) and self.read_head() is None:
             raise RequestError(
                 f"{self.url} holds manifests of checkpoints, but no {HEAD_KEY}, which says which of them count: it was "
                 f"lost or removed. See what can be had back with: trainctl checkpoints repair {self.url}"
@@ -151,6 +152,11 @@ class Archive:
             return after
 
         head = self._move(move)
+        try:
+            self._check(manifest)  # who collected garbage meanwhile may not have known yet that it is none
+        except CheckpointError as error:
+            self.quarantine(manifest.generation, str(error), claim)
+            raise
         self._leaving.update({key: other for key, other in dropped.items() if head.entry(key) is None})
         return head
 
@@ -223,6 +229,19 @@ class Archive:
         head = self.read_head() if bad else None
         return tuple((entry, reason) for entry, reason in bad if head is not None and head.entry(entry.generation))
 
+    def check_named(self, entry: Entry) -> None:
+        """To be called when not all of a checkpoint was there. Raises RequestError when the head names it no more, as
+        far as there is one that can be read."""
+        try:
+            head = self.read_head()
+        except CheckpointError:
+            return
+        if head is not None and head.entry(entry.generation) is None:
+            raise RequestError(
+                f"the checkpoint of step {entry.step} was removed from {self.url} while it was read: take a newer one, "
+                f"or keep one first with: trainctl checkpoints pin {self.url}"
+            )
+
     # --- removing ---------------------------------------------------------------------------------------------------
 
     def expire(self, retention: Retention, claim: ClaimMark | None = None) -> tuple[Entry, ...]:
@@ -262,10 +281,23 @@ class Archive:
             self.check_lost()
         keys = line.garbage(listing.values(), head, self._readable(head), now, grace_s)
         if not dry_run:
-            self.store.delete(keys)
+            keys = self._remove(keys)
             for upload in unfinished:
                 self.store.call_off(upload)
         return GcReport(tuple(keys), sum(listing[key].size for key in keys), unfinished, dry_run)
+
+    def _remove(self, garbage: Iterable[str]) -> list[str]:
+        """Delete what is garbage still, a generation at a time: a job that runs may be about to name one."""
+        groups: dict[str, list[str]] = {}
+        for key in garbage:
+            groups.setdefault(line.generation_of(key), []).append(key)
+        for generation in list(groups):
+            head = self.read_head()
+            if head is not None and head.entry(Generation.parse(generation)) is not None:
+                del groups[generation]
+            else:
+                self.store.delete(groups[generation])
+        return [key for group in groups.values() for key in group]
 
     # --- how --------------------------------------------------------------------------------------------------------
 

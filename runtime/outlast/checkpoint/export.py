@@ -26,7 +26,7 @@ from outlast.checkpoint.saying import Progress, carry_out
 from outlast.checkpoint.statedict import LeafRef, Weights, state_dicts, weights_of
 from outlast.checkpoint.store import open_store
 from outlast.checkpoint.whole import WholeState
-from outlast.errors import CapacityError, RequestError
+from outlast.errors import CapacityError, CheckpointError, ObjectMissing, RequestError
 from outlast.quantities import parse_bytes
 
 SHARD_BYTES = 5_000_000_000
@@ -58,11 +58,15 @@ def export(request: Request) -> dict[str, Any]:
     with closing(open_store(request.url)) as store:
         archive = Archive(store)
         entry = archive.find(request.step)
-        whole = _open(archive, entry)
-        state = whole.state()
-        weights = weights_of(state, whole.leaves())
-        with _draft(request.to) as draft:
-            digest = _write(request, draft, whole, state, weights)
+        try:
+            whole = _open(archive, entry)
+            state = whole.state()
+            weights = weights_of(state, whole.leaves())
+            with _draft(request.to) as draft:
+                digest = _write(request, draft, whole, state, weights)
+        except (ObjectMissing, CheckpointError):
+            archive.check_named(entry)
+            raise
     files = sorted(path.name for path in _entries(request.to))
     size = sum((request.to / name).stat().st_size for name in files)
     return {

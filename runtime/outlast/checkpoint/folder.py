@@ -193,7 +193,7 @@ class FolderStore:
     def _write_once(self, path: Path, data: memoryview, cancelled: Callable[[], bool]) -> None:
         drafts = self._root / DRAFTS
         for folder in (drafts, path.parent):
-            folder.mkdir(parents=True, exist_ok=True)
+            _make_folder(folder)
         key = path.relative_to(self._root).as_posix().replace("%", "%25").replace("/", "%2F")
         draft = drafts / f"{secrets.token_hex(8)}+{key}"
         try:
@@ -227,7 +227,7 @@ class FolderStore:
     @contextmanager
     def _locked(self, key: str, until: float) -> Iterator[None]:
         """Alone among those who put on a condition. Raises StoreUnavailable when another still is ``until`` then."""
-        self._root.mkdir(parents=True, exist_ok=True)
+        _make_folder(self._root)
         with (self._root / LOCK).open("w") as file:
 
             def lock() -> None:
@@ -291,6 +291,14 @@ def _content(path: Path) -> bytes | None:
 def _etag(content: bytes) -> str:
     """Of the content alone: whatever else is asked of a file may be another file's by then."""
     return hashlib.sha256(content).hexdigest()
+
+
+def _make_folder(folder: Path) -> None:
+    """With those above it, each on the disk in the one that it is in."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

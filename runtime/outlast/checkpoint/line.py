@@ -17,6 +17,20 @@ from outlast.snapshot.identity import Generation
 
 _GENERATION = r"\d+-[0-9a-zA-Z]+-\d+"
 _OWN_KEY = re.compile(rf"{MANIFESTS}(?P<named>{_GENERATION})\.json|(?P<within>{_GENERATION})/.+")
+_MANIFEST_BELOW = re.compile(rf"(?:(?P<job>.+)/)?{MANIFESTS}{_GENERATION}\.json")
+
+
+def job_of_manifest(key: str) -> str | None:
+    """Below which path a manifest lies ("": none); None when the key is of another form: many a bucket has
+    ``manifests/`` of its own."""
+    match = _MANIFEST_BELOW.fullmatch(key)
+    return None if match is None else match["job"] or ""
+
+
+def generation_of(key: str) -> str:
+    """Of what generation an object is; "" when the key is not of a checkpoint's form."""
+    match = _OWN_KEY.fullmatch(key)
+    return "" if match is None else match["named"] or match["within"]
 
 
 def claimed(head: Head, claim: ClaimMark, expected: ClaimMark | None) -> Head:
@@ -132,8 +146,7 @@ def garbage(
     needed, whole = _needed(head, manifests)
     groups: dict[str, list[ObjectInfo]] = {}
     for info in listing:
-        match = _OWN_KEY.fullmatch(info.key)
-        generation = match and (match["named"] or match["within"])
+        generation = generation_of(info.key)
         if generation and generation not in whole:
             groups.setdefault(generation, []).append(info)
     old = [group for group in groups.values() if now - max(info.modified for info in group) >= grace_s]

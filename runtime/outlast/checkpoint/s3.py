@@ -9,12 +9,14 @@ here, since CRT's own would copy a view and cannot be called off between two par
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,12 +24,13 @@ import boto3
 import botocore.session
 from boto3.session import Session
 from botocore.config import Config
+from botocore.exceptions import ClientError
 from botocore.loaders import Loader, create_loader
 
 from outlast.checkpoint.memoryfile import MemoryFile
 from outlast.checkpoint.pacing import Pace
 from outlast.checkpoint.retrying import again
-from outlast.checkpoint.s3errors import Where, told
+from outlast.checkpoint.s3errors import Where, is_unable, told
 from outlast.checkpoint.store import ObjectInfo, StoreOptions, Unfinished
 from outlast.errors import (
     CheckpointError,
@@ -162,7 +165,9 @@ class S3Store:
     def delete(self, keys: Iterable[str]) -> None:
         names = [{"Key": self._key(key)} for key in keys]
         for start in range(0, len(names), _DELETE_AT_ONCE):
-            self._again(lambda start=start: self._delete(names[start : start + _DELETE_AT_ONCE]))  # type: ignore[misc]
+            some = names[start : start + _DELETE_AT_ONCE]
+            if not self._again(partial(self._delete, some)):
+                self._in_parallel([partial(self._delete_one, name) for name in some], lambda: False)
 
     def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
         def ask() -> tuple[Unfinished, ...]:
@@ -205,13 +210,27 @@ class S3Store:
         with self._told(prefix):
             return self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._listed(prefix), **token)
 
-    def _delete(self, names: Any) -> None:
+    def _delete(self, names: Any) -> bool:
+        """False where the service does not know how to delete many at once, or not as it is asked here."""
         with self._told("(many)"):
-            answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": names, "Quiet": True})
+            try:
+                answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": names, "Quiet": True})
+            except ClientError as error:
+                if is_unable(error):
+                    return False
+                raise
         for failed in answer.get("Errors", []):
             if failed.get("Code") in ("AccessDenied",):
                 raise StoreDenied(f"{self._url}: {failed.get('Key')} may not be deleted: grant s3:DeleteObject")
             raise StoreUnavailable(f"{self._url}: {failed.get('Key')} was not deleted: {failed.get('Message')}")
+        return True
+
+    def _delete_one(self, name: Any) -> None:
+        def ask() -> None:
+            with suppress(ObjectMissing), self._told(name["Key"]):
+                self._client.delete_object(Bucket=self._bucket, **name)
+
+        self._again(ask)
 
     # --- large objects ----------------------------------------------------------------------------------------------
 
@@ -373,7 +392,15 @@ def _new_client(options: StoreOptions) -> S3Client:
     session: Session = boto3.session.Session(botocore_session=core_session())
     endpoint = session._session.get_config_variable("endpoint_url") if hasattr(session, "_session") else None
     region = session.region_name or os.environ.get("AWS_REGION")
-    return session.client("s3", region, config=config.merge(_addressing(session, endpoint)))
+    client = session.client("s3", region, config=config.merge(_addressing(session, endpoint)))
+    client.meta.events.register("before-sign.s3.DeleteObjects", _add_md5)
+    return client
+
+
+def _add_md5(request: Any, **_: object) -> None:
+    """The checksum of a DeleteObjects that services other than Amazon's ask for; botocore has ceased to send it."""
+    body = request.data if isinstance(request.data, bytes) else str(request.data).encode()
+    request.headers["Content-MD5"] = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
 
 
 def _addressing(session: Session, endpoint: str | None) -> Config:

@@ -62,6 +62,10 @@ of a wrong configuration. The first pass, so all are waited for, as in ``_UNIDEN
 _NOBODY = (b.NoCredentialsError, b.PartialCredentialsError, b.TokenRetrievalError)
 
 
+_UNKNOWN = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId", "InvalidClientTokenId"}
+"""Codes of credentials that are none any more; mostly with status 400."""
+
+
 @dataclass(frozen=True)
 class Where:
     """What is asked: ``url`` with the key, a service's bucket and endpoint; ``conditional``: a put on a condition."""
@@ -125,5 +129,15 @@ def _answer(where: Where, error: b.ClientError) -> OutlastError:
         return StoreDenied(f"{text}; {where.endpoint} has no {lacks}: use an S3 service that has, or file:///folder")
     if status in _LATER or status >= 500 or code in _THROTTLED or code in _DAMAGED:
         return StoreUnavailable(text)
-    what = f"bucket {where.bucket} at {where.endpoint}"
-    return StoreDenied(f"{text}; check the credentials and what they may do with {what}")
+    if status in (401, 403) or code in _UNKNOWN or code.startswith("Auth"):
+        what = f"bucket {where.bucket} at {where.endpoint}"
+        return StoreDenied(f"{text}; check the credentials and what they may do with {what}")
+    remedy = "check spec.checkpoint.url, the region (AWS_REGION) and that it is an S3 service"
+    return StoreDenied(f"{text}; {where.endpoint} does not take {error.operation_name} as it was asked: {remedy}")
+
+
+def is_unable(error: b.ClientError) -> bool:
+    """Whether the service does not know the operation, or not in this form; not who asks."""
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return status in (400, 405, 501) and code not in _UNKNOWN | _DAMAGED | _THROTTLED | {"NoSuchBucket"}

@@ -60,7 +60,7 @@ def state_dicts(state: Json, weights: Weights, tensor: Callable[[str], torch.Ten
     for name, leaf in weights.names.items():
         key, _, rest = ("", "", name) if len(modules) == 1 else name.partition(".")
         sections[key or MODEL][rest] = LeafRef(leaf)
-    optimizers = {key: saved for key, saved in state["objects"].items() if _is_optimizer(saved)}
+    optimizers = {key: saved for key, saved in state["objects"].items() if is_optimizer(saved)}
     for key, saved in optimizers.items():
         sections[OPTIMIZER if len(optimizers) == 1 else key] = _optimizer_state(saved, modules, tensor)
     return sections
@@ -74,7 +74,8 @@ def dotted(name: str, modules: Collection[str]) -> str:
     return rest if len(modules) == 1 else f"{key}.{rest}"
 
 
-def _is_optimizer(saved: object) -> bool:
+def is_optimizer(saved: object) -> bool:
+    """Whether a protected object's JSON state is an optimizer's."""
     return isinstance(saved, Mapping) and set(saved) == _OPTIMIZER_KEYS
 
 

@@ -40,8 +40,16 @@ def verify(archive: Archive, entry: Entry, progress: Callable[[int], None] = lam
     """Everything that is wrong with a checkpoint; nothing when it is sound.
 
     ``progress`` is called with the bytes read since its last call, from one thread at a time; they add up to
-    ``entry.bytes`` for what can be read. Raises StoreUnavailable, StoreDenied.
+    ``entry.bytes`` for what can be read. Raises StoreUnavailable, StoreDenied, and RequestError when it was removed
+    meanwhile.
     """
+    problems = _problems(archive, entry, progress)
+    if problems:
+        archive.check_named(entry)
+    return problems
+
+
+def _problems(archive: Archive, entry: Entry, progress: Callable[[int], None]) -> list[Problem]:
     try:
         manifest = archive.manifest(entry)
     except (ObjectMissing, CheckpointError) as error:

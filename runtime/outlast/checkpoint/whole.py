@@ -1,6 +1,7 @@
 """A checkpoint's tensors, whole, whatever the world was that wrote it.
 
-Sharded ones are put together from all ranks' pieces; of others rank 0's is taken, as for the final weights. Memory: a
+Sharded ones are put together from all ranks' pieces, also what an optimizer keeps as plain tensors of the shape of its
+parameter's shard; of others rank 0's is taken, as for the final weights. Memory: a
 batch of tensors that are read together (``outlast.protect.shards.BATCH_BYTES``), or the largest tensor where that is
 more.
 """
@@ -10,12 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from outlast.checkpoint.statedict import is_optimizer
 from outlast.protect.leaves import Leaf
 from outlast.protect.shards import ShardReader, Shards, Want
+from outlast.protect.tree import tensor_names
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,9 @@ class WholeState:
 
     def kind(self, name: str) -> TensorKind:
         """What the leaf ``name`` is as a whole tensor. Raises StateError when there is none of that name."""
-        info = self._shards.info(name)
-        shape = info["global_shape"] if info["distributed"] else info["shape"]
+        info, along = self._shards.info(name), self._along(name)
+        placed = info if along is None else self._shards.info(along)
+        shape = placed["global_shape"] if placed["distributed"] else info["shape"]
         return TensorKind(getattr(torch, info["dtype"]), tuple(shape))
 
     def expect(self, names: Iterable[str]) -> None:
@@ -64,6 +69,24 @@ class WholeState:
         return self._shards.tensor(announced if announced.like is not None else self._want(name))
 
     def _want(self, name: str) -> Want:
-        kind, info = self.kind(name), self._shards.info(name)
+        kind, along = self.kind(name), self._along(name)
         wanted = torch.empty(kind.shape, dtype=kind.dtype, device="meta")
-        return Want(name, Leaf(name, wanted, False, kind.shape, (0,) * len(kind.shape), bool(info["distributed"])))
+        spread = along is not None or bool(self._shards.info(name)["distributed"])
+        return Want(name, Leaf(name, wanted, False, kind.shape, (0,) * len(kind.shape), spread), along)
+
+    def _along(self, name: str) -> str | None:
+        """The parameter like which a plain tensor of an optimizer's state is cut; None: it is whole, or a DTensor."""
+        parameter = self._parameters.get(name)
+        if parameter is None or parameter not in self._shards.names:
+            return None
+        info, whose = self._shards.info(name), self._shards.info(parameter)
+        if info["distributed"] or not whose["distributed"] or not info["shape"] or info["shape"] != whose["shape"]:
+            return None
+        return parameter if self._shards.is_cut_like(name, parameter) else None
+
+    @cached_property
+    def _parameters(self) -> dict[str, str]:
+        """Leaf of an optimizer's state -> whose it is."""
+        optimizers = [saved for saved in self._shards.state()["objects"].values() if is_optimizer(saved)]
+        states = [item for saved in optimizers for item in saved["states"].items()]
+        return {leaf: parameter for parameter, tree in states for leaf in tensor_names(tree)}

@@ -3,8 +3,9 @@
 ``run`` is the thread's whole life; the others may be called from any thread. What comes of an order is an event given
 to ``answer``; what only a person cares for is a line given to ``log``. Both are called in the thread.
 
-A store that is down holds up nothing: each call gives up after ``PATIENCE_S``. A claim that fails so is answered with
-``ClaimFailed`` once and tried again, with growing pauses, until another ``Claim`` or ``close``; a commit is tried for
+A store that is down holds up nothing: each call gives up after ``PATIENCE_S``. A claim that fails is answered with
+``ClaimFailed`` once and tried again, with growing pauses (where a person must act with the longest), until another
+``Claim`` or ``close``, unless it is lost; a commit is tried for
 ``COMMIT_S`` before it is answered. Nothing is committed while the newest ``Claim`` has not succeeded.
 
 Whom a claim may succeed: the controller that held the head when this one looked first, or this one itself. Who finds
@@ -106,12 +107,14 @@ class Charge:
 
 @dataclass
 class _Unfinished:
-    """An order that waits for the store to answer again; times are monotonic seconds."""
+    """An order that waits for the store to answer again, or for a person; times are monotonic seconds. ``told``: the
+    trouble that a claim was answered with last."""
 
     order: m.Claim | m.CommitCheckpoint
     since: float
     due: float
     pause: float
+    told: StoreTrouble | None = None
 
 
 class Archivist:
@@ -144,6 +147,7 @@ class Archivist:
         self._horizon: Generation | None = None
         self._passed_over: set[Generation] = set()
         self._last_error: str | None = None
+        self._unseen = ""
 
     def submit(self, order: Order) -> None:
         """Queue an order."""
@@ -158,7 +162,7 @@ class Archivist:
         """{"url", "claimed": the attempt or None, "last_error": text or None}."""
         claim = self._claim
         claimed = None if claim is None else f"{claim.attempt}-{claim.incarnation}"
-        return {"url": self._charge.url, "claimed": claimed, "last_error": self._last_error}
+        return {"url": self._charge.url, "claimed": claimed, "last_error": self._last_error or self._unseen or None}
 
     def run(self, answer: Answer, log: Log) -> None:
         """Carry out orders until ``close``."""
@@ -223,13 +227,24 @@ class Archivist:
                 self._log("claim-kept", f"the store still counts as this run's: {error}", {})
 
     def _claim_failed(self, order: m.Claim, reason: str, trouble: StoreTrouble) -> None:
-        again = self._unfinished is not None and self._unfinished.order is order
-        if trouble != "unavailable":
+        if trouble == "lost":
             self._unfinished = None
-        else:
-            self._postpone(order)
-        if trouble != "unavailable" or not again:
             self._answer(m.ClaimFailed(order.attempt, reason, trouble))
+        elif self._again(order, trouble):
+            self._answer(m.ClaimFailed(order.attempt, reason, trouble))
+
+    def _claim_unsettled(self, order: m.Claim, trouble: StoreTrouble) -> None:
+        """The head is ours, and what ``restoreFrom`` names out of reach: who has state can do without, and commit."""
+        denied = trouble == "denied"
+        if self._again(order, trouble):
+            self._answer(m.Claimed(order.attempt, (), self._unseen, denied))
+
+    def _again(self, order: m.Claim, trouble: StoreTrouble) -> bool:
+        """Try it again later; whether that is news."""
+        waiting = self._unfinished
+        told = waiting.told if waiting is not None and waiting.order is order else None
+        self._postpone(order, rarely=trouble == "denied").told = trouble
+        return trouble != told
 
     def _commit_failed(self, order: m.CommitCheckpoint, reason: str, trouble: StoreTrouble) -> None:
         if trouble == "unavailable":
@@ -243,14 +258,16 @@ class Archivist:
         self._unfinished = None
         self._answer(m.CheckpointFailed(order.generation, reason, trouble))
 
-    def _postpone(self, order: m.Claim | m.CommitCheckpoint) -> None:
+    def _postpone(self, order: m.Claim | m.CommitCheckpoint, rarely: bool = False) -> _Unfinished:
         now, first, longest = self._clock.monotonic(), *self._pauses_s
         waiting = self._unfinished
         if waiting is None or waiting.order is not order:
-            self._unfinished = _Unfinished(order, now, now + first, first)
+            pause = longest if rarely else first
+            waiting = self._unfinished = _Unfinished(order, now, now + pause, pause)
         else:
-            waiting.pause = min(2 * waiting.pause, longest)
+            waiting.pause = longest if rarely else min(2 * waiting.pause, longest)
             waiting.due = now + waiting.pause
+        return waiting
 
     def _supersede(self, order: m.Claim | m.CommitCheckpoint) -> None:
         """Give up an unfinished order of before."""
@@ -272,15 +289,23 @@ class Archivist:
 
     def _carry_out_claim(self, order: m.Claim) -> None:
         self._supersede(order)
-        self._claim = None
-        self._look()
         charge, attempt = self._charge, order.attempt
         claim = ClaimMark(attempt.number, attempt.incarnation, charge.controller)
-        self._archive().claim(charge.mark, claim, self._expected, resume=charge.resume)
-        self._expected = claim
-        stored = self._stored(claim)
-        self._claim, self._unfinished, self._last_error = claim, None, None
+        if self._claim != claim:
+            self._claim = None
+            self._look()
+            self._archive().claim(charge.mark, claim, self._expected, resume=charge.resume)
+            self._expected = claim
+        stored = self._own(claim)
+        self._claim, self._last_error = claim, None
         self._quarantine_condemned()
+        try:
+            stored = stored or self._restore_from()
+        except _FAILURES as error:
+            self._unseen = str(error)
+            self._claim_unsettled(order, trouble_of(error))
+            return
+        self._unfinished, self._unseen = None, ""
         self._answer(m.Claimed(attempt, stored))
 
     def _look(self) -> None:
@@ -295,13 +320,12 @@ class Archivist:
                 text = f"{self._charge.url} was that of {head.job}; {self._charge.mark} goes on from there"
                 self._log("store-resumed", text, {"checkpoints": len(head.line)})
 
-    def _stored(self, claim: ClaimMark) -> tuple[StoredCheckpoint, ...]:
-        """What may be restored: of the job's own line, else what ``restoreFrom`` names."""
+    def _own(self, claim: ClaimMark) -> tuple[StoredCheckpoint, ...]:
+        """What may be restored of the job's own line."""
         found = self._archive().restorable()
         for entry, reason in found.bad:
             self._quarantine(entry.generation, reason, claim)
-        own = tuple(stored for stored in found.stored if stored.generation not in self._condemned)
-        return own or self._restore_from()
+        return tuple(stored for stored in found.stored if stored.generation not in self._condemned)
 
     def _restore_from(self) -> tuple[StoredCheckpoint, ...]:
         """Without a step: the newest when the job first looked, or older; newer ones when none of those is left."""

@@ -3,11 +3,11 @@
 ::
 
     ask -> Claim -> Claimed        checkpoints may be restored and committed
-                 -> ClaimFailed    unavailable: go on without; Claimed may come later
-                                   denied, or lost to another controller: the job is over
+                 -> ClaimFailed    unavailable, denied: go on without; Claimed may come later
+                                   lost to another controller: the job is over
 
 A store that does not answer holds a restart back for ``patience.claim_s`` and no longer, unless nothing is left in
-memory: then to begin without it would be to begin anew.
+memory: then to begin without it would be to begin anew. It is waited for then, but not one that denies.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ MOST = 8
 
 class Claims:
     """``stored``: the checkpoints that may be restored, newest first, those of other jobs last; None until the store
-    was heard. ``excluded``: generations that turned out to be damaged. ``enabled`` False: the job has no store.
+    was heard. ``excluded``: generations that turned out to be damaged. ``denied``: why the store refuses the claim, ""
+    while it does not. ``enabled`` False: the job has no store.
     """
 
     def __init__(self, enabled: bool) -> None:
@@ -34,6 +35,7 @@ class Claims:
         self.stored: tuple[StoredCheckpoint, ...] | None = None if enabled else ()
         self.excluded: set[Generation] = set()
         self.claimed: Attempt | None = None
+        self.denied = ""
         self._asked: Attempt | None = None
         self._wait_until = -math.inf
 
@@ -41,7 +43,7 @@ class Claims:
         """Claim for ``attempt``, and wait for the answer for so long."""
         if not self.enabled:
             return []
-        self._asked, self.claimed, self._wait_until = attempt, None, now + patience_s
+        self._asked, self.claimed, self._wait_until, self.denied = attempt, None, now + patience_s, ""
         return [Claim(attempt)]
 
     def pending(self, now: float) -> bool:
@@ -58,13 +60,15 @@ class Claims:
         return self.enabled and event.attempt == self._asked
 
     def take(self, event: Claimed) -> None:
-        """The claim is ours."""
-        self.claimed = event.attempt
+        """The claim is ours. While it is not known what another job lends, what was known before counts."""
+        self.claimed, self.denied = event.attempt, event.unseen if event.denied else ""
+        if event.unseen:
+            return
         self.stored = tuple(found for found in event.stored if found.generation not in self.excluded or found.foreign)
 
-    def fail(self) -> None:
-        """The store does not answer: wait for it no longer."""
-        self._wait_until = -math.inf
+    def fail(self, denied: str = "") -> None:
+        """The store does not answer, or denies: wait for it no longer."""
+        self._wait_until, self.denied = -math.inf, denied
 
     def add(self, checkpoint: StoredCheckpoint) -> None:
         """A checkpoint was committed."""

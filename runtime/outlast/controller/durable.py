@@ -46,6 +46,8 @@ def claimed(job: Job, event: e.Claimed, now: float) -> None:
     steps = [known.generation.step for known in event.stored]
     there = f"checkpoints of steps {', '.join(map(str, steps))} are there" if steps else "no checkpoint is there yet"
     job.emit("claimed", f"the store is claimed; {there}", attempt=attempt.number)
+    if event.unseen:
+        job.emit("restore-from-unseen", f"it is not known what there is to begin with: {event.unseen}")
     own = [known.generation.attempt for known in event.stored if not known.foreign]
     members, preparation = job.members, job.preparation
     members.best_seen_attempt = max([members.best_seen_attempt, *own])
@@ -57,19 +59,20 @@ def claimed(job: Job, event: e.Claimed, now: float) -> None:
 
 
 def claim_failed(job: Job, event: e.ClaimFailed, now: float) -> None:
-    """They are not: for now, or for good."""
+    """They are not, for now or for good. What is in memory can be gone on from all the same."""
     if not job.claims.current(event):
         return
     if event.trouble == "lost":
         _taken_over(job, event.reason, now)
-    elif event.trouble == "unavailable":
-        text = f"the store does not answer: {event.reason}; there are no checkpoints until it does"
-        job.emit("claim-failed", text, reason=event.reason, trouble=event.trouble)
-        job.store_news.hear(now, text)
-        job.claims.fail()
-        preparing.advance(job, now)
-    else:
-        job.finish("failed", f"the job's checkpoints cannot be used: {event.reason}", now)
+        return
+    denied = event.trouble == "denied"
+    what = "the job's checkpoints cannot be used" if denied else "the store does not answer"
+    until = "that is mended (it does not pass by itself: a person must act)" if denied else "it does"
+    text = f"{what}: {event.reason}; there are no checkpoints until {until}"
+    job.emit("claim-failed", text, reason=event.reason, trouble=event.trouble)
+    job.store_news.hear(now, text)
+    job.claims.fail(event.reason if denied else "")
+    preparing.advance(job, now)
 
 
 def _taken_over(job: Job, reason: str, now: float) -> None:

@@ -42,10 +42,10 @@ def advance(job: Job, now: float) -> None:
         _wait(job, now)
         return
     launch = _plan(job, preparation, size, now)
-    if launch is None:
-        _wait(job, now)
-    else:
+    if launch is not None:
         _launch(job, launch, now)
+    elif job.phase in PREPARING:
+        _wait(job, now)
 
 
 def _wait(job: Job, now: float) -> None:
@@ -109,7 +109,7 @@ def _note_shortage(job: Job, preparation: Preparation, size: int | None, now: fl
 
 def _looked_in_vain(job: Job, preparation: Preparation) -> bool:
     """Whether nothing has changed since a plan was found to be none."""
-    return preparation.looked == (job.members.usable, job.claims.claimed)
+    return preparation.looked == (job.members.usable, job.claims.claimed, job.claims.denied)
 
 
 def _plan(job: Job, preparation: Preparation, size: int, now: float) -> Launch | None:
@@ -124,12 +124,16 @@ def _plan(job: Job, preparation: Preparation, size: int, now: float) -> Launch |
         preparation.short_since = now if preparation.short_since is None else preparation.short_since
     else:
         return launch
-    preparation.looked = (job.members.usable, claims.claimed)
+    preparation.looked = (job.members.usable, claims.claimed, claims.denied)
     return None
 
 
 def _lack_store(job: Job, preparation: Preparation, launch: Launch, now: float) -> None:
-    """To begin at step 0 while nobody knows what the store holds would be to lose it."""
+    """To begin at step 0 while nobody knows what the store holds would be to lose it. One that denies is not waited
+    for."""
+    if job.claims.denied:
+        job.finish("failed", f"the job's checkpoints cannot be used: {job.claims.denied}", now)
+        return
     if preparation.lacking_since is None:
         preparation.lacking_since = now
         for reason in launch.reasons:

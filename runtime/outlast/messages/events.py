@@ -353,15 +353,19 @@ class UploadFailed:
 @dataclass(frozen=True, slots=True)
 class Claimed:
     """The job's head object is ours for ``attempt``. ``stored``: complete checkpoints that may be restored, newest
-    first, those of ``restoreFrom`` last; such as lack an object or have one of another size are not among them."""
+    first, those of ``restoreFrom`` last; such as lack an object or have one of another size are not among them.
+    ``unseen``: why it is not known what ``restoreFrom`` names, "" when it is or does not matter; ``denied``: a person
+    must mend that. ``Claimed`` comes again when it is known."""
 
     attempt: Attempt
     stored: tuple[StoredCheckpoint, ...] = ()
+    unseen: str = ""
+    denied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimFailed:
-    """The head object could not be claimed. "unavailable": the driver goes on trying, and ``Claimed`` may come yet."""
+    """The head object could not be claimed. Unless it is "lost" the driver goes on trying: ``Claimed`` may come yet."""
 
     attempt: Attempt
     reason: str

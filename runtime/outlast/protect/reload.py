@@ -65,13 +65,25 @@ def reload(collector: Collector, shards: Shards, on_resize: OnResize | None = No
 def load_module(key: str, module: torch.nn.Module, shards: Shards) -> None:
     """Write the parameters and buffers of the module protected as ``key`` into ``module``, which may be another
     object, sharded in another way or not at all. Raises StateError that names what does not fit.
+
+    Buffers that ``state_dict()`` leaves out are no weights: they are loaded where both have them in one shape.
     """
     state, collector = shards.state(), Collector({key: module})
     leaves = _module_leaves(collector)
     aliases = {name: leaf for name, leaf in state["weights"]["aliases"].items() if leaf is not None}
     places = {name: name if name in shards.names else aliases.get(name, name) for name in leaves}
     held = _held([key], state["objects"], shards)
-    unused = held - set(places.values()) - _late_buffers(collector) - {name for name in aliases if name in places}
+    for name in _passing_buffers(key, module):
+        if places[name] not in held or _misfits({places[name]: leaves[name]}, shards):
+            del leaves[name]
+    known = {
+        *places.values(),
+        *_late_buffers(collector),
+        *state["weights"]["absent"],
+        *(aliases.keys() & places.keys()),
+    }
+    unused = held - known
+    places = {name: places[name] for name in leaves}
     problems = [f"{name} is in the model but not in it" for name, place in places.items() if place not in held]
     problems += [f"{name} is in it but not in the model" for name in sorted(unused)]
     problems += _misfits({places[name]: leaf for name, leaf in leaves.items() if places[name] in held}, shards)
@@ -141,6 +153,12 @@ def _module_leaves(collector: Collector) -> dict[str, Leaf]:
 def _late_buffers(collector: Collector) -> set[str]:
     """Buffers that the first forward would make."""
     return {f"{key}/{n}" for key, module in collector.modules.items() for _, _, n, b in _buffers(module) if b is None}
+
+
+def _passing_buffers(key: str, module: torch.nn.Module) -> list[str]:
+    """Those that are there and that ``state_dict()`` leaves out."""
+    found = [(part, place, f"{key}/{name}") for part, place, name, buffer in _buffers(module) if buffer is not None]
+    return [name for part, place, name in found if place in part._non_persistent_buffers_set]
 
 
 def _buffers(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, str, torch.Tensor | None]]:

@@ -278,6 +278,11 @@ class Shards:
             raise StateError(f"{want.name}: the images of {self.label} hold {found} of the {box.size} elements needed")
         return assembly
 
+    def is_cut_like(self, name: str, other: str) -> bool:
+        """Whether a plain leaf has, on every old rank, the shape of that rank's part of ``other``."""
+        self.open(range(self.world))
+        return self._is_cut_alike(Want(name, along=other))
+
     def _is_cut_alike(self, want: Want) -> bool:
         """Whether a plain leaf has, on every old rank, the shape of that rank's part of the one it may be cut like."""
         if want.along is None:

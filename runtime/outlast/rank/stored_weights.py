@@ -16,7 +16,7 @@ from outlast.checkpoint.archive import Archive
 from outlast.checkpoint.manifest import Manifest, parse_reference
 from outlast.checkpoint.reading import ObjectShard
 from outlast.checkpoint.store import Store, open_store
-from outlast.errors import RequestError
+from outlast.errors import CheckpointError, ObjectMissing, RequestError
 from outlast.protect.reload import load_module
 from outlast.protect.shards import ShardReader, Shards
 
@@ -28,6 +28,8 @@ def load(url: str, model: nn.Module, step: int | None = None, *, name: str | Non
     plain, or sharded over any mesh: then every rank calls it, and reads only its part. name: what the module was called
     in ``run.protect``, where several were protected.
 
+    Buffers that ``state_dict()`` leaves out are loaded where both have them in one shape, and left alone else.
+
     Raises RequestError when there is no such checkpoint or module, StateError that names the tensors that do not fit,
     CheckpointError for objects that do not verify, and StoreUnavailable or StoreDenied as the store does.
     """
@@ -38,8 +40,12 @@ def load(url: str, model: nn.Module, step: int | None = None, *, name: str | Non
     with contextlib.closing(store):
         archive = Archive(store)
         entry = archive.find(at if step is None else step)
-        shards = _shards(store, archive.manifest(entry))
-        load_module(_module(shards, name), model, shards)
+        try:
+            shards = _shards(store, archive.manifest(entry))
+            load_module(_module(shards, name), model, shards)
+        except (ObjectMissing, CheckpointError):
+            archive.check_named(entry)
+            raise
     return entry.step
 
 
