@@ -46,9 +46,9 @@ class PodProcess:
     def start(self) -> None:
         with (self.place / "output").open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", f"outlast.pod.{self.role}", *self.arguments],
+                [sys.executable, "-P", "-m", f"outlast.pod.{self.role}", *self.arguments],
                 env=self.env,
-                cwd=ROOT / "tests" / "support" / "scripts",
+                cwd=_working_folder(self.place / "code"),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -82,6 +82,29 @@ class PodProcess:
 
     def _await_end(self, pids: list[int]) -> None:
         until(lambda: not any(processes.is_running(pid) for pid in pids), 10, f"the end of {self.name}'s processes")
+
+
+def _working_folder(folder: Path) -> Path:
+    """The user's code, with files that are called like modules of Python's and of libraries: they are nobody else's."""
+    if not folder.exists():
+        folder.mkdir()
+        for script in (ROOT / "tests" / "support" / "scripts").iterdir():
+            (folder / script.name).symlink_to(script)
+        for name in (
+            "secrets",
+            "queue",
+            "select",
+            "logging",
+            "signal",
+            "copy",
+            "token",
+            "types",
+            "yaml",
+            "ray",
+            "http",
+        ):
+            (folder / f"{name}.py").write_text(f'raise ImportError("the user\'s {name}.py was imported")\n')
+    return folder
 
 
 @dataclass
