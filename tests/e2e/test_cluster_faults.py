@@ -11,11 +11,10 @@ import pytest
 from outlast import kube
 from support.clusterfaults import Faults
 from support.labs import Lab
-from support.trainingjobs import Job, job, template
+from support.trainingjobs import STEPS, Job, job, template
 
 Submit = Callable[[dict[str, Any]], Job]
 
-STEPS = 280
 APART = 15
 """Steps of rest between two faults: there are snapshots again, and parity."""
 

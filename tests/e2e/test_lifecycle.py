@@ -11,12 +11,9 @@ import pytest
 from outlast import kube
 from support.clusterfaults import Faults
 from support.labs import Lab
-from support.trainingjobs import Job, Resource, job, template
+from support.trainingjobs import STEPS, Job, Resource, job, template
 
 Submit = Callable[[dict[str, Any]], Job]
-
-STEPS = 120
-STEP_S = 0.4
 
 
 def patch(target: Job, **spec: Any) -> None:
@@ -35,7 +32,7 @@ def test_made_suspended_resumed_suspended_and_resumed(
         "queued",
         STEPS,
         replicas=3,
-        step_time=STEP_S,
+        step_time=0.2,
         workers={"template": template()},
         checkpoint={"url": bucket, "interval": 1000},
         suspend=True,
@@ -69,7 +66,7 @@ def test_scaled_down_and_up_and_gone_after_its_time(submit: Submit, release: Lab
         "elastic",
         200,
         replicas=3,
-        step_time=STEP_S,
+        step_time=0.4,
         workers={"template": template(), "minReplicas": 2},
         checkpoint={"url": bucket, "interval": 100},
         recovery={"growAfter": "1s", "shrinkAfter": "5s"},

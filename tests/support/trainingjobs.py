@@ -25,6 +25,8 @@ GROUP, VERSION, PLURAL = "outlast.dev", "v1alpha1", "trainingjobs"
 Resource = Mapping[str, Any]
 
 
+STEPS = 280
+"""Of jobs whose weights are compared: one undisturbed run does for all of them."""
 STEP_S = 0.6
 """Of a step that a test may see: a job lasts as long on every machine, and leaves it room for what else happens."""
 
