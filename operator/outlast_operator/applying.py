@@ -4,7 +4,8 @@ Nothing is written blindly: a create bears a name that is used once, a delete th
 only on an object that this job owns already. After a refusal of the API server's nothing more is made, but what is to
 go goes, and the controller is told what it has to know: a spare for which there is no quota must not keep the job from
 being resized. Any other error of the API server's ends the pass; a call that the job's controller does not take holds
-back nothing (it may be gone for good; Pods must be made all the same).
+back nothing (it may be gone for good; Pods must be made all the same), nor does a delete that is answered with an
+error.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Applier:
         """All of them, as far as they are taken."""
         calls_failed, objection = 0, ""
         refused: ApiError | None = None
+        kept: ApiError | None = None  # why what was to go did not: what takes its place is made all the same
         for action in actions:
             if refused is not None and isinstance(action, Create | Apply):
                 continue
@@ -67,11 +69,15 @@ class Applier:
                 log.warning("call-failed job=%s cause=%s", key, error)
             except ApiError as error:
                 found = verdict(error)
-                if found is Verdict.REFUSED:
+                if isinstance(action, Delete) and error.status:
+                    kept = kept if found is Verdict.DONE else kept or error
+                elif found is Verdict.REFUSED:
                     refused = refused or error
                 elif found is not Verdict.DONE:
                     return Done(error, calls_failed, objection)
-        return Done(refused, calls_failed, objection)
+        return Done(
+            kept if kept is not None and verdict(kept) is Verdict.RETRY else refused or kept, calls_failed, objection
+        )
 
     def _one(self, key: Key, raw: Object, action: Action) -> None:
         if isinstance(action, Create):

@@ -34,7 +34,9 @@ def _words(sight: Sight, decision: Decision) -> Mapping[str, tuple[Truth, Word]]
 
 
 def _recovery(sight: Sight, phase: Phase) -> Word:
-    return recoveries.under_way(sight) if phase == "Recovering" else recoveries.last_one(sight, phase == "Running")
+    if phase == "Recovering":
+        return recoveries.under_way(sight)
+    return recoveries.last_one(sight, phase in ("Running", "Succeeded"))
 
 
 def _truth(so: bool) -> Truth:

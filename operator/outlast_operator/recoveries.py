@@ -34,7 +34,7 @@ def under_way(sight: Sight) -> Word:
 
 def last_one(sight: Sight, trains: bool) -> Word:
     """The last recovery, once it is over; the condition keeps what a controller said that is no more. ``trains``: so
-    does the job; if it does not, a recovery that had no end yet has none."""
+    does the job, or did to its end; if it does not, a recovery that had no end yet has none."""
     last = _last(sight)
     if isinstance(last.get("total_s"), int | float):
         lost = f", {last['lost_steps']} steps lost" if last.get("lost_steps") is not None else ""

@@ -7,7 +7,7 @@ only among Pods that no controller knows.
 
 Pods that end soon after they were made would be made over and over: in each place the first is replaced at once, the
 next ones after 10 s, doubling to 5 minutes. A Pod notes whose place it takes, and how many ended soon there before it.
-Ended Pods are kept for ten minutes, for their logs, and to be known here: 20, or as many as the job has.
+Ended Pods are kept for ten minutes: those that have no successor yet, and for their logs 20 others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 300.0
 SETTLE_S = 5.0
 """A node Pod that ended by itself gets no successor for so long: at the job's end it may be quicker than the news."""
 KEPT_S = 600.0
-LEAST_KEPT = 20
+MOST_KEPT = 20
+"""Ended Pods that have a successor, and are kept for their logs alone."""
 MOST_TOLD = 5
 """Replacements of one pass that get an Event each."""
 
@@ -199,7 +200,9 @@ def _let_go(sight: Sight, draft: _Draft, head: str | None) -> None:
     """Pods that do not count are deleted, with their own grace, so that they go when their machine returns."""
     left = {name for name, state in (sight.heard.states if sight.heard else {}).items() if state == LEFT}
     ended = [pod for pod in sight.pods if pod.ended and not pod.deleting]
-    kept = sorted(ended, key=lambda pod: pod.ended_at or 0.0, reverse=True)[: max(LEAST_KEPT, sight.wanted)]
+    followed = {pod.replaces for pod in sight.pods}
+    kept = sorted(ended, key=lambda pod: (pod.name in followed, -(pod.ended_at or 0.0)))
+    kept = kept[: sum(pod.name not in followed for pod in ended) + MOST_KEPT]
     for pod in sight.pods:
         if pod.deleting or pod.name == head:
             continue

@@ -616,19 +616,19 @@ class Cluster:
         if epoch == self.epoch and not self.machine.over:
             self.tell(event)
 
-    def _claim(self, claim: m.Claim, epoch: int, told: str | None = None) -> None:
+    def _claim(self, claim: m.Claim, epoch: int, told: tuple[str | None, str] | None = None) -> None:
         def ask() -> None:
             if epoch != self.epoch or self.machine.job.attempt != claim.attempt:
                 return
             trouble = self.store.claim(epoch, claim.attempt)
-            if trouble is None:
-                unseen = self.store.unseen()
-                self._answer(m.Claimed(claim.attempt, self.store.restorable(), unseen, bool(unseen)), epoch)
-                return
-            if trouble != told:
-                self._answer(m.ClaimFailed(claim.attempt, f"the store is {trouble}", trouble), epoch)
-            if trouble != "lost":
-                self._claim(claim, epoch, trouble)
+            unseen = "" if trouble else self.store.unseen()
+            if told != (trouble, unseen):
+                denied = bool(unseen) and self.store.lender != "unavailable"
+                good = m.Claimed(claim.attempt, self.store.restorable(), unseen, denied)
+                bad = m.ClaimFailed(claim.attempt, f"the store is {trouble}", trouble or "bad")
+                self._answer(bad if trouble else good, epoch)
+            if unseen or trouble not in (None, "lost"):
+                self._claim(claim, epoch, (trouble, unseen))
 
         self.at(1.0 if told else 0.05, ask)
 

@@ -15,7 +15,8 @@ URL = "s3://bucket/default/job"
 @dataclass
 class SimStore:
     """``trouble``: what every request meets now; ``images``: (generation, rank) of objects, True when they are sound;
-    ``line``: the checkpoints, oldest first; ``owner``: who has claimed them."""
+    ``line``: the checkpoints, oldest first; ``owner``: who has claimed them; ``foreign``: what another job lends, and
+    ``lender``: what requests to that one's store meet."""
 
     upload_s: float = 0.3
     trouble: StoreTrouble | None = None
@@ -23,6 +24,7 @@ class SimStore:
     line: list[StoredCheckpoint] = field(default_factory=list)
     foreign: list[StoredCheckpoint] = field(default_factory=list)
     quarantined: list[Generation] = field(default_factory=list)
+    lender: StoreTrouble | None = None
     owner: int | None = None
     attempt: Attempt | None = None
     keep: int = 3
@@ -42,12 +44,15 @@ class SimStore:
 
     def unseen(self) -> str:
         """Why what another job lends cannot be had, "" when it can or does not matter."""
-        return "what restoreFrom names is damaged" if self.foreign and not self.restorable() else ""
+        if not self.foreign or self.restorable():
+            return ""
+        return f"the lender is {self.lender}" if self.lender else "what restoreFrom names is damaged"
 
     def restorable(self) -> tuple[StoredCheckpoint, ...]:
         """What ``Claimed`` says: those that lack no object."""
         whole = [c for c in self.line if all((c.generation, image.rank) in self.images for image in c.images)]
-        return (*reversed(whole), *(c for c in self.foreign if c.generation not in self.quarantined))
+        lent = [c for c in self.foreign if c.generation not in self.quarantined and self.lender is None]
+        return (*reversed(whole), *lent)
 
     def put(self, generation: Generation, seat: int, procs: int, length: int) -> tuple[StoredImage, ...]:
         """The images of a seat arrive."""

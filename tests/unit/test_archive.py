@@ -386,6 +386,37 @@ def test_what_was_collected_as_garbage_before_its_commit_is_no_checkpoint(tmp_pa
     assert [item.entry.step for item in archive.require_head().quarantined] == [10]
 
 
+def test_a_branch_is_removed_though_the_second_look_was_interrupted(tmp_path: Path) -> None:
+    archive, second, troubles = claimed(tmp_path), claim_of(2), [StoreUnavailable("503")]
+    for step in (5, 10):
+        checkpoint(archive, CLAIM, step)
+    moved = False
+
+    def fail_once(name: str) -> None:
+        nonlocal moved
+        moved = moved or name == f"put {HEAD_KEY} done"
+        if moved and name.startswith("list ") and not name.endswith("done") and troubles:
+            raise troubles.pop()
+
+    archive.claim(MARK, second, CLAIM)
+    generation = generation_of(second, 7)
+    manifest = manifest_of(generation, upload(archive.store, generation))
+    job = Archive(SteppedStore(folder(tmp_path), fail_once), FUTURE)
+    with pytest.raises(StoreUnavailable):
+        job.commit(manifest, second)
+    job.commit(manifest, second)
+    assert [entry.step for entry in job.expire(Retention(9), second)] == [10]
+
+
+def test_gc_removes_what_lies_beside_a_checkpoint_that_counts(tmp_path: Path) -> None:
+    archive = claimed(tmp_path)
+    generation = checkpoint(archive, CLAIM, 5)
+    left = f"{generation}/left-over"
+    archive.store.put(left, b"x")
+    assert archive.gc(dry_run=False).keys == (left,)
+    assert archive.gc().keys == ()
+
+
 def test_gc_leaves_alone_what_a_job_names_meanwhile(tmp_path: Path) -> None:
     archive, generations = claimed(tmp_path), [generation_of(CLAIM, step) for step in (5, 10, 15)]
     manifests = [manifest_of(generation, upload(archive.store, generation)) for generation in generations]

@@ -467,8 +467,35 @@ def test_a_job_that_has_begun_can_do_without_what_it_began_with(tmp_path: Path, 
     with desk(tmp_path / "own", controller="two", restore_from=source) as at:
         assert at.unseen(1)[0]
         assert isinstance(at.commit(1, 7), m.CheckpointCommitted)
+        at.idle()
+        assert "restoreFrom" not in str(at.archivist.status()["last_error"]), "it does not matter any more"
         assert [found.step for found in at.claimed(2)] == [7]
     (tmp_path / "own" / HEAD_KEY).unlink()
+
+
+def test_that_the_head_is_ours_is_news_though_the_lender_is_away_as_well(tmp_path: Path) -> None:
+    away = {"own", "other"}
+
+    def open_at(url: str, options: StoreOptions) -> Any:
+        def step(name: str) -> None:
+            if url.rpartition("/")[2] in away and not name.endswith(" done"):
+                raise StoreUnavailable("503")
+
+        return SteppedStore(folder(Path(url.removeprefix("file://"))), step)
+
+    answers: queue.SimpleQueue[m.Event] = queue.SimpleQueue()
+    wanted = charge(tmp_path / "own", restore_from=f"file://{tmp_path}/other")
+    archivist = Archivist(wanted, SystemClock(), open_at, pauses_s=(0.01, 0.02))
+    thread = threading.Thread(target=archivist.run, args=(answers.put, lambda *_: None))
+    thread.start()
+    try:
+        archivist.submit(m.Claim(attempt(1)))
+        assert answers.get(timeout=WAIT) == m.ClaimFailed(attempt(1), "503", "unavailable")
+        away.remove("own")
+        assert answers.get(timeout=WAIT) == m.Claimed(attempt(1), (), "503", denied=False)
+    finally:
+        archivist.close()
+        thread.join()
 
 
 def test_what_is_lent_is_looked_for_until_it_is_there(tmp_path: Path, other: Path) -> None:

@@ -672,6 +672,40 @@ def test_when_none_is_left_of_another_jobs_checkpoints_the_job_does_not_begin_wi
     assert "checkpoints cannot be used" in finish.reason
 
 
+@pytest.mark.parametrize("own", [None, "unavailable"])
+def test_a_lender_that_is_away_for_a_moment_is_waited_for(own: StoreTrouble | None) -> None:
+    world = cluster()
+    world.store.lend(40, 4, 1)
+    world.store.lender, world.store.trouble = "unavailable", own
+    world.run_to("waiting-for-store")
+    world.run(5.0)
+    world.store.trouble = None
+    world.run(5.0)
+    assert not {"fresh", "restored", "restored-none"} & set(world.kinds())
+    world.store.lender = None
+    assert world.run_to("restored").fields["step"] == 40
+    succeeded(world)
+
+
+@pytest.mark.parametrize("lose", [False, True], ids=["damaged", "missing"])
+def test_a_branch_never_begins_anew_when_what_it_has_and_what_it_was_lent_are_gone(lose: bool) -> None:
+    world = cluster(total=200)
+    lent = world.store.lend(40, 4, 1)
+    world.run_to_step(45)
+    world.store.quarantined.append(lent.generation)
+    world.restart_controller()
+    world.run_to("restore-from-unseen")
+    world.run_to("checkpoint-committed")
+    while any(world.store.images.get((c.generation, c.images[-1].rank)) for c in world.store.line):
+        for place in range(len(world.store.line)):
+            world.store.spoil(place, lose=lose)
+    lose_all(world, 0.5)
+    finish = world.run_to_end()
+    assert finish.outcome == "failed"
+    assert "what restoreFrom names is damaged" in finish.reason
+    assert "restored-none" not in world.kinds()
+
+
 # --- how long the store is waited for ---------------------------------------------------------------------------------
 
 

@@ -850,7 +850,7 @@ def change(world: Cluster, kind: str, seat: int, seed: int) -> None:
             if node.alive:
                 world.lose_node(node, replace_after=12.0)
         case "outage" | "refusal":
-            if world.store.trouble is None and (kind == "outage" or world.machine.job.phase is Phase.RUNNING):
+            if world.store.trouble is None:
                 world.store.trouble = "unavailable" if kind == "outage" else "denied"
                 world.at(1.0 + seed, world.store.recover)
         case "flip" | "missing":

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import pytest
+
 from outlast.clock import ManualClock
 from outlast_operator.applying import Applier, Done
 from outlast_operator.caches import Caches
@@ -27,6 +29,7 @@ class Server:
 
     there: dict[str, Object] = field(default_factory=dict)
     error: tuple[int, str, str] | None = None
+    delete_error: tuple[int, str, str] | None = None
     asked: list[tuple[str, str]] = field(default_factory=list)
     patches: list[Mapping[str, Any]] = field(default_factory=list)
 
@@ -50,6 +53,9 @@ class Server:
 
     def delete(self, kind: Kind, namespace: str, name: str, uid: str, grace_s: int | None) -> None:
         self.asked.append(("delete", name))
+        if self.delete_error is not None:
+            status, reason, message = self.delete_error
+            raise ApiError("delete", f"{kind.name} {name}", status, reason, message)
 
     def call(self, key: Key, call: Call) -> None:
         self.asked.append((call.method, call.path))
@@ -78,6 +84,15 @@ def test_an_answer_that_is_missing_ends_the_pass() -> None:
     server = Server(error=LOST)
     assert do(server, Create(pod(node(5))), DOMAINS).error is not None
     assert server.asked == [("create", node(5))]
+
+
+@pytest.mark.parametrize("error", [(403, "Forbidden", "a webhook keeps it"), (503, "", "the webhook is down")])
+def test_what_cannot_be_deleted_is_replaced_all_the_same(error: tuple[int, str, str]) -> None:
+    server = Server(delete_error=error)
+    done = do(server, Delete("Pod", node(2), "u"), Create(pod(node(5))), DOMAINS)
+    assert server.asked == [("delete", node(2)), ("create", node(5)), ("PUT", "/domains")]
+    assert done.error is not None, "it is told, or tried again"
+    assert done.error.status == error[0]
 
 
 def secret(uid: str, **labels: str) -> Object:

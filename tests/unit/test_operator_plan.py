@@ -354,6 +354,19 @@ def test_bad_places_have_pauses_of_their_own_however_large_the_job_is(replicas: 
     assert made == 4 * bad
 
 
+def test_a_place_that_is_waited_for_is_not_forgotten_for_others_that_end() -> None:
+    """The head's Pods end as well, and those of other places, which have successors soon."""
+    world = World.training(resource(workers={"replicas": 24, "spares": 0}))
+    made = 0
+    for _ in range(300):
+        for name in [*world.names("head"), *world.names("node")]:
+            world.end(name, "Failed", after_s=1)
+        made += len(created(world.step()))
+        world.now += 1
+    # At once, then after 10, 20, 40, 80 and 160 s.
+    assert made <= 6 * 25
+
+
 def test_a_place_whose_pods_cannot_live_does_not_hold_up_others() -> None:
     world = World.training()
     for _ in range(2):

@@ -393,6 +393,16 @@ def test_a_recovery_that_a_deadline_ends_is_none(head_lost: bool) -> None:
     assert "lost" in recovering.message
 
 
+def test_a_job_that_succeeds_has_recovered() -> None:
+    """Its last attempt found all steps done: there is no new one to tell what the recovery cost."""
+    world = World.training()
+    said(world).update(phase="Recovering", recoveries=[{"kind": "rank-exit", "cause": "rank 1 exited"}])
+    world.step()
+    said(world).update(phase="Succeeded", outcome="succeeded", step=100)
+    world.step()
+    assert (world.status.phase, world.condition("Recovering").reason) == ("Succeeded", "FirstStep")
+
+
 def test_a_change_of_size_is_no_recovery_from_a_fault() -> None:
     world = World.training()
     record = {"kind": "resize", "cause": "grows from 2 to 3 nodes", "planned": True, "total_s": None}

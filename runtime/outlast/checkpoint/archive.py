@@ -152,12 +152,12 @@ class Archive:
             return after
 
         head = self._move(move)
+        self._leaving.update({key: other for key, other in dropped.items() if head.entry(key) is None})
         try:
             self._check(manifest)  # who collected garbage meanwhile may not have known yet that it is none
         except CheckpointError as error:
             self.quarantine(manifest.generation, str(error), claim)
             raise
-        self._leaving.update({key: other for key, other in dropped.items() if head.entry(key) is None})
         return head
 
     def quarantine(self, generation: Generation, reason: str, claim: ClaimMark | None = None) -> bool:
@@ -281,19 +281,20 @@ class Archive:
             self.check_lost()
         keys = line.garbage(listing.values(), head, self._readable(head), now, grace_s)
         if not dry_run:
-            keys = self._remove(keys)
+            keys = self._remove(keys, head)
             for upload in unfinished:
                 self.store.call_off(upload)
         return GcReport(tuple(keys), sum(listing[key].size for key in keys), unfinished, dry_run)
 
-    def _remove(self, garbage: Iterable[str]) -> list[str]:
-        """Delete what is garbage still, a generation at a time: a job that runs may be about to name one."""
+    def _remove(self, garbage: Iterable[str], known: Head | None) -> list[str]:
+        """Delete what is garbage still, a generation at a time: a job that runs may have named one since ``known``."""
         groups: dict[str, list[str]] = {}
         for key in garbage:
             groups.setdefault(line.generation_of(key), []).append(key)
         for generation in list(groups):
-            head = self.read_head()
-            if head is not None and head.entry(Generation.parse(generation)) is not None:
+            head, which = self.read_head(), Generation.parse(generation)
+            named_before = known is not None and known.entry(which) is not None
+            if head is not None and head.entry(which) is not None and not named_before:
                 del groups[generation]
             else:
                 self.store.delete(groups[generation])

@@ -107,14 +107,14 @@ class Charge:
 
 @dataclass
 class _Unfinished:
-    """An order that waits for the store to answer again, or for a person; times are monotonic seconds. ``told``: the
-    trouble that a claim was answered with last."""
+    """An order that waits for the store to answer again, or for a person; times are monotonic seconds. ``told``: with
+    what trouble a claim was answered last, and whether the head was ours."""
 
     order: m.Claim | m.CommitCheckpoint
     since: float
     due: float
     pause: float
-    told: StoreTrouble | None = None
+    told: tuple[StoreTrouble, bool] | None = None
 
 
 class Archivist:
@@ -230,21 +230,21 @@ class Archivist:
         if trouble == "lost":
             self._unfinished = None
             self._answer(m.ClaimFailed(order.attempt, reason, trouble))
-        elif self._again(order, trouble):
+        elif self._again(order, trouble, ours=False):
             self._answer(m.ClaimFailed(order.attempt, reason, trouble))
 
     def _claim_unsettled(self, order: m.Claim, trouble: StoreTrouble) -> None:
         """The head is ours, and what ``restoreFrom`` names out of reach: who has state can do without, and commit."""
         denied = trouble == "denied"
-        if self._again(order, trouble):
+        if self._again(order, trouble, ours=True):
             self._answer(m.Claimed(order.attempt, (), self._unseen, denied))
 
-    def _again(self, order: m.Claim, trouble: StoreTrouble) -> bool:
-        """Try it again later; whether that is news."""
+    def _again(self, order: m.Claim, trouble: StoreTrouble, ours: bool) -> bool:
+        """Try it again later; whether it is news that this is the trouble, and whether the head is ours."""
         waiting = self._unfinished
         told = waiting.told if waiting is not None and waiting.order is order else None
-        self._postpone(order, rarely=trouble == "denied").told = trouble
-        return trouble != told
+        self._postpone(order, rarely=trouble == "denied").told = (trouble, ours)
+        return told != (trouble, ours)
 
     def _commit_failed(self, order: m.CommitCheckpoint, reason: str, trouble: StoreTrouble) -> None:
         if trouble == "unavailable":
@@ -393,7 +393,7 @@ class Archivist:
             about=order.about,
         )
         self._archive().commit(manifest, claim)
-        self._unfinished, self._last_error = None, None
+        self._unfinished, self._last_error, self._unseen = None, None, ""
         self._condemned.pop(order.generation, None)
         seconds = self._clock.monotonic() - started
         self._answer(m.CheckpointCommitted(checkpoint_of(manifest, charge.url), seconds))

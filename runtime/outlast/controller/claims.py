@@ -60,9 +60,11 @@ class Claims:
         return self.enabled and event.attempt == self._asked
 
     def take(self, event: Claimed) -> None:
-        """The claim is ours. While it is not known what another job lends, what was known before counts."""
+        """The claim is ours. While it is not known what another job lends, what was known of that before counts: there
+        are none of this job's own."""
         self.claimed, self.denied = event.attempt, event.unseen if event.denied else ""
         if event.unseen:
+            self.stored = tuple(known for known in self.stored or () if known.foreign) or None
             return
         self.stored = tuple(found for found in event.stored if found.generation not in self.excluded or found.foreign)
 

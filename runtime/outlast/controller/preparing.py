@@ -109,7 +109,13 @@ def _note_shortage(job: Job, preparation: Preparation, size: int | None, now: fl
 
 def _looked_in_vain(job: Job, preparation: Preparation) -> bool:
     """Whether nothing has changed since a plan was found to be none."""
-    return preparation.looked == (job.members.usable, job.claims.claimed, job.claims.denied)
+    return preparation.looked == _seen(job)
+
+
+def _seen(job: Job) -> tuple[object, ...]:
+    """What a plan depends on that may change."""
+    claims = job.claims
+    return job.members.usable, claims.claimed, claims.denied, claims.unknown
 
 
 def _plan(job: Job, preparation: Preparation, size: int, now: float) -> Launch | None:
@@ -124,7 +130,7 @@ def _plan(job: Job, preparation: Preparation, size: int, now: float) -> Launch |
         preparation.short_since = now if preparation.short_since is None else preparation.short_since
     else:
         return launch
-    preparation.looked = (job.members.usable, claims.claimed, claims.denied)
+    preparation.looked = _seen(job)
     return None
 
 

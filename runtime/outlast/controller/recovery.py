@@ -54,7 +54,7 @@ class Preparation:
     concluded: bool = False
     size: int | None = None
     lacking_since: float | None = None
-    looked: tuple[int, Attempt | None, str] | None = None
+    looked: tuple[object, ...] | None = None
     told: str = ""
 
     def ask(self, node: Node, now: float, patience_s: float) -> Instruction:
