@@ -185,7 +185,8 @@ def test_replicas_that_come_to_differ_are_kept_apart(tmp_path: pathlib.Path, und
     assert outcome.status == 0, outcome.output
     for run in (reference, outcome):
         assert any("ranks [1, 2, 3] against rank 0" in event["text"] for event in run.events("silent-corruption"))
-    check_recoveries(outcome, (Expected("seat 3", 16, decoded(1)),))
+    # A snapshot that is under way when the node dies is none: on a slow machine two of them are 12 steps apart.
+    check_recoveries(outcome, (Expected("seat 3", 24, decoded(1)),))
     assert outcome.recoveries[0]["restored_step"] > 12
     assert outcome.digest == reference.digest
 
