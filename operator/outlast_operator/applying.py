@@ -69,15 +69,17 @@ class Applier:
                 log.warning("call-failed job=%s cause=%s", key, error)
             except ApiError as error:
                 found = verdict(error)
+                if found is Verdict.DONE:
+                    continue
                 if isinstance(action, Delete) and error.status:
-                    kept = kept if found is Verdict.DONE else kept or error
+                    kept = kept or error
                 elif found is Verdict.REFUSED:
                     refused = refused or error
-                elif found is not Verdict.DONE:
+                else:
                     return Done(error, calls_failed, objection)
-        return Done(
-            kept if kept is not None and verdict(kept) is Verdict.RETRY else refused or kept, calls_failed, objection
-        )
+        if kept is not None and verdict(kept) is Verdict.RETRY:
+            return Done(kept, calls_failed, objection)
+        return Done(refused or kept, calls_failed, objection)
 
     def _one(self, key: Key, raw: Object, action: Action) -> None:
         if isinstance(action, Create):

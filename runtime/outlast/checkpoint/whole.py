@@ -1,9 +1,8 @@
 """A checkpoint's tensors, whole, whatever the world was that wrote it.
 
 Sharded ones are put together from all ranks' pieces, also what an optimizer keeps as plain tensors of the shape of its
-parameter's shard; of others rank 0's is taken, as for the final weights. Memory: a
-batch of tensors that are read together (``outlast.protect.shards.BATCH_BYTES``), or the largest tensor where that is
-more.
+parameter's shard; of others rank 0's is taken, as for the final weights. Memory: a batch of tensors that are read
+together (``outlast.protect.shards.BATCH_BYTES``), or the largest tensor where that is more.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ class WholeState:
 
     def __init__(self, open_image: Callable[[int], ShardReader], world: int, label: str) -> None:
         self._shards = Shards(open_image(0), open_image, 0, world, label=label)
+        self._cut_like: dict[str, str | None] = {}
 
     def state(self) -> dict[str, Any]:
         """Rank 0's JSON state."""
@@ -75,7 +75,13 @@ class WholeState:
         return Want(name, Leaf(name, wanted, False, kind.shape, (0,) * len(kind.shape), spread), along)
 
     def _along(self, name: str) -> str | None:
-        """The parameter like which a plain tensor of an optimizer's state is cut; None: it is whole, or a DTensor."""
+        """The parameter like which a plain tensor of an optimizer's state is cut; None: it is whole, or a DTensor. All
+        ranks' headers are asked, once."""
+        if name not in self._cut_like:
+            self._cut_like[name] = self._find_along(name)
+        return self._cut_like[name]
+
+    def _find_along(self, name: str) -> str | None:
         parameter = self._parameters.get(name)
         if parameter is None or parameter not in self._shards.names:
             return None

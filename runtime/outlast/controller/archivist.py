@@ -5,8 +5,8 @@ to ``answer``; what only a person cares for is a line given to ``log``. Both are
 
 A store that is down holds up nothing: each call gives up after ``PATIENCE_S``. A claim that fails is answered with
 ``ClaimFailed`` once and tried again, with growing pauses (where a person must act with the longest), until another
-``Claim`` or ``close``, unless it is lost; a commit is tried for
-``COMMIT_S`` before it is answered. Nothing is committed while the newest ``Claim`` has not succeeded.
+``Claim`` or ``close``, unless it is lost; a commit is tried for ``COMMIT_S`` before it is answered. Nothing is
+committed while the newest ``Claim`` has not succeeded.
 
 Whom a claim may succeed: the controller that held the head when this one looked first, or this one itself. Who finds
 another there has been succeeded, and has lost.
@@ -229,15 +229,14 @@ class Archivist:
     def _claim_failed(self, order: m.Claim, reason: str, trouble: StoreTrouble) -> None:
         if trouble == "lost":
             self._unfinished = None
-            self._answer(m.ClaimFailed(order.attempt, reason, trouble))
-        elif self._again(order, trouble, ours=False):
-            self._answer(m.ClaimFailed(order.attempt, reason, trouble))
+        elif not self._again(order, trouble, ours=False):
+            return
+        self._answer(m.ClaimFailed(order.attempt, reason, trouble))
 
     def _claim_unsettled(self, order: m.Claim, trouble: StoreTrouble) -> None:
         """The head is ours, and what ``restoreFrom`` names out of reach: who has state can do without, and commit."""
-        denied = trouble == "denied"
         if self._again(order, trouble, ours=True):
-            self._answer(m.Claimed(order.attempt, (), self._unseen, denied))
+            self._answer(m.Claimed(order.attempt, (), self._unseen, denied=trouble == "denied"))
 
     def _again(self, order: m.Claim, trouble: StoreTrouble, ours: bool) -> bool:
         """Try it again later; whether it is news that this is the trouble, and whether the head is ours."""
