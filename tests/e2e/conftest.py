@@ -16,6 +16,7 @@ import pytest
 from botocore.config import Config
 
 from support.labs import Lab, build_images, lab_wide_s3, running_lab, save_logs
+from support.policies import Enforcer, enforced
 from support.stores import ROOT, environment
 from support.trainingjobs import Job, local_digest
 
@@ -74,13 +75,22 @@ def bucket(lab: Lab) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def release(lab: Lab, bucket: str) -> Lab:
+def policies(lab: Lab) -> Iterator[Enforcer]:
+    """NetworkPolicies hold in the lab, for all tests: who a job needs and its policy forgot would be missed."""
+    with enforced(lab) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def release(lab: Lab, bucket: str, policies: Enforcer) -> Lab:
     """The lab with Outlast in it, as the README says."""
     chart = str(ROOT / "charts" / "outlast")
     where = ["--namespace", "outlast-system", "--create-namespace"]
     values = [
         "--set",
         "image.tag=dev",
+        "--set",
+        "networkPolicy.enabled=true",
         "--set-string",
         f"podAnnotations.tested={time.time():.0f}",
     ]  # in a kept lab, new Pods

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from outlast import kube
 from support.clusterfaults import Faults
-from support.labs import Lab
 from support.trainingjobs import STEPS, Job, job, template
 
 Submit = Callable[[dict[str, Any]], Job]
@@ -54,24 +52,3 @@ def test_a_job_goes_on(
     assert status["checkpoint"]["step"] == STEPS, "the last step is always checkpointed"
     assert status["restartCount"] >= 2, "a killed container and a lost machine cannot hand over"
     timings["steps"], timings["goodput"] = STEPS, status["goodput"]
-
-
-def test_pods_have_what_they_need_and_no_more(release: Lab, submit: Submit) -> None:
-    """The namespace enforces restricted Pod security: that they run at all is a part of the proof."""
-    small = submit(job("bounds", 100000, replicas=2, workers={"template": template()}))
-    small.reach(1)
-    for pod in [*small.pods(kube.NODE_ROLE), small.head()]:
-        (container,) = pod["spec"]["containers"]
-        mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
-        assert not any("serviceaccount" in mount for mount in mounts), "training Pods have no rights to the API"
-        assert pod["metadata"]["ownerReferences"][0]["name"] == "bounds"
-    selector = f"{kube.JOB_LABEL}=bounds"
-    (policy,) = release.get("-n", small.namespace, "networkpolicies", "-l", selector)["items"]
-    (deployment,) = release.get("-n", "outlast-system", "deployments")["items"]
-    peers = [peer for rule in policy["spec"]["ingress"] for peer in rule["from"] if "namespaceSelector" in peer]
-    assert peers == [
-        {
-            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "outlast-system"}},
-            "podSelector": {"matchLabels": deployment["spec"]["selector"]["matchLabels"]},
-        }
-    ]

@@ -106,9 +106,11 @@ def test_logs_across_a_restart(trainctl: Line, running: Job) -> None:
 
 def test_checkpoints_of_the_job(trainctl: Line, running: Job) -> None:
     running.watch_steps("checkpointed", 120, lambda s: (s["checkpoints"] or {}).get("count", 0) >= 1)
-    assert "20" in trainctl("checkpoints", "ls", "steered")
-    found = json.loads(trainctl("checkpoints", "ls", "steered", "--json"))
-    assert found
+    rows = json.loads(trainctl("checkpoints", "ls", "steered", "--json"))["checkpoints"]
+    assert rows
+    assert all(row["step"] % 20 == 0 and row["state"] == "ok" for row in rows), rows
+    _, _, *lines = trainctl("checkpoints", "ls", "steered").splitlines()
+    assert str(rows[0]["step"]) in [line.split()[0] for line in lines], "the newest is there a moment later, too"
 
 
 def test_scale(trainctl: Line, running: Job) -> None:
