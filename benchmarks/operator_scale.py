@@ -36,7 +36,6 @@ from typing import Any
 
 import psutil
 
-sys.path.pop(0)  # this folder: its kubernetes.py is not the client
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
 
 from outlast_operator.cluster import Cluster, connect
