@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-from outlast import kube
 from outlast.jobstatus import Phase, TrainingJobStatus
-from outlast_operator import objects, recoveries
+from outlast_operator import recoveries
 from outlast_operator.calls import calls
 from outlast_operator.ending import deadline, finish
-from outlast_operator.model import Action, Apply, Create, Happening, Object
+from outlast_operator.model import Happening
 from outlast_operator.progress import emptied
-from outlast_operator.replacing import Roster, empty_roster, full_roster, next_index
+from outlast_operator.replacing import empty_roster, full_roster, next_index
 from outlast_operator.sight import Sight
 from outlast_operator.starting import Course, Gathering, gather, obstacle
 from outlast_operator.timestamps import written
+from outlast_operator.upkeep import lacking
 from outlast_operator.verdict import Decision, Truth, Word
 from outlast_operator.versions import skew
 
@@ -52,7 +52,7 @@ def run(sight: Sight, status: TrainingJobStatus) -> Decision:
         _why(sight, status, phase, gathering),
         status.model_copy(update=known),
         # What is let go comes first: where a quota is used up, it makes room for what replaces it.
-        (*_objects(sight, roster), *roster.deletes, *roster.creates, *calls(sight)),
+        (*lacking(sight, roster.head), *roster.deletes, *roster.creates, *calls(sight)),
         roster.happenings,
         ready=_ready(sight, phase),
         waits=tuple(at for at in waits if at is not None),
@@ -67,28 +67,6 @@ def _without_pods(sight: Sight, status: TrainingJobStatus, gathering: Gathering)
         told = (Happening("Warning", "GivenBack", gathering.why.message),)
     waits = tuple(at for at in (gathering.until, deadline(sight, status)) if at is not None)
     return Decision("Pending", gathering.why, bare, empty_roster(sight), told, waits=waits)
-
-
-# --- the objects beside the Pods ------------------------------------------------------------------------------------
-
-
-def _objects(sight: Sight, roster: Roster) -> Iterator[Action]:
-    """Those that are lacking, or not as they should be; the Secret first: Pods cannot start without it."""
-    job = sight.job
-    there = sight.owned.get(("Secret", kube.secret_name(sight.name)))
-    token = objects.kept_token(there)
-    secret = objects.secret(job, token or sight.new_token)
-    if there is None:
-        # Not applied: if the cache were behind, the token of Pods that run would be overwritten.
-        yield Create(secret)
-    elif not objects.agrees(secret, there):
-        yield Apply(secret)
-    wanted: list[Object] = [objects.network_policy(job, sight.settings), objects.disruption_budget(job)]
-    if roster.head is not None:
-        wanted.append(objects.service(job, roster.head))
-    for one in wanted:
-        if not objects.agrees(one, sight.owned.get((one["kind"], one["metadata"]["name"]))):
-            yield Apply(one)
 
 
 # --- how it is ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from outlast.clock import Clock
 from outlast_operator.caches import Caches
@@ -22,19 +22,76 @@ from outlast_operator.kinds import BY_NAME, JOB, POD, Kind, kind_of
 from outlast_operator.model import Action, Apply, Call, Create, Delete, Key, Object
 from outlast_operator.pods import owner_uid
 from outlast_operator.poller import CallFailed, Poller
-from outlast_operator.refusals import NAME_TAKEN, ApiError, Verdict, verdict
+from outlast_operator.refusals import NAME_TAKEN, WEBHOOK, ApiError, Verdict, verdict
 
 log = logging.getLogger(__name__)
+
+CALLS_S = 20.0
+"""In so long one pass makes calls to the job's controller; what is left is for the next."""
 
 
 @dataclass(frozen=True)
 class Done:
     """How far a plan's actions came: ``error`` ended them, or kept more from being made; ``calls_failed`` did not.
-    ``objection``: why the job's controller will not do what it was asked, "" when it objects to nothing."""
+    ``objection``: why the job's controller will not do what it was asked, "" when it objects to nothing; ``made``: the
+    names of what was."""
 
     error: ApiError | None = None
     calls_failed: int = 0
     objection: str = ""
+    made: tuple[str, ...] = ()
+
+
+@dataclass
+class _Tally:
+    """How far one pass's actions have come. ``kept``: why what was to go did not: what takes its place is made all the
+    same; ``calls_end``: when no more calls are made."""
+
+    refused: ApiError | None = None
+    kept: ApiError | None = None
+    calls_failed: int = 0
+    objection: str = ""
+    calls_end: float | None = None
+    made: list[str] = field(default_factory=list)
+
+    def leaves_out(self, action: Action, now: float) -> bool:
+        """Whether ``action`` is left to a later pass."""
+        if isinstance(action, Create | Apply):
+            return self.refused is not None
+        if not isinstance(action, Call):
+            return False
+        self.calls_end = now + CALLS_S if self.calls_end is None else self.calls_end
+        late = now >= self.calls_end
+        self.calls_failed += late
+        return late
+
+    def call_failed(self, error: CallFailed) -> None:
+        """A controller that does not answer is asked nothing more in this pass."""
+        self.calls_failed += 1
+        self.objection = error.objection or self.objection
+        self.calls_end = self.calls_end if error.answered else 0.0
+
+    def goes_on_after(self, error: ApiError, action: Action) -> bool:
+        """Whether what follows ``action`` is done."""
+        found = verdict(error)
+        if found is Verdict.DONE:
+            return True
+        if isinstance(action, Delete) and error.status:
+            self.kept = self.kept or error
+            return True
+        if found is Verdict.REFUSED:
+            self.refused = self.refused or error
+        return found is Verdict.REFUSED
+
+    def was_done(self, action: Action) -> None:
+        if isinstance(action, Create):
+            self.made.append(action.object["metadata"]["name"])
+
+    def done(self, error: ApiError | None = None) -> Done:
+        """``error`` ended the pass."""
+        if error is None and self.kept is not None and verdict(self.kept) is Verdict.RETRY:
+            error = self.kept
+        return Done(error or self.refused or self.kept, self.calls_failed, self.objection, tuple(self.made))
 
 
 class Applier:
@@ -54,32 +111,22 @@ class Applier:
 
     def do(self, key: Key, raw: Object, actions: Sequence[Action]) -> Done:
         """All of them, as far as they are taken."""
-        calls_failed, objection = 0, ""
-        refused: ApiError | None = None
-        kept: ApiError | None = None  # why what was to go did not: what takes its place is made all the same
+        tally = _Tally()
         for action in actions:
-            if refused is not None and isinstance(action, Create | Apply):
+            if tally.leaves_out(action, self._clock.monotonic()):
                 continue
             self.may_write()
             try:
                 self._one(key, raw, action)
             except CallFailed as error:
-                calls_failed += 1
-                objection = error.objection or objection
+                tally.call_failed(error)
                 log.warning("call-failed job=%s cause=%s", key, error)
             except ApiError as error:
-                found = verdict(error)
-                if found is Verdict.DONE:
-                    continue
-                if isinstance(action, Delete) and error.status:
-                    kept = kept or error
-                elif found is Verdict.REFUSED:
-                    refused = refused or error
-                else:
-                    return Done(error, calls_failed, objection)
-        if kept is not None and verdict(kept) is Verdict.RETRY:
-            return Done(kept, calls_failed, objection)
-        return Done(refused or kept, calls_failed, objection)
+                if not tally.goes_on_after(error, action):
+                    return tally.done(error)
+            else:
+                tally.was_done(action)
+        return tally.done()
 
     def _one(self, key: Key, raw: Object, action: Action) -> None:
         if isinstance(action, Create):
@@ -102,7 +149,7 @@ class Applier:
         try:
             self._cluster.create(kind, key.namespace, obj)
         except ApiError as error:
-            if 400 <= error.status < 500:
+            if 400 <= error.status < 500 or WEBHOOK in error.message:
                 self._expectations.seen(key, name)  # it was not made; without a clear answer it may have been
             if error.reason == "AlreadyExists":
                 self._check_owner(key, kind, obj)
@@ -113,7 +160,12 @@ class Applier:
         """Raises ApiError when the object of that name is not, and will not be, this job's. One of a job of the same
         name that was deleted is on its way out; one that has lost the labels by which caches know it gets them back."""
         name, labels = obj["metadata"]["name"], obj["metadata"]["labels"]
-        found = self._cluster.get(kind, key.namespace, name)
+        try:
+            found = self._cluster.get(kind, key.namespace, name)
+        except ApiError as error:
+            if error.status == 404:  # it has just gone
+                return
+            raise
         if owner_uid(found) == owner_uid(obj):
             if kind is not POD and not labels.items() <= (found["metadata"].get("labels") or {}).items():
                 self._cluster.patch(kind, key.namespace, name, {"metadata": {"labels": labels}})

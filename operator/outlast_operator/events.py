@@ -95,7 +95,7 @@ class Events:
 
     def __init__(self, cluster: Cluster, clock: Clock, identity: str, dropped: Callable[[], None]) -> None:
         self._cluster, self._clock, self._identity, self._dropped = cluster, clock, identity, dropped
-        self._digests: dict[Key, Digest] = {}
+        self._digests: dict[Key, tuple[str, Digest]] = {}  # with the uid of the job that it is of
         self._lines: queue.Queue[Line | None] = queue.Queue(MOST_WAITING)
         self._thread = threading.Thread(target=self._write_all, name="events", daemon=True)
 
@@ -115,7 +115,10 @@ class Events:
 
     def tell(self, job: Object, happenings: Sequence[Happening]) -> None:
         """Events about ``job``, soon."""
-        digest = self._digests.setdefault(key_of(job), Digest())
+        key, uid = key_of(job), job["metadata"]["uid"]
+        if self._digests.get(key, ("", None))[0] != uid:
+            self._digests[key] = (uid, Digest())
+        digest = self._digests[key][1]
         for happening in happenings:
             line = digest.line(job, happening, self._clock.wall())
             if line is None:

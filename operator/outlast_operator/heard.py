@@ -10,6 +10,7 @@ from typing import Any
 JOINED = frozenset({"active", "spare", "joining", "leaving"})
 """States of nodes that are here."""
 LEFT, LOST = "left", "lost"
+MOST = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Heard:
 
     @property
     def unplaced(self) -> tuple[str, ...]:
-        return tuple(str(machine) for machine in self.status.get("unplaced") or ())
+        told = self.status.get("unplaced")
+        return tuple(str(machine) for machine in told) if isinstance(told, list | tuple) else ()
 
     @property
     def has_snapshot(self) -> bool:
@@ -81,9 +83,9 @@ class Heard:
 
     @staticmethod
     def count(part: Mapping[str, Any], name: str) -> int:
-        """A number of 0 or more."""
+        """A number of 0 or more, and of 63 bits."""
         value = part.get(name)
-        return max(0, int(value)) if isinstance(value, int | float) else 0
+        return max(0, int(min(value, MOST))) if isinstance(value, int | float) else 0
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

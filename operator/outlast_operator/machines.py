@@ -44,13 +44,18 @@ def doubted_until(machines: Iterable[Object], heard_at: float | None, patience_s
     found = list(machines)
     if len(found) < 2 or not all(why_lost(machine) for machine in found):
         return None
-    since = max((_lost_since(machine) for machine in found), default=0.0)
+    since = max((lost_since(machine) or 0.0 for machine in found), default=0.0)
     return max(since, heard_at or 0.0) + patience_s
 
 
-def _lost_since(machine: Object) -> float:
-    ready = _ready(machine)
-    return read_or_none(ready.get("lastTransitionTime")) or 0.0 if ready else 0.0
+def lost_since(machine: Object) -> float | None:
+    """When a machine that is lost became so, in wall seconds, as far as it says so: its condition, else its taints."""
+    ready = _ready(machine) or {}
+    if ready.get("status") not in (None, "True"):
+        return read_or_none(ready.get("lastTransitionTime"))
+    taints = machine.get("spec", {}).get("taints") or ()
+    times = [read_or_none(taint.get("timeAdded")) for taint in taints if taint.get("key") in _GONE_TAINTS]
+    return max((time for time in times if time is not None), default=None)
 
 
 def _ready(machine: Object) -> Object | None:

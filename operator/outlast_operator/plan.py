@@ -37,6 +37,8 @@ def plan(observed: Observed, settings: Settings, now: float) -> Plan:
     if job is None:
         return refused(observed, old, problem, now)
     sight = sight_of(observed, job, problem, old, settings, now)
+    if sight.unasked and not ending.is_over(old):
+        return Plan()  # its first answer, or that there is none, makes the next pass
     decision = decide(sight)
     status = judged(sight, decision)
     happenings = (*decision.happenings, *happened(old, status, sight.heard))

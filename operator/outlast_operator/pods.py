@@ -15,10 +15,11 @@ from outlast import kube
 from outlast_operator.model import Object
 from outlast_operator.timestamps import read_or_none
 
-_STEADY: Mapping[str, str] = {"ErrImagePull": "ImagePullBackOff"}
+IMAGE_PULL = "ImagePullBackOff"
+_STEADY: Mapping[str, str] = {"ErrImagePull": IMAGE_PULL}
 _HOPELESS = frozenset(
     {
-        "ImagePullBackOff",
+        IMAGE_PULL,
         "ErrImageNeverPull",
         "InvalidImageName",
         "ImageInspectError",
@@ -50,9 +51,9 @@ class Obstacle:
 
 @dataclass(frozen=True)
 class Pod:
-    """``index`` -1: a name that is none of ours. ``age_from``: when it was made; ``ended_at``: when it Failed or
-    Succeeded, as far as it says so; ``why``: reason and message of its phase; ``obstacles``: why it is not ready;
-    ``replaces``, ``ended_soon``: see ``outlast.kube``.
+    """``index`` -1: a name that is none of ours. ``made_at``: by the API server's clock; ``ended_at``: when it Failed
+    or Succeeded, as its machine's clock says, but not in the future; ``why``: reason and message of its phase;
+    ``obstacles``: why it is not ready; ``replaces``, ``ended_soon``: see ``outlast.kube``.
     """
 
     name: str
@@ -97,7 +98,7 @@ def pod_of(obj: Object, now: float) -> Pod:
         machine=obj.get("spec", {}).get("nodeName") or "",
         ready=_condition(status, "Ready").get("status") == "True",
         made_at=made_at,
-        ended_at=_ended_at(status, made_at) if phase in ("Failed", "Succeeded") else None,
+        ended_at=min(now, _ended_at(status, made_at)) if phase in ("Failed", "Succeeded") else None,
         why=": ".join(text for text in (status.get("reason"), status.get("message")) if text),
         obstacles=() if phase in ("Failed", "Succeeded") else tuple(_obstacles(name, obj, now)),
         replaces=str(noted.get(kube.REPLACES_ANNOTATION, "")),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -32,7 +33,10 @@ CALL_CONNECTIONS = 64
 """Beside those of polls, so that calls do not wait for them."""
 LEAST_PACE_S, MOST_PACE_S = 0.5, 4.0
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 15.0
-LARGEST_ANSWER = 16 * 1024 * 1024
+LARGEST_ANSWER = 8 * 1024 * 1024
+"""The status of 10,000 nodes is 3.4 MiB."""
+MOST_DIGITS = 18
+"""Of a whole number: what the API server takes has 64 bits."""
 _WHOLE = ("controller", "version", "phase", "reason", "outcome", "attempt", "restarts", "workers", "unplaced")
 _NODE = ("node", "domain", "seat", "state", "keeper", "reason")
 
@@ -67,12 +71,12 @@ class PollSettings:
 
 
 class CallFailed(TransferError):
-    """The controller did not do what it was asked to, or did not say so in time. ``objection``: its own words, when it
-    understood and will not."""
+    """The controller did not do what it was asked to, or did not say so in time (not ``answered``). ``objection``: its
+    own words, when it understood and will not."""
 
-    def __init__(self, text: str, objection: str = "") -> None:
+    def __init__(self, text: str, objection: str = "", answered: bool = False) -> None:
         super().__init__(text)
-        self.objection = objection
+        self.objection, self.answered = objection, answered
 
 
 class _Objection(ValueError):
@@ -166,7 +170,8 @@ class Poller:
             asked.cancel()
             why = str(error) or type(error).__name__
             objection = str(error) if isinstance(error, _Objection) else ""
-            raise CallFailed(f"{call.method} {call.path} at {line.target.pod}: {why}", objection) from error
+            text = f"{call.method} {call.path} at {line.target.pod}: {why}"
+            raise CallFailed(text, objection, answered=isinstance(error, ValueError)) from error
 
     @property
     def following(self) -> int:
@@ -242,7 +247,8 @@ class Poller:
         answer_s: float,
     ) -> Any:
         assert self._session is not None
-        timeout = aiohttp.ClientTimeout(sock_connect=self._settings.connect_s, sock_read=answer_s)
+        connect_s = self._settings.connect_s
+        timeout = aiohttp.ClientTimeout(answer_s + connect_s, sock_connect=connect_s, sock_read=answer_s)
         async with self._session.request(
             method,
             target.url(self._settings.port, path),
@@ -263,7 +269,7 @@ class Poller:
                 raise _Objection(f"{path}: {_said(text)}")
             if answer.status >= 300:
                 raise ValueError(f"{path}: {answer.status} {text[:200].decode(errors='replace')}")
-            return json.loads(text)
+            return read_answer(text)
 
     def _heard(self, key: Key, line: _Line, status: dict[str, Any]) -> bool:
         """Keep an answer; whether it needs a pass now."""
@@ -286,6 +292,24 @@ class Poller:
         if before.failing_since is None:
             log.info("controller-silent job=%s pod=%s cause=%s", key, line.target.pod, why[:200])
             self._changed(key)
+
+
+def read_answer(text: bytes) -> Any:
+    """A controller's JSON. Raises ValueError when it is none, or has numbers that no status can say."""
+    return json.loads(text, parse_float=_finite, parse_int=_whole, parse_constant=_finite)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number to say")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"{text[:MOST_DIGITS]}... is no number to say")
+    return int(text)
 
 
 def _said(text: bytes) -> str:

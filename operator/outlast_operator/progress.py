@@ -24,7 +24,8 @@ from outlast_operator.objects import node_selector
 from outlast_operator.sight import Sight
 from outlast_operator.timestamps import read_or_none, written
 
-LAST_FAILURES = 8
+LAST_FAILURES, MOST_FAILURES = 8, 32
+"""Kept in the status; looked at of what a controller tells."""
 HEAD_LOST = "head-lost"
 """The cause of a restart that no controller counts: its own end."""
 BETWEEN = "start"
@@ -189,11 +190,13 @@ def _failures(old: TrainingJobStatus, heard: Heard) -> tuple[Failure, ...]:
     for failure in _told(heard):
         if not any(_same(failure, other) for other in known):
             known.append(failure)
-    return tuple(sorted(known, key=lambda failure: failure.time)[-LAST_FAILURES:])
+    # In one order whatever was known: of two in one second, each pass must keep the same one.
+    return tuple(sorted(known, key=lambda failure: (failure.time, repr(failure)))[-LAST_FAILURES:])
 
 
 def _told(heard: Heard) -> Iterator[Failure]:
-    for entry in heard.status.get("failures") or ():
+    told = heard.status.get("failures")
+    for entry in told[-MOST_FAILURES:] if isinstance(told, list | tuple) else ():
         if not isinstance(entry, Mapping):
             continue
         wall = entry.get("time")

@@ -6,6 +6,7 @@
 ``Verdict.DONE``      what was asked for is so already: a deleted object is gone
 ``Verdict.BEHIND``    the cache is behind (AlreadyExists, Conflict): look again when it has caught up
 ``Verdict.REFUSED``   will be refused until somebody changes something: the job's status says so
+                      (also while an admission webhook does not answer: 500)
 ``Verdict.RETRY``     may work later: no answer, 5xx, throttling
 ====================  =================================================================================
 """
@@ -20,6 +21,8 @@ from typing import Any, Literal
 from outlast.errors import OutlastError
 
 NAME_TAKEN = "NameTaken"
+WEBHOOK = "failed calling webhook"
+"""What the API server says when somebody's admission webhook does not answer it: nothing was made."""
 Verb = Literal["get", "list", "watch", "create", "apply", "patch", "update", "delete"]
 
 
@@ -57,6 +60,8 @@ def verdict(error: ApiError) -> Verdict:
         return Verdict.BEHIND
     if error.status == 403 and "is being terminated" in error.message:
         return Verdict.BEHIND
+    if error.status == 500 and WEBHOOK in error.message:
+        return Verdict.REFUSED
     if error.status in (400, 401, 403, 404, 405, 413, 415, 422):
         return Verdict.REFUSED if error.status != 401 else Verdict.RETRY
     return Verdict.RETRY

@@ -5,9 +5,10 @@ gone for that, since the runtime's attempts fence it. Exactly one head is in for
 than wanted; who goes when fewer are wanted is the controller's choice (nodes that have ``left``), and the operator's
 only among Pods that no controller knows.
 
-Pods that end soon after they were made would be made over and over: in each place the first is replaced at once, the
-next ones after 10 s, doubling to 5 minutes. A Pod notes whose place it takes, and how many ended soon there before it.
-Ended Pods are kept for ten minutes: those that have no successor yet, and for their logs 20 others.
+Pods that end, or are lost with their machine, soon after they were made would be made over and over: in each place the
+first is replaced at once, the next ones after 10 s, doubling to 5 minutes. A Pod notes whose place it takes, and how
+many ended soon there before it. Ended Pods are kept for ten minutes: those that have no successor yet, and for their
+logs 20 others.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from dataclasses import dataclass, field
 from outlast import kube
 from outlast_operator import podspec
 from outlast_operator.heard import LEFT
+from outlast_operator.machines import lost_since, why_lost
 from outlast_operator.model import Action, Create, Delete, Happening
 from outlast_operator.pods import Pod
 from outlast_operator.sight import Sight
 
 YOUNG_S = 60.0
-"""A Pod that ended within so many seconds counts as one that cannot live."""
+"""A Pod that ended, or was lost with its machine, within so many seconds counts as one that cannot live."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 300.0
 SETTLE_S = 5.0
 """A node Pod that ended by itself gets no successor for so long: at the job's end it may be quicker than the news."""
@@ -90,6 +92,15 @@ def full_roster(sight: Sight) -> Roster:
     )
 
 
+def head_alone(sight: Sight) -> Roster:
+    """A head for the nodes that there are, which are left as they are."""
+    draft = _Draft(next_index(sight))
+    head = _head(sight, draft)
+    made = draft.next_pod if sight.trouble is None else next_index(sight)
+    told = () if sight.trouble is not None else tuple(draft.happenings)
+    return Roster(head, made, tuple(draft.creates), happenings=told, again_at=min(draft.waits, default=None))
+
+
 def empty_roster(sight: Sight) -> tuple[Action, ...]:
     """Every Pod is given back; what has ended is not kept either."""
     return tuple(Delete("Pod", pod.name, pod.uid) for pod in sight.pods if not pod.deleting)
@@ -106,13 +117,13 @@ def _head(sight: Sight, draft: _Draft) -> str | None:
     if heads:
         return heads[-1].name
     before = max((pod for pod in sight.pods if pod.role == kube.HEAD_ROLE), key=lambda pod: pod.index, default=None)
-    pause = _paused_until(before)
+    pause = _paused_until(sight, before)
     if pause > sight.now:
         draft.waits.append(pause)
         return sight.old.head
     index = draft.take_index()
     name = kube.pod_name(sight.name, kube.HEAD_ROLE, index)
-    draft.creates.append(Create(podspec.head_pod(sight.job, sight.settings, index, _notes(before))))
+    draft.creates.append(Create(podspec.head_pod(sight.job, sight.settings, index, _notes(sight, before))))
     if sight.old.head:
         why = sight.lost.get(sight.old.head, "is gone")
         draft.happenings.append(Happening("Warning", "HeadReplaced", f"{name} replaces {sight.old.head}, which {why}"))
@@ -132,12 +143,12 @@ def _nodes(sight: Sight, draft: _Draft) -> None:
         return
     victims = _victims(sight, missing)
     for victim in [*victims, *[None] * (missing - len(victims))]:
-        pause = _paused_until(victim)
+        pause = _paused_until(sight, victim)
         if pause > sight.now:
             draft.waits.append(pause)
             continue
         index = draft.take_index()
-        draft.creates.append(Create(podspec.node_pod(sight.job, sight.settings, index, _notes(victim))))
+        draft.creates.append(Create(podspec.node_pod(sight.job, sight.settings, index, _notes(sight, victim))))
         if victim is not None and len(draft.happenings) < MOST_TOLD:
             name = kube.pod_name(sight.name, kube.NODE_ROLE, index)
             text = f"{name} replaces {victim.name}, which {sight.lost[victim.name]}"
@@ -171,25 +182,38 @@ def _victims(sight: Sight, count: int) -> list[Pod]:
     return sorted(lost, key=lambda pod: (pod.deleting, -(pod.ended_at or sight.now), -pod.index))[:count]
 
 
-def _ended_soon(pod: Pod | None) -> int:
+def _gone_at(sight: Sight, pod: Pod) -> float | None:
+    """When ``pod`` ended, or was lost with its machine; None: in another way, or not at all."""
+    if pod.ended_at is not None:
+        return pod.ended_at
+    machine = sight.machines.get(pod.machine)
+    if machine is None or pod.name not in sight.lost or not why_lost(machine):
+        return None
+    since = lost_since(machine)
+    return sight.now if since is None else max(pod.made_at, min(sight.now, since))
+
+
+def _ended_soon(sight: Sight, pod: Pod | None) -> int:
     """How many in the place of ``pod`` have ended soon, one after the other up to it."""
-    young = pod is not None and pod.ended_at is not None and pod.ended_at - pod.made_at < YOUNG_S
+    gone_at = None if pod is None else _gone_at(sight, pod)
+    young = pod is not None and gone_at is not None and gone_at - pod.made_at < YOUNG_S
     return pod.ended_soon + 1 if pod is not None and young else 0
 
 
-def _paused_until(before: Pod | None) -> float:
+def _paused_until(sight: Sight, before: Pod | None) -> float:
     """When a Pod may be made in the place of ``before``; 0: at once."""
-    pauses = _ended_soon(before) - 1
-    if before is None or before.ended_at is None or pauses < 1:
+    pauses = _ended_soon(sight, before) - 1
+    gone_at = None if before is None else _gone_at(sight, before)
+    if gone_at is None or pauses < 1:
         return 0.0
-    return before.ended_at + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(pauses - 1, 10))
+    return gone_at + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(pauses - 1, 10))
 
 
-def _notes(before: Pod | None) -> dict[str, str]:
+def _notes(sight: Sight, before: Pod | None) -> dict[str, str]:
     """The annotations of a Pod that is made in the place of ``before``."""
     if before is None:
         return {}
-    count = _ended_soon(before)
+    count = _ended_soon(sight, before)
     return {kube.REPLACES_ANNOTATION: before.name, **({kube.ENDED_SOON_ANNOTATION: str(count)} if count else {})}
 
 

@@ -187,7 +187,7 @@ class Replica:
 
     def _make_reconciler(self, decide: Decide) -> Reconciler:
         cluster, caches, expectations = self._cluster, self._caches, self._expectations
-        applier = Applier(cluster, caches, expectations, self._poller, self._clock, self._election.lock.check)
+        applier = Applier(cluster, caches, expectations, self._poller, self._clock, self._may_write)
         every_s = self._options.settings.progress_every_s
         return Reconciler(
             caches,
@@ -201,6 +201,10 @@ class Replica:
             self._chance,
             every_s,
         )
+
+    def _may_write(self) -> None:
+        self._election.lock.check()
+        self._workers.goes_on()
 
     def _gauges(self) -> Gauges:
         pods = self._caches.stores[POD]

@@ -100,7 +100,16 @@ class Sight:
     @cached_property
     def head(self) -> Pod | None:
         """The head Pod in force, if it counts."""
-        return next((pod for pod in self.live if pod.name == self.old.head), None)
+        heads = (pod for pod in self.live if pod.role == kube.HEAD_ROLE)
+        return next((pod for pod in heads if pod.name == self.old.head), None)
+
+    @property
+    def unasked(self) -> bool:
+        """Whether the controller in force is being asked for the first time by this operator, and has neither answered
+        nor failed to: what it will say may be that the job is done, trains or suspends."""
+        controller = self.controller
+        asked = self.head is not None and controller.pod == self.head.name
+        return asked and controller.status is None and controller.failing_since is None
 
     @property
     def answering(self) -> bool:
@@ -110,16 +119,20 @@ class Sight:
     @cached_property
     def doubt_ends(self) -> float | None:
         """Until when it is not believed that the machines are lost."""
-        until = doubted_until(self.machines.values(), self.heard.at if self.heard else None, DOUBT_S)
+        in_use = {pod.machine for pod in self.pods if not pod.ended and not pod.deleting}
+        machines = [machine for name, machine in self.machines.items() if name in in_use]
+        until = doubted_until(machines, self.heard.at if self.heard else None, DOUBT_S)
         return until if until is not None and until > self.now else None
 
     @cached_property
     def silent(self) -> dict[str, float]:
         """Nodes whose controller has given them up while Kubernetes calls them ready, and when they are no more waited
-        for. Empty when they are half of those it knows, or more: then it may be the controller that is cut off."""
+        for. Empty when they are half of those that it knows and that have Pods, or more: then it may be the controller
+        that is cut off."""
         if self.heard is None or self.controller.failing_since is not None:
             return {}
-        since, known = self.heard.lost_since, len(self.heard.states)
+        since, states = self.heard.lost_since, self.heard.states
+        known = sum(pod.name in states for pod in self.nodes if not pod.ended and not pod.deleting)
         found = {pod.name: since[pod.name] + SILENT_S for pod in self.nodes if pod.ready and pod.name in since}
         return found if 2 * len(found) < known else {}
 

@@ -3,7 +3,8 @@
 ::
 
     Pods made, too few nodes --startTimeout--> Pods given back --back-off--> Pods made ...
-         |                        '-- what hinders them, nobody's waiting mends --> failed
+         |                        '-- what hinders them, nobody's waiting mends --> failed (an image that cannot be
+         |                        |   pulled: if the job has never trained)
          |                        '-- the job's only state is in its nodes' memory --> failed
          '-- enough nodes --> counts anew
 
@@ -18,7 +19,7 @@ from enum import Enum
 
 from outlast.jobstatus import StartStatus
 from outlast.quantities import format_duration
-from outlast_operator.pods import Obstacle, summed_up
+from outlast_operator.pods import IMAGE_PULL, Obstacle, summed_up
 from outlast_operator.sight import Sight
 from outlast_operator.timestamps import read_or_none, written
 from outlast_operator.verdict import Word
@@ -60,7 +61,7 @@ def gather(sight: Sight) -> Gathering:
     retry = read_or_none(start.retry_time)
     if retry is not None and now < retry:
         return Gathering(Course.WAIT, start, Word("WaitingToRetry", _given_back_text(start)), retry)
-    since = None if retry is not None else read_or_none(start.since)
+    since = None if retry is not None or _started_since(sight) else read_or_none(start.since)
     hindrance = obstacle(sight)
     here, least = joined(sight), sight.least
     if here >= least:
@@ -71,6 +72,11 @@ def gather(sight: Sight) -> Gathering:
     if now - began < limit:
         return Gathering(Course.GO_ON, waiting, _word(hindrance, here, least), began + limit)
     return _given_up(sight, waiting, hindrance, here)
+
+
+def _started_since(sight: Sight) -> bool:
+    """Whether ranks were started after the status was written: nodes are lacking again, not still."""
+    return sight.heard is not None and sight.heard.count(sight.heard.status, "attempts") > sight.old.attempt
 
 
 def joined(sight: Sight) -> int:
@@ -108,7 +114,7 @@ def _given_up(sight: Sight, waiting: StartStatus, hindrance: Obstacle | None, he
     hindrance = hindrance or _refused_before(sight)
     limit = format_duration(sight.job.spec.recovery.start_timeout)
     short = f"{here} of {sight.least} nodes joined within {limit} (recovery.startTimeout)"
-    if hindrance is not None and not hindrance.passes:
+    if hindrance is not None and not hindrance.passes and not _passes_with_time(sight, hindrance):
         return Gathering(Course.FAIL, waiting, Word(hindrance.reason, f"only {short}: {hindrance.message}"))
     detail = f": {hindrance.message}" if hindrance is not None else ""
     if in_memory_alone(sight):
@@ -120,7 +126,7 @@ def _given_up(sight: Sight, waiting: StartStatus, hindrance: Obstacle | None, he
     failures = waiting.failures + 1
     retry = sight.now + retry_delay(failures)
     start = StartStatus(failures=failures, retry_time=written(retry))
-    text = f"only {short}{detail}; {_given_back_text(start)}"
+    text = f"only {short}{detail}; {_lost_text(sight)}{_given_back_text(start)}"
     return Gathering(Course.GIVE_BACK, start, Word("GivenBack", text), retry)
 
 
@@ -129,6 +135,22 @@ def in_memory_alone(sight: Sight) -> bool:
     if sight.job.spec.checkpoint is not None:
         return False
     return sight.old.snapshot is not None or (sight.heard is not None and sight.heard.has_snapshot)
+
+
+def _passes_with_time(sight: Sight, hindrance: Obstacle) -> bool:
+    """Whether a job that has trained waits for what a new one would fail of: its image was there once."""
+    return hindrance.reason == IMAGE_PULL and sight.old.start_time is not None
+
+
+def _lost_text(sight: Sight) -> str:
+    """What goes with the nodes' memory, if anything does."""
+    heard, old = sight.heard, sight.old
+    done = max(old.step, heard.count(heard.status, "best_step") if heard is not None else 0)
+    told = heard.part("checkpoint").get("step") if heard is not None else None
+    kept = told if isinstance(told, int) else old.checkpoint.step if old.checkpoint is not None else 0
+    if done <= kept or old.start_time is None:
+        return ""
+    return f"the {done - kept} steps that were done after the newest checkpoint (step {kept}) are lost; "
 
 
 def _given_back_text(start: StartStatus) -> str:

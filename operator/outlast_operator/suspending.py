@@ -2,8 +2,9 @@
 
 ``status.suspendingSince`` holds since when it is told. A controller that answers, and says that it suspends the job,
 ends by itself: within its patience with a store that complains, after an upload that goes on. Any other has that
-patience (where steps are long, six of them: the next snapshot is some steps away) and 15 s more, and then the Pods go.
-The condition says what is kept and what is lost.
+patience (where steps are long, six of them: the next snapshot is some steps away) and 15 s more, and then the Pods go;
+it begins anew when a controller falls silent. A head that is lost meanwhile gets a successor, as long as nodes hold
+what could still be brought to a store. The condition says what is kept and what is lost.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 from outlast.jobstatus import TrainingJobStatus
 from outlast_operator.model import Action, Call, Happening
 from outlast_operator.progress import emptied
-from outlast_operator.replacing import empty_roster, next_index
+from outlast_operator.replacing import empty_roster, head_alone, next_index
 from outlast_operator.sight import Sight
 from outlast_operator.timestamps import read_or_none, written
+from outlast_operator.upkeep import lacking
 from outlast_operator.verdict import Decision, Word
 
 SUSPENDED = "suspended"
@@ -27,6 +29,8 @@ STEPS = 6
 """In so many steps the controller takes a snapshot (``outlast.controller.suspending.STEPS``)."""
 LONGEST_UPLOAD_S = 6 * 3600.0
 """How long the controller waits for an upload without complaint (``outlast.controller.settings.Patience.upload_s``)."""
+NEW_HEAD_S = 120.0
+"""How long a head that was made meanwhile may take until it answers."""
 
 
 def suspend(sight: Sight, status: TrainingJobStatus) -> Decision:
@@ -35,14 +39,39 @@ def suspend(sight: Sight, status: TrainingJobStatus) -> Decision:
         return _stay(sight, status)
     if not sight.pods or not _has_state(sight, status):
         return _take_away(sight, status)
-    since = read_or_none(status.suspending_since) or sight.now
-    at_it = sight.answering and sight.heard is not None and sight.heard.suspending
-    ends = since + (LONGEST_UPLOAD_S if at_it else _patience_s(sight)) + EXTRA_S
+    since = _since(sight, status)
+    ends = min(_ends(sight, since), since + LONGEST_UPLOAD_S + EXTRA_S)
     if sight.heard is not None and sight.heard.outcome == SUSPENDED:
         return _take_away(sight, status)
     if sight.now >= ends:
         return _take_away(sight, status)
     return _wait(sight, status.model_copy(update={"suspending_since": written(since)}), ends)
+
+
+def _since(sight: Sight, status: TrainingJobStatus) -> float:
+    """Since when the controller is told; what was written of an earlier edit may be of another suspension, which was
+    taken back when nobody looked."""
+    known = read_or_none(status.suspending_since)
+    return sight.now if known is None or sight.old.observed_generation != status.observed_generation else known
+
+
+def _ends(sight: Sight, since: float) -> float:
+    """Until when to wait."""
+    patience, head = _patience_s(sight) + EXTRA_S, sight.head
+    if head is not None:
+        if sight.answering and sight.heard is not None and sight.heard.suspending:
+            return since + LONGEST_UPLOAD_S + EXTRA_S
+        silent = 0.0 if sight.answering else sight.controller.failing_since or 0.0
+        begins = head.made_at + NEW_HEAD_S if head.made_at > since else 0.0
+        return max(since, silent, begins) + patience
+    if not _is_worth_a_head(sight):
+        return since + patience
+    return max(since, sight.now if sight.trouble is None else sight.trouble.since) + patience
+
+
+def _is_worth_a_head(sight: Sight) -> bool:
+    """Whether nodes may hold what a new head could bring to a store."""
+    return sight.job.spec.checkpoint is not None and any(pod.is_node for pod in sight.live)
 
 
 def _patience_s(sight: Sight) -> float:
@@ -67,14 +96,22 @@ def _has_state(sight: Sight, status: TrainingJobStatus) -> bool:
 
 def _wait(sight: Sight, status: TrainingJobStatus, ends: float) -> Decision:
     patience = sight.settings.suspend_patience_s
-    calls: list[Action] = []
+    actions: tuple[Action, ...] = ()
+    told: tuple[Happening, ...] = ()
+    waits = [ends]
     if sight.answering:
-        calls.append(Call("POST", "/suspend", {"patience_s": patience, "reason": REASON}))
+        actions = (Call("POST", "/suspend", {"patience_s": patience, "reason": REASON}),)
         text = "the controller takes a snapshot, and brings its checkpoint to the store"
+    elif sight.head is None and _is_worth_a_head(sight):
+        roster = head_alone(sight)
+        actions, told = (*lacking(sight, roster.head), *roster.creates), roster.happenings
+        status = status.model_copy(update={"head": roster.head, "next_pod": roster.next_pod})
+        waits += [] if roster.again_at is None else [roster.again_at]
+        text = "the head was lost: the next one brings what the nodes hold to the store"
     else:
         text = f"the controller does not answer; the Pods go at {written(ends)} in any case"
     why = Word("Suspending", text)
-    return Decision(sight.old.phase, why, status, tuple(calls), ready="False", suspended=why, waits=(ends,))
+    return Decision(sight.old.phase, why, status, actions, told, ready="False", suspended=why, waits=tuple(waits))
 
 
 def _take_away(sight: Sight, status: TrainingJobStatus) -> Decision:

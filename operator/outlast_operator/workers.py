@@ -12,12 +12,12 @@ from outlast_operator.metrics import Metrics
 from outlast_operator.model import Key
 from outlast_operator.reconciler import Passed
 from outlast_operator.refusals import ApiError, verdict
-from outlast_operator.workqueue import Ended, WorkQueue
+from outlast_operator.workqueue import LONGEST_BACKOFF_S, Ended, WorkQueue
 
 log = logging.getLogger(__name__)
 
 HUNG_S = 120.0
-"""A pass that takes longer hangs: each of its requests has a deadline of seconds."""
+"""A pass that makes no request for so long hangs: each of its requests has a deadline of seconds."""
 
 
 class Workers:
@@ -52,7 +52,13 @@ class Workers:
                 yield f"{thread.name} has ended"
         for name, (key, since) in list(self._busy.items()):
             if now - since > HUNG_S:
-                yield f"{name} has been busy with {key} for {now - since:.0f} s"
+                yield f"{name} has made no request for {key} for {now - since:.0f} s"
+
+    def goes_on(self) -> None:
+        """The pass of the calling thread is about to make a request."""
+        name = threading.current_thread().name
+        if name in self._busy:
+            self._busy[name] = (self._busy[name][0], self._clock.monotonic())
 
     def _work(self) -> None:
         name = threading.current_thread().name
@@ -75,7 +81,7 @@ class Workers:
                 self._metrics.errors.labels("refused").inc()
         except ApiError as error:
             kind = verdict(error).value
-            at_least_s = error.retry_after_s or 0.0
+            at_least_s = min(error.retry_after_s or 0.0, LONGEST_BACKOFF_S)
             self._metrics.errors.labels(kind).inc()
             log.log(logging.INFO if kind == "behind" else logging.WARNING, "pass-failed job=%s cause=%s", key, error)
         except NotLeading as error:

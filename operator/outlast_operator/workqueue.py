@@ -150,6 +150,9 @@ class Backlog(Generic[K]):
             entry.due = when
             self._count += 1
             heapq.heappush(self._due, (when, self._count, key))
+            if len(self._due) > 2 * len(self._entries) + 64:  # times far away that nearer ones have replaced
+                self._due = [item for item in self._due if not self._is_stale(item)]
+                heapq.heapify(self._due)
 
     def _is_stale(self, item: tuple[float, int, K]) -> bool:
         entry = self._entries.get(item[2])

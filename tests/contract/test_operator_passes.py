@@ -19,7 +19,7 @@ from outlast_operator.caches import Caches
 from outlast_operator.events import Events
 from outlast_operator.expectations import Expectations
 from outlast_operator.kinds import EVENT, JOB, POD, SERVICE
-from outlast_operator.model import Key, Object, Observed
+from outlast_operator.model import Controller, Key, Object, Observed, Plan
 from outlast_operator.poller import Poller, PollSettings
 from outlast_operator.pruning import pruned
 from outlast_operator.reconciler import Passed, Reconciler
@@ -263,6 +263,27 @@ def test_what_arrives_while_a_pass_reads_its_caches_is_not_made_again(
     monkeypatch.setattr(by_hand.caches, "observe", read_then_arrive)
     by_hand.look()
     assert place.names() == [f"job-{name}" for name in FULL]
+
+
+def test_a_controller_whose_answer_breaks_the_plan_counts_as_silent(
+    by_hand: ByHand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Controller] = []
+
+    def decide(observed: Observed, now: float) -> Plan:
+        seen.append(observed.controller)
+        if observed.controller.status is not None:
+            raise ZeroDivisionError("what it said")
+        return Plan()
+
+    answer = Controller("job-head-0", {"step": "many"}, heard_at=1.0)
+    monkeypatch.setattr(by_hand.reconciler, "_decide", decide)
+    monkeypatch.setattr(by_hand.reconciler._poller, "heard", lambda key: answer)
+    by_hand.job_arrives()
+    by_hand.pods_arrive()
+    assert by_hand.look().refused is False
+    assert (seen[1].status, seen[1].failing_since) == (None, by_hand.clock.wall())
+    assert "what it said" in seen[1].trouble
 
 
 def test_readiness_waits_for_all_caches_and_health_says_what_is_wrong(place: World) -> None:

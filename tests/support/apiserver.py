@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -60,8 +60,8 @@ def free_port() -> int:
 class ApiServer:
     """One of its own, with an empty etcd; ``stop_server`` and ``start_server`` restart the API server alone."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        self._bin, self._folder = assets(), folder
+    def __init__(self, folder: pathlib.Path, flags: Sequence[str] = ()) -> None:
+        self._bin, self._folder, self._flags = assets(), folder, list(flags)
         self.port, self._etcd_port, peer = free_port(), free_port(), free_port()
         self.url = f"https://127.0.0.1:{self.port}"
         self._etcd_command = [
@@ -102,6 +102,7 @@ class ApiServer:
                 "--disable-admission-plugins=ServiceAccount",
                 "--endpoint-reconciler-type=none",
                 "--v=0",
+                *self._flags,
             ],
         )
         eventually("the API server is ready", self._is_ready, within_s=60)
@@ -185,11 +186,11 @@ class ApiServer:
 
 
 @contextmanager
-def api_server() -> Iterator[ApiServer]:
-    """A started one; skips where there is none to start."""
+def api_server(*flags: str) -> Iterator[ApiServer]:
+    """A started one, with ``flags`` beside its own; skips where there is none to start."""
     assets()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="outlast-api-"))
-    server = ApiServer(folder)
+    server = ApiServer(folder, flags)
     try:
         server.start()
         yield server

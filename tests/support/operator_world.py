@@ -144,7 +144,7 @@ def head(index: int = 0) -> str:
 @dataclass
 class World:
     """``run`` makes passes until nothing changes any more. ``made``: every Pod name that ever was; ``machines`` that are
-    not ready keep their deleted Pods."""
+    not ready keep their deleted Pods. ``said`` None: nobody can be asked, or, if ``unasked``, nobody has answered yet."""
 
     job: Json
     pods: dict[str, Json] = field(default_factory=dict)
@@ -152,6 +152,7 @@ class World:
     owned: dict[tuple[str, str], Json] = field(default_factory=dict)
     said: Json | None = None
     failing_since: float | None = None
+    unasked: bool = False
     now: float = NOW
     deleted: bool = False
     made: set[str] = field(default_factory=set)
@@ -193,9 +194,9 @@ class World:
 
     def observed(self) -> Observed:
         parsed, invalid = parse(self.job)
-        controller = Controller(
-            self.status.head or "", self.said, None if self.said is None else self.now, self.failing_since
-        )
+        nobody = self.said is None and self.failing_since is None and not self.unasked  # no head Pod that runs
+        pod = "" if nobody else self.status.head or ""
+        controller = Controller(pod, self.said, None if self.said is None else self.now, self.failing_since)
         there = {one["spec"].get("nodeName") for one in self.pods.values()}
         return Observed(
             Key(NAMESPACE, NAME),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 import pytest
@@ -43,6 +44,10 @@ def test_golden(name: str) -> None:
         ({"replicas": "2"}, "replicas"),
         ({"replicas": -1}, "replicas"),
         ({"resources": {"limit": {}}}, "limit"),
+        ({"nameOverride": "My App"}, "nameOverride"),
+        ({"fullnameOverride": "Outlast"}, "fullnameOverride"),
+        ({"podLabels": {"app.kubernetes.io/name": "mine"}}, "app.kubernetes.io/name"),
+        ({"image": {"digest": "sha256:12"}}, "digest"),
         ({"logLevel": "verbose"}, "logLevel"),
         ({"extraArgs": ["workers=8"]}, "extraArgs"),
         ({"podLabels": {"a": 1}}, "podLabels"),
@@ -102,6 +107,28 @@ def test_dev_images() -> None:
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     assert container["image"] == "outlast-operator:dev"
     assert "--training-image=outlast-training:dev" in container["args"]
+
+
+@needs_helm
+def test_an_image_by_its_digest() -> None:
+    digest = f"sha256:{'0f' * 32}"
+    (deployment,) = objects({"image": {"digest": digest}, "trainingImage": "t:1"}, "Deployment")
+    assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == f"outlast-operator@{digest}"
+
+
+@needs_helm
+@pytest.mark.parametrize("release", ["r" * 53, "team.a", "2024", "2024.outlast"])
+def test_any_release_name_gives_names_that_are_taken(release: str) -> None:
+    values = {"serviceMonitor": {"enabled": True}, "networkPolicy": {"enabled": True}}
+    done = run_helm("template", release, str(CHART), values=values)
+    assert done.returncode == 0, done.stderr
+    made = split(done.stdout)
+    (service,) = [part for part in made if part["kind"] == "Service"]
+    assert re.fullmatch("[a-z]([-a-z0-9]{0,61}[a-z0-9])?", service["metadata"]["name"])
+    instances = {
+        part["metadata"]["labels"]["app.kubernetes.io/instance"] for part in made if part["kind"] == "Deployment"
+    }
+    assert instances == {release}
 
 
 @needs_helm

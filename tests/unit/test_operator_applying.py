@@ -15,7 +15,7 @@ from outlast_operator.cluster import Cluster
 from outlast_operator.expectations import Expectations
 from outlast_operator.kinds import Kind
 from outlast_operator.model import Action, Call, Create, Delete, Key, Object
-from outlast_operator.poller import Poller
+from outlast_operator.poller import CallFailed, Poller
 from outlast_operator.refusals import NAME_TAKEN, ApiError
 from support.operator_world import NAME, NAMESPACE, UID, World, node, pod, resource, word
 
@@ -30,6 +30,9 @@ class Server:
     there: dict[str, Object] = field(default_factory=dict)
     error: tuple[int, str, str] | None = None
     delete_error: tuple[int, str, str] | None = None
+    call_error: CallFailed | None = None
+    call_s: float = 0.0
+    clock: ManualClock = field(default_factory=ManualClock)
     asked: list[tuple[str, str]] = field(default_factory=list)
     patches: list[Mapping[str, Any]] = field(default_factory=list)
 
@@ -59,12 +62,15 @@ class Server:
 
     def call(self, key: Key, call: Call) -> None:
         self.asked.append((call.method, call.path))
+        self.clock.advance(self.call_s)
+        if self.call_error is not None:
+            raise self.call_error
 
 
 def do(server: Server, *actions: Action) -> Done:
     caches = Caches(lambda _: None, lambda _: None)
     cluster, poller = cast(Cluster, server), cast(Poller, server)
-    applier = Applier(cluster, caches, Expectations(patience_s=10), poller, ManualClock(), lambda: None)
+    applier = Applier(cluster, caches, Expectations(patience_s=10), poller, server.clock, lambda: None)
     return applier.do(KEY, resource(), actions)
 
 
@@ -93,6 +99,42 @@ def test_what_cannot_be_deleted_is_replaced_all_the_same(error: tuple[int, str, 
     assert server.asked == [("delete", node(2)), ("create", node(5)), ("PUT", "/domains")]
     assert done.error is not None, "it is told, or tried again"
     assert done.error.status == error[0]
+
+
+FORGET = tuple(Call("DELETE", f"/nodes/{node(at)}") for at in range(32))
+
+
+def test_a_controller_that_does_not_answer_is_asked_nothing_more_in_this_pass() -> None:
+    server = Server(call_error=CallFailed("DELETE: timeout"))
+    done = do(server, *FORGET, Delete("Pod", node(2), "u"))
+    assert server.asked == [("DELETE", FORGET[0].path), ("delete", node(2))]
+    assert done.calls_failed == 32, "the pass is repeated"
+
+
+def test_a_controller_that_answers_with_an_error_is_asked_on() -> None:
+    server = Server(call_error=CallFailed("DELETE: 500", answered=True))
+    do(server, *FORGET)
+    assert len(server.asked) == 32
+
+
+def test_calls_that_take_long_are_left_to_the_next_pass() -> None:
+    server = Server(call_s=4.5)
+    done = do(server, *FORGET)
+    assert (len(server.asked), done.calls_failed) == (5, 27)
+
+
+def test_a_webhook_that_is_down_keeps_nothing_else_from_being_done() -> None:
+    text = 'Internal error occurred: failed calling webhook "mesh.test": connection refused'
+    server = Server(error=(500, "InternalError", text))
+    done = do(server, Create(pod(node(5))), Create(pod(node(6))), Delete("Pod", node(2), "u"), DOMAINS)
+    assert server.asked == [("create", node(5)), ("delete", node(2)), ("PUT", "/domains")]
+    assert done.error is not None
+    assert "mesh.test" in done.error.message
+
+
+def test_what_was_made_before_a_refusal_is_known() -> None:
+    server = Server({node(6): pod(node(6))})
+    assert do(server, Create(pod(node(5))), Create(pod(node(6)))).made == (node(5),)
 
 
 def secret(uid: str, **labels: str) -> Object:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outlast.clock import ManualClock
 from outlast.jobstatus import Condition, TrainingJobStatus, WorkersStatus
 from outlast_operator.caches import Caches, parse
-from outlast_operator.events import AGAIN_S, BURST, EVERY_S, REPEAT_S, Digest
+from outlast_operator.cluster import Cluster
+from outlast_operator.events import AGAIN_S, BURST, EVERY_S, REPEAT_S, Digest, Events
 from outlast_operator.expectations import Expectations
 from outlast_operator.kinds import BUDGET, JOB, MACHINE, POD, POLICY, SECRET
 from outlast_operator.model import Happening, Key, Object
@@ -138,6 +140,7 @@ OTHERS = 'Apply failed with 1 conflict: conflict with "kubectl" using v1: .spec.
         ("create", 401, "Unauthorized", Verdict.RETRY, None),
         ("create", 429, "too many requests", Verdict.RETRY, None),
         ("create", 500, "etcdserver: leader changed", Verdict.RETRY, None),
+        ("create", 500, 'failed calling webhook "mesh.test": connection refused', Verdict.REFUSED, "Refused"),
         ("create", 504, "timeout", Verdict.RETRY, None),
         ("create", 0, "connection refused", Verdict.RETRY, None),
     ],
@@ -311,6 +314,14 @@ def test_a_job_that_has_much_to_say_is_cut_off() -> None:
     assert told == [True] * int(BURST) + [False] * (100 - int(BURST))
     assert digest.line(raw, _other(200), 1000.0 + EVERY_S) is not None
     assert digest.line(raw, _other(201), 1000.0 + EVERY_S) is None
+
+
+def test_what_an_earlier_job_of_the_name_told_is_told_of_the_new_one() -> None:
+    events = Events(cast(Cluster, None), ManualClock(), "x", lambda: None)
+    for uid in ("one", "one", "two"):
+        raw = _raw_job()
+        events.tell({**raw, "metadata": {**raw["metadata"], "uid": uid}}, [SAID])
+    assert events._lines.qsize() == 2
 
 
 def test_names_of_events_differ() -> None:

@@ -898,14 +898,6 @@ def test_a_snapshot_of_long_steps_is_waited_for() -> None:
     assert len(deletes(world.step())) == 5
 
 
-def test_while_it_is_suspended_nothing_is_replaced() -> None:
-    world = World.training(resource({"checkpoint": STORE}))
-    world.edit(suspend=True)
-    world.step()
-    del world.pods[node(1)], world.pods[head(0)]
-    assert created(world.step()) == []
-
-
 def test_a_job_that_has_not_begun_is_suspended_at_once() -> None:
     world = World(resource())
     world.run()

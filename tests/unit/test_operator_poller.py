@@ -11,7 +11,7 @@ import pytest
 
 from outlast.clock import SystemClock
 from outlast_operator.model import Call, Key
-from outlast_operator.poller import CallFailed, Poller, PollSettings, Target, matters
+from outlast_operator.poller import CallFailed, Poller, PollSettings, Target, matters, read_answer
 from support.apiserver import eventually, free_port
 from support.controllers import Controllers, address
 
@@ -186,3 +186,10 @@ def test_steps_are_progress_and_states_are_not() -> None:
     later = {"phase": "Running", "step": 9, "nodes": {"n": {"state": "active", "heartbeat_age_s": 0.2}}}
     lost = {"phase": "Running", "step": 9, "nodes": {"n": {"state": "lost", "heartbeat_age_s": 9.0}}}
     assert matters(status) == matters(later) != matters(lost)
+
+
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", "9" * 19])
+def test_numbers_that_nobody_can_write_are_no_answer(text: str) -> None:
+    with pytest.raises(ValueError, match="no number to say"):
+        read_answer(f'{{"step": {text}}}'.encode())
+    assert read_answer(b'{"step": 12, "step_s": 0.5}') == {"step": 12, "step_s": 0.5}

@@ -23,7 +23,7 @@ from outlast_operator.reconciler import Passed
 from outlast_operator.refusals import ApiError
 from outlast_operator.store import Store
 from outlast_operator.workers import HUNG_S, Workers
-from outlast_operator.workqueue import WorkQueue
+from outlast_operator.workqueue import LONGEST_BACKOFF_S, WorkQueue
 from support.apiserver import eventually
 
 # --- informers ------------------------------------------------------------------------------------------------------
@@ -297,16 +297,22 @@ class Passes:
 
     def __init__(self) -> None:
         self.done: list[str] = []
-        self.go = threading.Event()
+        self.go, self.beat = threading.Event(), threading.Event()
+        self.request: Callable[[], None] = lambda: None
 
     def __call__(self, key: Key) -> Passed:
         self.done.append(key.name)
-        if key.name == "hangs":
+        if key.name == "takes-long":
+            self.beat.wait(10)
+            self.request()
+        if key.name in ("hangs", "takes-long"):
             self.go.wait(10)
         if key.name == "broken" and self.done.count("broken") == 1:
             raise KeyError("a bug")
         if key.name == "not-ours":
             raise NotLeading("somebody else leads")
+        if key.name == "put-off":
+            raise ApiError("create", "Pod x", 429, "TooManyRequests", "tomorrow", retry_after_s=86400.0)
         if key.name == "throttled" and self.done.count("throttled") == 1:
             raise ApiError("create", "Pod x", 429, "TooManyRequests", "later", retry_after_s=0.0)
         return Passed()
@@ -317,6 +323,7 @@ def running() -> Iterator[tuple[WorkQueue[Key], Passes, Workers, Metrics, Manual
     clock, passes, metrics = ManualClock(), Passes(), Metrics()
     queue: WorkQueue[Key] = WorkQueue(_Quick(), Random(1))
     workers = Workers(queue, passes, metrics, clock, 2)
+    passes.request = workers.goes_on
     workers.start()
     yield queue, passes, workers, metrics, clock
     passes.go.set()
@@ -348,13 +355,33 @@ def test_a_broken_pass_is_counted_repeated_and_stops_nobody_else(
     assert errors == {"bug": 1, "retry": 1}
 
 
+def test_nobody_is_put_off_for_longer_than_a_back_off(
+    running: tuple[WorkQueue[Key], Passes, Workers, Metrics, ManualClock],
+) -> None:
+    queue, _, _, _, _ = running
+    queue.add(Key("d", "put-off"))
+    due = eventually("it is to be tried again", queue._backlog.next_due)
+    assert due <= _Quick().monotonic() + LONGEST_BACKOFF_S
+
+
 def test_a_pass_that_hangs_is_told(running: tuple[WorkQueue[Key], Passes, Workers, Metrics, ManualClock]) -> None:
     queue, passes, workers, _, clock = running
     queue.add(Key("d", "hangs"))
     eventually("it hangs", lambda: "hangs" in passes.done)
     assert list(workers.ailing(clock.monotonic() + HUNG_S - 1)) == []
     (told,) = workers.ailing(clock.monotonic() + HUNG_S + 1)
-    assert "busy with d/hangs" in told
+    assert "no request for d/hangs" in told
+
+
+def test_a_long_pass_that_makes_requests_does_not_hang(
+    running: tuple[WorkQueue[Key], Passes, Workers, Metrics, ManualClock],
+) -> None:
+    queue, passes, workers, _, clock = running
+    queue.add(Key("d", "takes-long"))
+    eventually("it is handled", lambda: "takes-long" in passes.done)
+    clock.advance(HUNG_S - 1)
+    passes.beat.set()
+    eventually("it has made a request", lambda: not list(workers.ailing(clock.monotonic() + 10)))
 
 
 def test_threads_that_have_ended_are_told(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +20,13 @@ from hypothesis import strategies as st
 
 from outlast import kube
 from outlast.clock import ManualClock
-from outlast.errors import OutlastError, RequestError
-from outlast.pod import ranklogs
+from outlast.errors import OutlastError, RequestError, TransferError
+from outlast.pod import process, ranklogs
 from outlast.pod.console import Console, line_of
 from outlast.pod.cpu import cpu_limit, rank_threads, share
-from outlast.pod.head import controller_config, is_held, worth_holding
+from outlast.pod.head import HeadPod, controller_config, is_held, worth_holding
 from outlast.pod.ranklogs import LONGEST_LINE, MOST_BEHIND, RESUME, Lines, RankLogs
-from outlast.pod.raycare import Joined, RayCare, pick_head, why_part
+from outlast.pod.raycare import DOUBT_S, Joined, RayCare, pick_head, why_part
 from outlast.pod.registration import AGAIN_S, Registered, Standing, concern, must_register, standing_of
 from outlast.pod.settings import Folders, head_settings, node_settings
 from support.pods import free_port, until
@@ -215,6 +219,35 @@ def test_a_node_follows_the_head_wherever_its_name_leads(tmp_path: pathlib.Path)
     assert "127.0.0.2" in (tmp_path / "out").read_text()
 
 
+def test_a_name_server_that_is_silent_does_not_keep_a_node_from_its_head(tmp_path: pathlib.Path) -> None:
+    """The head's address is known; its raylet ends while no name is answered."""
+    asked: list[asyncio.Future[Sequence[str]]] = []
+
+    async def find(_: str) -> Sequence[str]:
+        asked.append(asyncio.get_running_loop().create_future())
+        return ["127.0.0.1"] if len(asked) == 1 else await asked[-1]
+
+    async def story() -> None:
+        server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", port := free_port())
+        member, console = StubMember(), Console(os.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY), {})
+        care = RayCare(member, "head", port, "n", console, find)  # type: ignore[arg-type]
+        task = asyncio.create_task(care.run())
+        try:
+            await until_true(lambda: care.joined, "joined")
+            member.running = False
+            care.doubt()
+            await until_true(lambda: len(member.joins) == 2, "joined again")
+            await asyncio.sleep(3 * DOUBT_S)
+            assert len(asked) == 2, "and one question at a time"
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            server.close()
+            console.close()
+
+    asyncio.run(story())
+
+
 # --- registering ----------------------------------------------------------------------------------------------------
 
 
@@ -340,6 +373,14 @@ def test_a_line_without_end_is_cut() -> None:
     assert lines.end() == b"[rank 0 attempt 1] xxxxx\n"
 
 
+def test_a_line_is_cut_between_characters() -> None:
+    lines = Lines(0, 1)
+    told = lines.feed("€".encode() * LONGEST_LINE) + lines.end()
+    assert "\ufffd" not in told.decode(errors="replace")
+    text = told.replace(b"[rank 0 attempt 1] ", b"").replace(b"\n", b"").decode()
+    assert text == "€" * LONGEST_LINE
+
+
 class Followed:
     """A folder of ranks' files, followed."""
 
@@ -388,6 +429,27 @@ def test_a_rank_that_writes_without_end_is_passed_over_and_that_is_said(
     assert followed.told.endswith(b"[rank 0 attempt 1] the end\n")
 
 
+def test_a_file_that_cannot_be_read_keeps_no_other_from_being_told(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranklogs, "EVERY_S", 0.01)
+    followed = Followed(tmp_path)
+    followed.logs.start()
+    (tmp_path / "rank-1.attempt-1.log").symlink_to(tmp_path / "nowhere")
+    followed.append(0, 1, b"first\n")
+    until(lambda: b"first" in followed.told, 10, "the other file's line")
+    broken = followed.logs._open["rank-0.attempt-1.log"]
+    monkeypatch.setattr(broken, "advance", _gone)
+    until(lambda: not followed.logs._open, 10, "it is given up")
+    followed.append(2, 1, b"second\n")
+    until(lambda: b"second" in followed.told, 10, "a later file's line")
+    followed.logs.close()
+
+
+def _gone() -> bytes:
+    raise OSError(errno.EIO, "the volume is gone")
+
+
 def test_files_of_long_past_attempts_are_removed(tmp_path: pathlib.Path) -> None:
     for attempt in range(1, 26):
         (tmp_path / f"rank-0.attempt-{attempt}.log").touch()
@@ -397,3 +459,65 @@ def test_files_of_long_past_attempts_are_removed(tmp_path: pathlib.Path) -> None
     followed.logs.close()
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"keeper.node.log", *(f"rank-0.attempt-{attempt}.log" for attempt in range(6, 26))}
+
+
+# --- the first process ------------------------------------------------------------------------------------------------
+
+_IMPORTING = "import outlast.pod, time; print('imports', flush=True); time.sleep(60)"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a PID namespace needs root")
+def test_a_first_process_that_is_told_to_go_while_it_imports_goes() -> None:
+    """The kernel keeps a signal without a handler from process 1."""
+    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-P", "-c", _IMPORTING]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as outer:
+        assert outer.stdout is not None
+        assert outer.stdout.readline() == "imports\n"
+        (first,) = pathlib.Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
+        os.kill(int(first), signal.SIGTERM)
+        try:
+            assert outer.wait(10) == 128 + signal.SIGTERM
+        finally:
+            outer.kill()
+
+
+def test_what_the_machine_refuses_is_said_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    async def work() -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "/run/outlast/s")
+
+    assert process.run(work, Console(os.dup(1), {})) == 1
+    told = capfd.readouterr()
+    assert "event=failed" in told.out
+    assert "/run/outlast/s" in told.out
+    assert "Traceback" not in told.err
+
+
+@pytest.mark.parametrize(("before", "waits"), [(False, False), (True, True)])
+def test_a_head_that_goes_before_its_first_controller_is_up_waits_for_nothing(
+    tmp_path: pathlib.Path, before: bool, waits: bool
+) -> None:
+    """After a controller of the job, the next one's nodes may still bring what is worth waiting for."""
+    (tmp_path / kube.JOB_KEY).write_text(json.dumps(JOB))
+    settings = head_settings(["--job-folder", str(tmp_path), "--run-folder", str(tmp_path / "run")], VARIABLES)
+    pod = HeadPod(settings, settings.folders.read_job(), "token", Console(os.open(os.devnull, os.O_WRONLY), {}))
+    answers = iter([False, False, True])
+
+    class Client:
+        async def status(self) -> dict[str, Any]:
+            if not next(answers, True):
+                raise TransferError("nobody listens")
+            return {"stage": "gathering", "nodes": {}}
+
+    pod._client = Client()  # type: ignore[assignment]
+    pod._ray.alive = lambda: True  # type: ignore[method-assign]
+    pod._answered = before
+
+    async def story() -> bool:
+        try:
+            async with asyncio.timeout(3):
+                await pod._hold()
+        except TimeoutError:
+            return True
+        return False
+
+    assert asyncio.run(story()) is waits

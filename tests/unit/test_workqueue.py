@@ -232,3 +232,15 @@ def test_a_closed_queue_lets_threads_go() -> None:
     queue.add("a")
     queue.close()
     assert queue.take() is None
+
+
+def test_times_far_away_that_nearer_ones_replace_are_not_kept(backlog: Backlog[str]) -> None:
+    """A job with a deadline of weeks, which is looked at every few seconds."""
+    for at in range(5000):
+        backlog.add_in("a", 1e6, float(at))
+        backlog.add_in("a", 0.5, float(at))
+        assert backlog.take(at + 0.5) == "a"
+        backlog.done("a", at + 0.5, Ended.WELL)
+    assert len(backlog._due) < 100
+    backlog.add_in("a", 10.0, 5000.0)
+    assert backlog.next_due() == 5010.0

@@ -4,15 +4,14 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* The release's objects. "helm install outlast" gives plain "outlast-operator". */}}
+{{/* The release's objects. "helm install outlast" gives plain "outlast-operator". Names of Services are the strictest:
+     63 characters with "-operator-metrics", no dots, a letter first. */}}
 {{- define "outlast.fullname" -}}
-{{- if .Values.fullnameOverride }}
-{{- .Values.fullnameOverride | trunc 54 | trimSuffix "-" }}
-{{- else if contains (include "outlast.name" .) .Release.Name }}
-{{- .Release.Name | trunc 54 | trimSuffix "-" }}
-{{- else }}
-{{- printf "%s-%s" .Release.Name (include "outlast.name" .) | trunc 54 | trimSuffix "-" }}
-{{- end }}
+{{- $whole := printf "%s-%s" .Release.Name (include "outlast.name" .) }}
+{{- if contains (include "outlast.name" .) .Release.Name }}{{ $whole = .Release.Name }}{{ end }}
+{{- $name := default $whole .Values.fullnameOverride | replace "." "-" }}
+{{- if regexMatch "^[0-9]" $name }}{{ $name = printf "outlast-%s" $name }}{{ end }}
+{{- $name | trunc 46 | trimSuffix "-" }}
 {{- end }}
 
 {{- define "outlast.operator" -}}
@@ -29,8 +28,8 @@
 
 {{/* By these the operator's Pods are selected: never change them, a Deployment's selector is immutable. */}}
 {{- define "outlast.selector" -}}
-app.kubernetes.io/name: {{ include "outlast.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "outlast.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: operator
 {{- end }}
 
@@ -48,6 +47,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 
 {{- define "outlast.tag" -}}
 {{ default .Chart.AppVersion .Values.image.tag }}
+{{- end }}
+
+{{- define "outlast.image" -}}
+{{ .Values.image.repository }}{{ with .Values.image.digest }}@{{ . }}{{ else }}:{{ include "outlast.tag" . }}{{ end }}
 {{- end }}
 
 {{- define "outlast.trainingImage" -}}

@@ -59,6 +59,7 @@ class HeadPod:
         self._client = ControllerClient(told_by(self._config.http_file), token)
         self._ending = asyncio.Event()
         self._address = ""
+        self._answered = False  # whether a controller of this job has ever been up here
 
     async def run(self) -> int:
         """Be the head until the job is over; the exit status. Raises OutlastError when Ray does not come up."""
@@ -122,7 +123,7 @@ class HeadPod:
         while True:
             try:
                 events = await self._client.events(seq, EVENTS_S)
-                heard = loop.time()
+                heard, self._answered = loop.time(), True
                 for event in events:
                     seq = max(seq, int(event["seq"]))
                     self._console.say(event["kind"], attempt=event["attempt"], text=event["text"])
@@ -174,7 +175,8 @@ class HeadPod:
     async def _hold(self) -> None:
         """Return when the ranks wait at a committed snapshot, or there is nothing to wait for.
 
-        A controller that does not answer for a while may be busy, or be started again by Ray, and is asked anew.
+        A controller that does not answer for a while may be busy, or be started again by Ray, and is asked anew; one
+        that was never up has nothing that could be held.
         """
         asked = silent = restarted = False
         while True:
@@ -198,7 +200,7 @@ class HeadPod:
                     raise
                 if not silent:
                     self._console.say("controller-silent", reason=str(error))
-                asked, silent, restarted = False, True, True
+                asked, silent, restarted = False, True, self._answered
             await asyncio.sleep(POLL_S)
 
     # --- how --------------------------------------------------------------------------------------------------------
@@ -207,6 +209,7 @@ class HeadPod:
         """Folders; what the container before left of its processes goes, the controller's folder stays."""
         folders = self._settings.folders
         shutil.rmtree(folders.ray, ignore_errors=True)
+        self._answered = self._config.control_dir.exists()
         for folder in (folders.ray, folders.logs, self._config.control_dir):
             folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
         self._config.http_file.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ def run(work: Callable[[], Awaitable[int]], console: Console) -> int:
     processes.become_subreaper()
     try:
         return asyncio.run(main())
-    except OutlastError as error:
+    except (OutlastError, OSError) as error:
         console.say("failed", reason=str(error))
         return 1
     finally:

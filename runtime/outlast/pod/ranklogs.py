@@ -6,6 +6,7 @@ than it can be passed on, the older part is left out, and that is said. Files of
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -36,8 +37,9 @@ class Lines:
         """The lines that ``data`` completes."""
         *whole, self._rest = (self._rest + data).split(b"\n")
         while len(self._rest) > LONGEST_LINE:
-            whole.append(self._rest[:LONGEST_LINE])
-            self._rest = self._rest[LONGEST_LINE:]
+            cut = _character_end(self._rest, LONGEST_LINE)
+            whole.append(self._rest[:cut])
+            self._rest = self._rest[cut:]
         return b"".join(self._prefix + line + b"\n" for line in whole)
 
     def left_out(self, count: int, path: str) -> bytes:
@@ -48,6 +50,14 @@ class Lines:
         """What there is of a line that has no end."""
         rest, self._rest = self._rest, b""
         return self._prefix + rest + b"\n" if rest else b""
+
+
+def _character_end(text: bytes, most: int) -> int:
+    """How many bytes of ``text``, ``most`` at most, are whole characters; ``most`` where it is no UTF-8."""
+    for cut in range(most, most - 4, -1):
+        if text[cut] & 0xC0 != 0x80:
+            return cut
+    return most
 
 
 class FollowedFile:
@@ -111,22 +121,27 @@ class RankLogs:
         self._look(from_end=False)
         newest = max((file.attempt for file in self._open.values()), default=0)
         for name, file in list(self._open.items()):
-            told = file.advance()
-            if not told and file.attempt < newest:
-                told = self._open.pop(name).close()
-            self._tell(told)
+            try:
+                told = file.advance()
+                over = not told and file.attempt < newest
+            except OSError:  # what other files have is told all the same
+                told, over = b"", True
+            self._tell(self._open.pop(name).close() if over else told)
 
     def _look(self, from_end: bool) -> None:
         named = ((path, parse_log_file(path.name)) for path in self._folder.glob("rank-*.log"))
         found = {path: parsed for path, parsed in named if parsed is not None}
         for path, (attempt, rank) in sorted(found.items()):
-            if path.name not in self._seen:
-                self._seen.add(path.name)
+            if path.name in self._seen:
+                continue
+            with contextlib.suppress(OSError):  # somebody removed it meanwhile
                 self._open[path.name] = FollowedFile(path, rank, attempt, from_end)
+                self._seen.add(path.name)
         old = outdated(attempt for attempt, _ in found.values())
         for path, (attempt, _) in found.items():
             if attempt in old:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def _tell(self, lines: bytes) -> None:
         if lines:

@@ -24,6 +24,8 @@ LOOK_S = 10.0
 DOUBT_S = 0.5
 """How often while the head does not answer."""
 CONNECT_S = 1.0
+LOOKUP_S = 2.0
+"""A name server that takes longer is waited for no longer while a head is known."""
 _RETRY_S = (0.5, 5.0)
 
 Find = Callable[[str], Awaitable[Sequence[str]]]
@@ -86,6 +88,7 @@ class RayCare:
         self._doubt = asyncio.Event()
         self._head: str | None = None
         self._session = ""
+        self._lookup: asyncio.Future[Sequence[str]] | None = None
         self.joined: Joined | None = None
         self.changed = asyncio.Event()
 
@@ -107,18 +110,29 @@ class RayCare:
 
     async def run(self) -> None:
         """Stay joined."""
-        while True:
-            await self._find_head()
-            joined = self.joined
-            reason = "" if joined is None else why_part(joined, self._head, self._session, self._member.alive())
-            if reason:
-                await self._part(reason)
-            if self.joined is None and self._head is not None:
-                await self._join(self._head)
-            await self._wait()
+        try:
+            while True:
+                await self._find_head()
+                joined = self.joined
+                reason = "" if joined is None else why_part(joined, self._head, self._session, self._member.alive())
+                if reason:
+                    await self._part(reason)
+                if self.joined is None and self._head is not None:
+                    await self._join(self._head)
+                await self._wait()
+        finally:
+            if self._lookup is not None:
+                self._lookup.cancel()
 
     async def _find_head(self) -> None:
-        head = pick_head(self._head, await self._find(self._host))
+        """One question to the name server at a time; its answer may be for a later look."""
+        if self._lookup is None:
+            self._lookup = asyncio.ensure_future(self._find(self._host))
+        await asyncio.wait([self._lookup], timeout=None if self._head is None else LOOKUP_S)
+        if not self._lookup.done():
+            return
+        found, self._lookup = self._lookup.result(), None
+        head = pick_head(self._head, found)
         if head != self._head:
             self._console.say("head-found", address=head, before=self._head)
             self._head = head

@@ -1,0 +1,315 @@
+"""What the operator decides at the wrong moment: it was away, the controller has just fallen silent, the head is lost
+while the job is suspended, machines are lost as soon as they have Pods."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from outlast import kube
+from outlast_operator.model import Call, Create, Delete, Plan, Trouble
+from outlast_operator.plan import plan
+from support.operator_world import NOW, SETTINGS, World, container, deleted, head, machine, node, pod, resource, word
+
+STORE = {"url": "s3://bucket/training"}
+
+
+def made(decided: Plan) -> list[str]:
+    pods = [action.object for action in decided.actions if isinstance(action, Create)]
+    return [obj["metadata"]["name"] for obj in pods if obj["kind"] == "Pod"]
+
+
+def let_go(decided: Plan) -> list[str]:
+    return [action.name for action in decided.actions if isinstance(action, Delete)]
+
+
+def asked(decided: Plan) -> list[str]:
+    return [action.path for action in decided.actions if isinstance(action, Call)]
+
+
+def uploading(**spec: Any) -> World:
+    """A job whose controller has been bringing its last checkpoint to the store for longer than its patience."""
+    world = World.training(resource({"checkpoint": STORE, **spec}), checkpoint={"step": 10, "age_s": 5.0})
+    world.edit(suspend=True)
+    world.step()
+    assert world.said is not None
+    world.said["suspending"] = True
+    world.now += 200
+    assert let_go(world.step()) == []
+    return world
+
+
+# --- before the first answer ----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_decided_before_the_controller_was_asked() -> None:
+    world = World.training(resource(workers={"replicas": 3, "spares": 1}))
+    for name in [name for name in world.pods if "-node-" in name]:
+        world.end(name, "Succeeded")
+    world.now += 600
+    world.said, world.unasked = None, True
+    assert world.look() == Plan(), "it may say that the job is done"
+    world.unasked, world.failing_since = False, world.now
+    assert len(made(world.look())) == 4, "it does not answer"
+
+
+def test_a_new_operator_leaves_a_long_upload_alone() -> None:
+    world = uploading()
+    word, world.said, world.unasked = world.said, None, True
+    assert world.look() == Plan()
+    world.said, world.unasked = word, False
+    assert let_go(world.look()) == []
+
+
+def test_a_job_that_is_over_is_seen_off_without_any_answer() -> None:
+    world = World.training(resource({"ttlSecondsAfterFinished": 10}))
+    assert world.said is not None
+    world.said |= {"outcome": "succeeded"}
+    world.run()
+    world.said, world.unasked = None, True
+    world.now += 20
+    assert [action.kind for action in world.look().actions if isinstance(action, Delete)] == ["TrainingJob"]
+
+
+def test_a_job_that_was_gathered_unseen_counts_anew_when_it_lacks_a_node() -> None:
+    world = World(resource({"checkpoint": STORE}, workers={"replicas": 3, "spares": 0}))
+    world.run()
+    for name in world.pods:
+        world.start(name)
+    world.now += 3600  # the operator is away; the job trains
+    states = {node(1): "active", node(2): "active", node(3): "lost"}
+    world.said = word(states, phase="Recovering", step=9000, best_step=9000)
+    world.said["workers"] |= {"ready": 2, "size": 3}
+    world.machines = {"m1": machine("m1"), "m2": machine("m2", "Unknown")}
+    world.pods[node(3)]["spec"]["nodeName"] = "m2"
+    decided = world.step()
+    assert (made(decided), let_go(decided)) == ([node(4)], [node(3)])
+    world.now += 890
+    world.said["attempts"] = 1
+    assert let_go(world.step()) == [], "and not in each pass anew"
+    world.now += 20
+    assert len(let_go(world.step())) == 4, "the fourth Pod is on its way out already"
+
+
+# --- a suspension that is disturbed ---------------------------------------------------------------------------------
+
+
+def test_one_question_that_fails_does_not_end_an_upload() -> None:
+    world = uploading()
+    world.failing_since = world.now
+    assert let_go(world.step()) == []
+    world.now += 74
+    assert let_go(world.step()) == []
+    world.now += 2
+    assert len(let_go(world.step())) == 5
+
+
+def test_a_suspension_that_was_taken_back_unseen_and_asked_for_again_counts_anew() -> None:
+    world = World.training(resource({"checkpoint": STORE}))
+    world.edit(suspend=True)
+    world.step()
+    world.edit(suspend=False)
+    world.edit(suspend=True)
+    world.now += 3600
+    decided = world.step()
+    assert (let_go(decided), asked(decided)) == ([], ["/suspend"])
+    world.now += 76
+    assert len(let_go(world.step())) == 5
+
+
+def test_a_head_that_is_lost_meanwhile_gets_a_successor_that_is_told() -> None:
+    world = uploading()
+    word, world.said = world.said, None
+    del world.pods[head(0)]
+    decided = world.step()
+    assert (made(decided), let_go(decided)) == ([head(5)], [])
+    assert ("Service", f"{kube.pod_name('bytelm', 'head', 0).rpartition('-')[0]}") in world.owned
+    assert "the head was lost" in world.condition("Suspended").message
+    world.now += 100
+    world.run()
+    assert head(5) in world.pods, "it may take a while"
+    world.start(head(5))
+    assert word is not None
+    world.said = {**word, "suspending": False, "controller": "c2", "phase": "Recovering"}
+    assert asked(world.step()) == ["/suspend"]
+    world.said["suspending"] = True
+    world.now += 3600
+    assert let_go(world.step()) == []
+    world.said["outcome"] = "suspended"
+    assert len(let_go(world.step())) == 5
+
+
+@pytest.mark.parametrize("loss", ["no store", "no nodes"])
+def test_a_head_that_could_save_nothing_gets_none(loss: str) -> None:
+    world = World.training(resource({} if loss == "no store" else {"checkpoint": STORE}))
+    world.edit(suspend=True)
+    world.step()
+    lost = [head(0)] if loss == "no store" else [name for name in world.pods if name != node(1)]
+    for name in lost:
+        del world.pods[name]
+    if loss == "no nodes":
+        world.end(node(1), "Failed")
+    world.said = None
+    assert made(world.step()) == []
+    world.now += 76
+    assert world.step().status is not None
+    assert world.status.phase == "Suspended"
+
+
+def test_a_head_that_never_answers_or_is_refused_does_not_hold_up_a_suspension() -> None:
+    world = uploading()
+    world.said = None
+    del world.pods[head(0)]
+    observed = replace(world.observed(), trouble=Trouble("QuotaExceeded", "no room", world.now - 80))
+    assert len(let_go(plan(observed, SETTINGS, world.now))) == 4, "refused for longer than the patience"
+    world.step()
+    world.now += 190
+    assert let_go(world.step()) == []
+    world.now += 10
+    assert len(let_go(world.step())) == 5
+
+
+def test_nodes_that_are_lost_meanwhile_are_not_replaced() -> None:
+    world = uploading()
+    del world.pods[node(1)]
+    assert made(world.step()) == []
+
+
+# --- who is believed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stuck", [0, 4])
+def test_nodes_stuck_on_a_dead_machine_say_nothing_of_a_controller_that_is_cut_off(stuck: int) -> None:
+    world = World.training(resource(workers={"replicas": 3, "spares": 0}))
+    assert world.said is not None
+    for index in range(50, 50 + stuck):
+        world.pods[node(index)] = deleted(pod(node(index), machine="dead", ready=False))
+        world.said["nodes"][node(index)] = {"node": node(index), "state": "lost", "gone_s": 5000.0}
+        world.machines["dead"] = machine("dead", "Unknown", since=NOW - 5000)
+    world.run()
+    for name in (node(1), node(2), node(3)):
+        world.said["nodes"][name] = {"node": name, "state": "lost", "gone_s": 11.0}
+    world.said["workers"] |= {"ready": 0, "size": 3}
+    assert let_go(world.look()) == []
+
+
+@pytest.mark.parametrize("other", [None, "Failed", "Terminating"])
+def test_a_pod_that_is_over_says_nothing_of_machines_that_are_all_lost(other: str | None) -> None:
+    world = World.training(resource(workers={"replicas": 3, "spares": 0}))
+    for name, place in zip(sorted(world.pods), ("m1", "m1", "m2", "m2"), strict=True):
+        world.pods[name]["spec"]["nodeName"] = place
+    world.machines = {name: machine(name) for name in ("m1", "m2", "m3")}
+    if other == "Failed":
+        world.pods[node(90)] = pod(node(90), "Failed", machine="m3")
+        world.end(node(90), "Failed")
+    elif other == "Terminating":
+        world.pods[node(90)] = deleted(pod(node(90), machine="m3"))
+    world.run()
+    world.lose_machine("m1")
+    world.lose_machine("m2")
+    assert (made(world.look()), let_go(world.look())) == ([], [])
+
+
+def test_a_node_is_no_head_whatever_the_status_says() -> None:
+    world = World.training()
+    world.job["status"]["head"], world.said = node(1), None
+    assert head(0) not in let_go(world.look())
+
+
+def test_a_machine_whose_clock_is_ahead_holds_no_successor_up() -> None:
+    world = World.training(resource(workers={"replicas": 3, "spares": 0}))
+    world.end(node(1), "Succeeded")
+    (ended,) = world.pods[node(1)]["status"]["containerStatuses"]
+    ended["state"]["terminated"]["finishedAt"] = "2099-01-01T00:00:00Z"
+    again_in = world.look().again_in_s
+    assert again_in is not None
+    assert again_in <= 5
+
+
+# --- Pods that cannot live ------------------------------------------------------------------------------------------
+
+
+def test_pods_on_a_machine_that_is_lost_are_made_ever_more_slowly() -> None:
+    """A template that tolerates everything, or names its machine, has each successor on the same dead one."""
+    world = World.training(resource(workers={"replicas": 1, "spares": 0}))
+    world.machines |= {"m2": machine("m2")}
+    world.pods[node(1)]["spec"]["nodeName"] = "m2"
+    world.lose_machine("m2")
+    counts = []
+    for _ in range(4):
+        until = world.now + 60
+        before = len(world.made)
+        while world.now < until:
+            for name in made(world.step()):
+                world.start(name, at="m2", ready=False)
+            world.now += 1
+        counts.append(len(world.made) - before)
+    assert counts[0] <= 5, "at once, at once, after 10 s, after 20 s"
+    assert counts[-1] <= 1
+
+
+def test_a_pod_that_was_lost_with_its_machine_after_hours_is_replaced_at_once() -> None:
+    world = World.training(resource(workers={"replicas": 3, "spares": 0}))
+    for _ in range(3):
+        names = [name for name in world.live_nodes() if world.pods[name]["spec"].get("nodeName") == "m1"]
+        world.machines["m2"] = machine("m2", "Unknown", since=world.now)
+        world.pods[names[0]]["spec"]["nodeName"] = "m2"
+        (successor,) = made(world.step())
+        world.start(successor)
+        world.let_go()
+        world.now += 7200
+
+
+# --- giving back ----------------------------------------------------------------------------------------------------
+
+
+def test_giving_back_says_what_the_nodes_memory_had() -> None:
+    world = World.training(resource({"checkpoint": STORE}), best_step=50, checkpoint={"step": 10, "age_s": 60.0})
+    assert world.said is not None
+    for index in (3, 4):
+        del world.pods[node(index)]
+        world.said["nodes"][node(index)]["state"] = "lost"
+    world.said["workers"] |= {"ready": 2, "spares": 0}
+    world.run()
+    world.now += 1000
+    world.step()
+    assert (
+        "the 40 steps that were done after the newest checkpoint (step 10) are lost" in world.condition("Ready").message
+    )
+
+
+@pytest.mark.parametrize(("trained", "phase"), [(True, "Pending"), (False, "Failed")])
+def test_a_registry_that_is_away_fails_no_job_that_has_trained(trained: bool, phase: str) -> None:
+    spec = resource({"checkpoint": STORE}, workers={"replicas": 3, "spares": 0})
+    world = World.training(spec) if trained else World(spec)
+    if trained:
+        assert world.said is not None
+        del world.pods[node(3)]
+        world.said["nodes"][node(3)]["state"] = "lost"
+        world.said["workers"] |= {"ready": 2}
+    world.run()
+    for one in world.pods.values():
+        if one["status"]["phase"] == "Pending":
+            one["status"]["containerStatuses"] = [container(waiting={"reason": "ImagePullBackOff", "message": "503"})]
+    world.step()
+    world.now += 1000
+    decided = world.step()
+    assert decided.status is not None
+    assert decided.status.phase == phase
+
+
+# --- what is told too often -----------------------------------------------------------------------------------------
+
+
+def test_failures_of_one_second_are_written_once() -> None:
+    told = [
+        {"cause": "rank-crash", "text": f"boom {at}", "time": NOW - 10 + min(at, 1), "rank": at} for at in range(12)
+    ]
+    world = World.training(failures=told)
+    world.run()
+    kept = world.status.failures
+    for _ in range(4):
+        assert not world.step().urgent
+        assert world.status.failures == kept
