@@ -18,6 +18,8 @@ from outlast_operator.upkeep import lacking
 from outlast_operator.verdict import Decision, Truth, Word
 from outlast_operator.versions import skew
 
+STORE_TROUBLE_S = 15.0
+"""After so long without a good answer a store's trouble is told of a job that trains."""
 SILENT_S = 30.0
 """After so long without an answer it is not known whether the job trains."""
 _SHOWN: Mapping[str, Phase] = {
@@ -122,11 +124,21 @@ def _why(sight: Sight, status: TrainingJobStatus, phase: Phase, gathering: Gathe
         return Word("VersionSkew", apart)
     if phase == "Running":
         return _training(sight)
-    if phase == "Recovering" and gathering.start.since is None:
+    if phase == "Recovering" and gathering.start.since is None and _waiting_for_store(sight) is None:
         return recoveries.under_way(sight)
+    if gathering.start.since is None and (waiting := _waiting_for_store(sight)) is not None:
+        return waiting
     if gathering.start.since is None:
         return Word("Starting", f"{gathering.why.message}; ranks start")
     return gathering.why
+
+
+def _waiting_for_store(sight: Sight) -> Word | None:
+    """Why ranks do not start although there are nodes enough, if it is the store's fault."""
+    heard = sight.heard
+    if heard is None or heard.store_trouble is None or heard.text("stage") != "waiting":
+        return None
+    return Word("WaitingForStore", f"what the job goes on from is not in memory: {heard.store_trouble[0]}")
 
 
 def _training(sight: Sight) -> Word:
@@ -137,4 +149,7 @@ def _training(sight: Sight) -> Word:
     if now not in (0, wanted):
         parts.append(f"on {now} nodes, while {wanted} are wanted")
     text = " ".join(parts)
+    trouble = sight.heard.store_trouble if sight.heard is not None else None
+    if trouble is not None and trouble[1] >= STORE_TROUBLE_S:
+        return Word("StoreUnavailable", f"{text}, but no checkpoint can be made: {trouble[0]}")
     return Word("Training", text if hindrance is None else f"{text}; {hindrance.reason}: {hindrance.message}")

@@ -76,7 +76,8 @@ def _fixed(field: str) -> Rule:
     return Rule(
         "",
         f"({suspended} && {bare}) || ({same} && {equal})",
-        f"spec.{field} cannot change while the job runs: set spec.suspend to true, and wait for the phase Suspended",
+        f"spec.{field} cannot change while the job runs: set spec.suspend to true, and wait for the phase Suspended; a "
+        "job that has ended does not run again: delete it and make it anew (trainctl submit --replace)",
     )
 
 

@@ -71,6 +71,13 @@ class Heard:
         return tuple(str(machine) for machine in told) if isinstance(told, list | tuple) else ()
 
     @property
+    def store_trouble(self) -> tuple[str, float] | None:
+        """What keeps the object tier from answering, and for how many seconds."""
+        part = self.part("store_trouble")
+        seconds = part.get("s")
+        return (str(part["text"]), float(seconds)) if part.get("text") and isinstance(seconds, int | float) else None
+
+    @property
     def has_snapshot(self) -> bool:
         """Whether a committed snapshot is in the nodes' memory."""
         return self.part("snapshot").get("step") is not None

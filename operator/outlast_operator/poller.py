@@ -36,7 +36,7 @@ FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 15.0
 LARGEST_ANSWER = 8 * 1024 * 1024
 """The status of 10,000 nodes is 3.4 MiB."""
 MOST_DIGITS = 18
-"""Of a whole number: what the API server takes has 64 bits."""
+"""Of a whole number: the API server takes 64 bits."""
 _WHOLE = ("controller", "version", "phase", "reason", "outcome", "attempt", "restarts", "workers", "unplaced")
 _NODE = ("node", "domain", "seat", "state", "keeper", "reason")
 
@@ -92,6 +92,7 @@ def matters(status: Mapping[str, Any]) -> object:
         status.get("weights_digest"),
         len(status.get("failures") or ()),
         (status.get("checkpoint") or {}).get("last_error"),
+        bool(status.get("store_trouble")),
     )
 
 
@@ -295,21 +296,17 @@ class Poller:
 
 
 def read_answer(text: bytes) -> Any:
-    """A controller's JSON. Raises ValueError when it is none, or has numbers that no status can say."""
-    return json.loads(text, parse_float=_finite, parse_int=_whole, parse_constant=_finite)
+    """A controller's JSON; numbers that no status can say, such as a loss that is NaN, are null. Raises ValueError."""
+    return json.loads(text, parse_float=_finite, parse_int=_whole, parse_constant=lambda _: None)
 
 
-def _finite(text: str) -> float:
+def _finite(text: str) -> float | None:
     number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is no number to say")
-    return number
+    return number if math.isfinite(number) else None
 
 
-def _whole(text: str) -> int:
-    if len(text) > MOST_DIGITS:
-        raise ValueError(f"{text[:MOST_DIGITS]}... is no number to say")
-    return int(text)
+def _whole(text: str) -> int | None:
+    return int(text) if len(text) <= MOST_DIGITS else None
 
 
 def _said(text: bytes) -> str:

@@ -11,6 +11,7 @@ from outlast_operator.verdict import Word
 RECOVERED, WENT_ON = "Recovered", "WentOn"
 """Reasons once a recovery is over: from a fault, or after a planned change such as another size."""
 HEAD_LOST = "HeadLost"
+_GATHERED = "the head was lost: the next one has gathered the nodes"
 FIRST_STEP = "FirstStep"
 """Ranks run again; what the recovery cost is known when they have done a step that is new."""
 NOT_RECOVERED = "NotRecovered"
@@ -29,7 +30,8 @@ def under_way(sight: Sight) -> Word:
         return Word(HEAD_LOST, "the head was lost: the next one gathers the nodes")
     if last.get("cause") and last.get("total_s") is None:
         return Word(camel(str(last.get("kind") or "")) or "Recovering", str(last["cause"]))
-    return Word("Recovering", "ranks are started again")
+    lost = known is not None and known.status == "True" and known.reason == HEAD_LOST
+    return Word(HEAD_LOST, "the head was lost: ranks start again") if lost else Word("Recovering", "ranks start again")
 
 
 def last_one(sight: Sight, trains: bool) -> Word:
@@ -47,7 +49,8 @@ def last_one(sight: Sight, trains: bool) -> Word:
         return Word("NothingLost")
     if known.status == "False":
         return Word(known.reason, known.message)
-    return Word(RECOVERED if trains else NOT_RECOVERED, known.message)
+    message = _GATHERED if known.reason == HEAD_LOST and trains else known.message
+    return Word(RECOVERED if trains else NOT_RECOVERED, message)
 
 
 def camel(cause: str) -> str:

@@ -60,7 +60,7 @@ def gather(sight: Sight) -> Gathering:
     start, now = sight.old.start, sight.now
     retry = read_or_none(start.retry_time)
     if retry is not None and now < retry:
-        return Gathering(Course.WAIT, start, Word("WaitingToRetry", _given_back_text(start)), retry)
+        return Gathering(Course.WAIT, start, Word("WaitingToRetry", _why_given_back(sight)), retry)
     since = None if retry is not None or _started_since(sight) else read_or_none(start.since)
     hindrance = obstacle(sight)
     here, least = joined(sight), sight.least
@@ -151,6 +151,14 @@ def _lost_text(sight: Sight) -> str:
     if done <= kept or old.start_time is None:
         return ""
     return f"the {done - kept} steps that were done after the newest checkpoint (step {kept}) are lost; "
+
+
+def _why_given_back(sight: Sight) -> str:
+    """As it was told when it was done, which names what was in the way."""
+    ready = next((condition for condition in sight.old.conditions if condition.type == "Ready"), None)
+    text = _given_back_text(sight.old.start)
+    known = ready is not None and ready.reason in ("GivenBack", "WaitingToRetry") and text in ready.message
+    return ready.message if ready is not None and known else text
 
 
 def _given_back_text(start: StartStatus) -> str:

@@ -146,6 +146,9 @@ def _what_is_kept(sight: Sight, status: TrainingJobStatus) -> Word:
             "SuspendedWithoutCheckpoint" if done else "Suspended", f"the job {why}: {lost}; it begins at step 0"
         )
     kept = f"step {checkpoint.step} is kept at {checkpoint.url}"
+    if not sight.answering:
+        lost = "the job goes on from the newest that is there, and what was done after that is lost"
+        return Word("SuspendedWithLoss", f"its controller did not answer; {kept}, as it said last: {lost}")
     if done > checkpoint.step:
         lost = f"the {done - checkpoint.step} steps done after it are lost"
         return Word("SuspendedWithLoss", f"{kept}; {lost}")

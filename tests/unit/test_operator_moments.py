@@ -177,6 +177,27 @@ def test_nodes_that_are_lost_meanwhile_are_not_replaced() -> None:
     assert made(world.step()) == []
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_nothing_is_promised_of_a_controller_that_could_not_be_heard(answers: bool) -> None:
+    """What was written last may be hundreds of steps old."""
+    world = World.training(resource({"checkpoint": STORE}), checkpoint={"step": 40, "age_s": 5.0})
+    world.failing_since = None if answers else world.now
+    world.now += 600
+    world.edit(suspend=True)
+    world.step()
+    if answers:
+        assert world.said is not None
+        world.said["outcome"] = "suspended"
+    world.now += 80
+    decided = world.step()
+    suspended = world.condition("Suspended")
+    assert suspended.reason == ("Suspended" if answers else "SuspendedWithLoss")
+    assert ("nothing is lost" in suspended.message) is answers
+    assert ("did not answer" in suspended.message) is not answers
+    (told,) = [happening for happening in decided.happenings if happening.reason == "Suspended"]
+    assert told.type == ("Normal" if answers else "Warning")
+
+
 # --- who is believed ------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +321,42 @@ def test_a_registry_that_is_away_fails_no_job_that_has_trained(trained: bool, ph
     assert decided.status.phase == phase
 
 
+def test_while_pods_are_not_asked_for_it_is_still_said_what_was_in_the_way() -> None:
+    world = World(resource())
+    world.run()
+    for one in world.pods.values():
+        unfit = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 machines"}
+        one["status"]["conditions"] = [unfit]
+    world.step()
+    world.now += 1000
+    world.run()
+    for _ in range(3):
+        world.now += 10
+        world.step()
+        assert (ready := world.condition("Ready")).reason == "WaitingToRetry"
+        assert "0/3 machines" in ready.message
+
+
+def test_a_recovery_from_a_lost_head_is_told_when_it_is_over() -> None:
+    """The new controller knows of no recovery: it was not there."""
+    world = World.training(resource({"checkpoint": STORE}))
+    said, world.said = world.said, None
+    assert said is not None
+    del world.pods[head(0)]
+    world.run()
+    assert world.condition("Recovering").reason == "HeadLost"
+    (name,) = world.names("head")
+    world.start(name)
+    world.said = {**said, "controller": "c2", "phase": "Starting", "attempts": 2, "attempt": 2}
+    world.run()
+    assert world.condition("Recovering").status == "True"
+    world.said["phase"] = "Running"
+    world.run()
+    over = world.condition("Recovering")
+    assert (over.status, over.reason) == ("False", "Recovered")
+    assert over.message == "the head was lost: the next one has gathered the nodes"
+
+
 # --- what is told too often -----------------------------------------------------------------------------------------
 
 
@@ -313,3 +370,31 @@ def test_failures_of_one_second_are_written_once() -> None:
     for _ in range(4):
         assert not world.step().urgent
         assert world.status.failures == kept
+
+
+# --- the store ------------------------------------------------------------------------------------------------------
+
+DENIED = "the store does not answer: s3://bucket: connection refused"
+
+
+def test_a_job_that_waits_for_its_store_says_so() -> None:
+    world = World.training(resource({"checkpoint": STORE}), phase="Pending", stage="waiting", attempts=0, attempt=0)
+    assert world.said is not None
+    world.said["store_trouble"] = {"text": DENIED, "s": 1.0}
+    decided = world.step()
+    ready = world.condition("Ready")
+    assert (ready.status, ready.reason) == ("False", "WaitingForStore")
+    assert DENIED in ready.message
+    assert [(told.type, told.reason) for told in decided.happenings] == [("Warning", "WaitingForStore")]
+
+
+def test_a_job_that_trains_without_its_store_says_so_while_that_lasts() -> None:
+    world = World.training(resource({"checkpoint": STORE}))
+    assert world.said is not None
+    told = []
+    for seconds in (3.0, 20.0, 50.0, None):
+        world.said["store_trouble"] = None if seconds is None else {"text": DENIED, "s": seconds}
+        told += [happening.reason for happening in world.step().happenings]
+        ready = world.condition("Ready")
+        assert (ready.status, ready.reason == "StoreUnavailable") == ("True", seconds in (20.0, 50.0))
+    assert told == ["StoreUnavailable"], "once, and its end is no news"

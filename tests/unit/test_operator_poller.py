@@ -188,8 +188,8 @@ def test_steps_are_progress_and_states_are_not() -> None:
     assert matters(status) == matters(later) != matters(lost)
 
 
-@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", "9" * 19])
-def test_numbers_that_nobody_can_write_are_no_answer(text: str) -> None:
-    with pytest.raises(ValueError, match="no number to say"):
-        read_answer(f'{{"step": {text}}}'.encode())
-    assert read_answer(b'{"step": 12, "step_s": 0.5}') == {"step": 12, "step_s": 0.5}
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", "9" * 19, "9" * 5000])
+def test_numbers_that_no_status_can_say_are_absent(text: str) -> None:
+    """A script may report a loss that is NaN: all else that its controller says holds."""
+    told = read_answer(f'{{"metrics": {{"loss": {text}}}, "step": 12, "step_s": 0.5}}'.encode())
+    assert told == {"metrics": {"loss": None}, "step": 12, "step_s": 0.5}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
 from outlast import messages as m
+from outlast.agent.oom import MemoryKills
 from outlast.agent.rank_messages import Speaker, error_of, event_of
 from outlast.agent.ranklink import Message
 from outlast.agent.ranks import Rank, Ranks
@@ -27,9 +29,12 @@ class RankNews:
 
     def __init__(self, node: str, reactor: Reactor, send: Send, clock: Clock) -> None:
         self._node, self._reactor, self._send, self._clock = node, reactor, send, clock
+        self._kills = MemoryKills()
 
     def exited(self, ranks: Ranks, rank: Rank) -> None:
         """The forkserver told of a rank's end; it is reported after the rank's last words."""
+        if rank.exit is not None and rank.exit.signal == signal.SIGKILL and not rank.killed:
+            rank.why = self._kills.why()
         if rank.connected:
             self._reactor.after(_LAST_WORDS_S, lambda: self._report_once(ranks, rank))
         else:

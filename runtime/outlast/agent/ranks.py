@@ -22,8 +22,8 @@ from outlast.snapshot.identity import Attempt
 @dataclass
 class Rank:
     """One rank, as far as the agent knows it. ``pid`` is the child's, ``speaker_pid`` that of who connected (another
-    one when a shell script starts the training); ``killed``: it was ended from here; ``told``: its end has
-    been reported.
+    one when a shell script starts the training); ``killed``: it was ended from here; ``why``: what is known
+    of its end beside that; ``told``: its end has been reported.
     """
 
     rank: int
@@ -42,6 +42,7 @@ class Rank:
     done: dict[str, Any] | None = None
     exit: Exit | None = None
     killed: bool = False
+    why: str = ""
     told: bool = False
 
     def step(self, said: Mapping[str, Any]) -> None:
@@ -56,7 +57,7 @@ class Rank:
         assert exit_ is not None
         if self.done is None and exit_.code != 0:
             error = self.error or read_error_file(self.files.error, now)
-            died = m.RankExited(node, attempt, self.rank, exit_.code, exit_.signal, error, now, self.steps)
+            died = m.RankExited(node, attempt, self.rank, exit_.code, exit_.signal, error, now, self.steps, self.why)
             return [died]
         done = self.done or {}
         events: list[m.Event] = []

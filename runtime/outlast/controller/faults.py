@@ -46,9 +46,9 @@ def rank_symptom(event: RankExited, step: int, now: float, being_stopped: bool) 
     if event.error is not None:
         return _error_symptom(event, event.error, step, now)
     if event.signal is not None:
-        how = f"was ended by {_signal_name(event.signal)}"
+        how = f"was ended by {_signal_name(event.signal)}{f', {event.why}' if event.why else ''}"
         # The communication libraries abort a process whose peer is gone.
-        collateral = event.signal == SIGABRT or (being_stopped and event.signal == SIGKILL)
+        collateral = event.signal == SIGABRT or (being_stopped and event.signal == SIGKILL and not event.why)
     else:
         how, collateral = f"exited with status {event.code}", being_stopped
     return Symptom(

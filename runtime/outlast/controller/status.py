@@ -43,6 +43,7 @@ def status_of(job: Job, now: float) -> dict[str, Any]:
         "snapshots": _totals(job),
         "checkpoint": _checkpoint(job, now),
         "checkpoints": _checkpoint_totals(job),
+        "store_trouble": _store_trouble(job, now),
         "resizes": list(job.resizing.records),
         "goodput": story.ledger.to_json(now),
         "recoveries": [record.to_json() for record in story.records[-LAST_RECOVERIES:]],
@@ -140,6 +141,12 @@ def _checkpoint(job: Job, now: float) -> dict[str, Any] | None:
         "last_error": totals.last_error,
         "interval": job.checkpoint_rhythm.to_json(now) if automatic else None,
     }
+
+
+def _store_trouble(job: Job, now: float) -> dict[str, Any] | None:
+    """What keeps the store from answering, and for how long; None while it is well."""
+    news = job.store_news
+    return {"text": news.trouble, "s": round(now - news.since, 1)} if news.trouble else None
 
 
 def _totals(job: Job) -> dict[str, Any]:

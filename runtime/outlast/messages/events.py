@@ -184,7 +184,7 @@ class RankReady:
 @dataclass(frozen=True, slots=True)
 class RankExited:
     """A rank's process ended without having said that it was done. ``time``: when the agent learned of it; ``step``:
-    the steps it had done, as far as the agent heard.
+    the steps it had done, as far as the agent heard; ``why``: what is known of a signal's sender, "" for nothing.
     """
 
     node: str
@@ -195,6 +195,7 @@ class RankExited:
     error: ErrorInfo | None = None
     time: float = 0.0
     step: int | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)

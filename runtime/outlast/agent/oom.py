@@ -1,0 +1,53 @@
+"""Whether the kernel killed a process of this container for want of memory: its cgroup counts such kills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from outlast.quantities import format_bytes
+
+CGROUPS = Path("/sys/fs/cgroup")
+_COUNTS = ("memory.events", "memory/memory.oom_control")
+_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
+_NO_LIMIT = 1 << 60
+"""cgroup v1 writes a number of this size where there is no limit."""
+
+
+class MemoryKills:
+    """The kernel's kills in this process' cgroup (v2, else v1), as far as it can be read. Not thread-safe."""
+
+    def __init__(self, root: Path = CGROUPS) -> None:
+        self._root = root
+        self._seen = self._count()
+
+    def why(self) -> str:
+        """What to say of a process that has just been killed; "" when the kernel has killed none since this was asked
+        last."""
+        count, before = self._count(), self._seen
+        self._seen = count
+        if count <= before:
+            return ""
+        limit = self._limit()
+        text = f" of {format_bytes(limit)}" if limit is not None else ""
+        return f"out of memory: raise its container's memory limit{text}, or lower what it uses"
+
+    def _count(self) -> int:
+        for name in _COUNTS:
+            for line in self._read(name).splitlines():
+                key, _, value = line.partition(" ")
+                if key == "oom_kill" and value.strip().isdigit():
+                    return int(value)
+        return 0
+
+    def _limit(self) -> int | None:
+        for name in _LIMITS:
+            value = self._read(name).strip()
+            if value.isdigit() and int(value) < _NO_LIMIT:
+                return int(value)
+        return None
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self._root / name).read_text()
+        except OSError:
+            return ""

@@ -1,0 +1,42 @@
+"""What is said of a rank that the kernel killed for want of memory."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from outlast.agent.oom import MemoryKills
+from outlast.controller.faults import rank_symptom
+from outlast.messages.events import RankExited
+from outlast.snapshot.identity import Attempt
+
+V2, V1 = ("memory.events", "memory.max"), ("memory/memory.oom_control", "memory/memory.limit_in_bytes")
+
+
+@pytest.mark.parametrize("files", [V2, V1], ids=["v2", "v1"])
+@pytest.mark.parametrize(("limit", "told"), [("2147483648", "limit of 2Gi"), ("max", "limit,"), ("9223372036854771712", "limit,")])  # fmt: skip
+def test_a_kill_of_the_kernels_is_told_once(
+    tmp_path: pathlib.Path, files: tuple[str, str], limit: str, told: str
+) -> None:
+    counts, limits = (tmp_path / name for name in files)
+    counts.parent.mkdir(exist_ok=True)
+    counts.write_text("low 0\noom 3\noom_kill 1\n")
+    limits.write_text(limit + "\n")
+    kills = MemoryKills(tmp_path)
+    assert kills.why() == "", "what was before is not this process"
+    counts.write_text("low 0\noom 3\noom_kill 2\n")
+    assert "out of memory" in (why := kills.why())
+    assert told in why
+    assert kills.why() == ""
+
+
+def test_where_nothing_counts_nothing_is_said(tmp_path: pathlib.Path) -> None:
+    assert MemoryKills(tmp_path).why() == ""
+
+
+def test_it_is_the_cause_also_of_a_rank_that_was_to_be_stopped() -> None:
+    exited = RankExited("n", Attempt(1, "a"), 0, signal=9, why="out of memory: raise its limit")
+    symptom = rank_symptom(exited, 40, 0.0, being_stopped=True)
+    assert symptom.text == "rank 0 on n was ended by SIGKILL, out of memory: raise its limit"
+    assert not symptom.collateral
