@@ -9,9 +9,9 @@ from __future__ import annotations
 from outlast.api import KIND
 from outlast.jobstatus import Phase, TrainingJobStatus
 from outlast_operator.model import Action, Call, Delete
+from outlast_operator.progress import SUSPENDED
 from outlast_operator.recoveries import camel
 from outlast_operator.sight import Sight
-from outlast_operator.suspending import SUSPENDED
 from outlast_operator.timestamps import read_or_none, written
 from outlast_operator.verdict import Decision, Word
 

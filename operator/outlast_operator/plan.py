@@ -16,7 +16,7 @@ from outlast_operator.conditions import judged
 from outlast_operator.happenings import happened
 from outlast_operator.invalid import refused
 from outlast_operator.model import Observed, Plan, Settings
-from outlast_operator.progress import progressed
+from outlast_operator.progress import SUSPENDED, progressed
 from outlast_operator.sight import Sight, job_in_force, old_status, problem_of, sight_of
 from outlast_operator.verdict import Decision
 
@@ -61,7 +61,7 @@ def decide(sight: Sight) -> Decision:
         return ended
     if sight.job.spec.suspend:
         return suspending.suspend(sight, status)
-    if sight.heard is not None and sight.heard.outcome == suspending.SUSPENDED:
+    if sight.heard is not None and sight.heard.outcome == SUSPENDED:
         return suspending.start_anew(sight, status)
     return active.run(sight, status)
 

@@ -28,6 +28,8 @@ LAST_FAILURES, MOST_FAILURES = 8, 32
 """Kept in the status; looked at of what a controller tells."""
 HEAD_LOST = "head-lost"
 """The cause of a restart that no controller counts: its own end."""
+SUSPENDED = "suspended"
+"""The controller's outcome of a suspension; one that has never had all nodes knows less than those before it."""
 BETWEEN = "start"
 """The account of the seconds between two controllers."""
 LONGEST_MESSAGE = 300
@@ -46,7 +48,7 @@ def progressed(sight: Sight) -> TrainingJobStatus:
     controller = _controller(old, heard)
     began = heard.started_at or (sight.now if heard.started else None)
     started = old.start_time or (None if began is None else written(began))
-    under_way = heard.count(heard.status, "attempts") > 0 or heard.outcome != ""
+    under_way = heard.count(heard.status, "attempts") > 0 or heard.outcome not in ("", SUSPENDED)
     return old.model_copy(
         update={
             **common,

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from outlast.jobstatus import TrainingJobStatus
 from outlast_operator.model import Action, Call, Happening
-from outlast_operator.progress import emptied
+from outlast_operator.progress import SUSPENDED, emptied
 from outlast_operator.replacing import empty_roster, head_alone, next_index
 from outlast_operator.sight import Sight
 from outlast_operator.timestamps import read_or_none, written
 from outlast_operator.upkeep import lacking
 from outlast_operator.verdict import Decision, Word
 
-SUSPENDED = "suspended"
-"""The controller's outcome of a suspension."""
 REASON = "spec.suspend"
 NONE_YET = {"start_time": None, "active_since": None}
 """What the status of a job without Pods does not say."""

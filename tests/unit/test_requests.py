@@ -542,6 +542,28 @@ def test_suspended_before_a_node_came_it_ends_soon() -> None:
     suspended(world, 6.0)
 
 
+def test_suspended_when_the_head_was_lost_it_waits_for_the_nodes_to_find_the_next() -> None:
+    """In Pods they look its address up, and join another Ray: that takes longer than on one machine."""
+    world = cluster(5, config=replace(STORED, patient=True))
+    world.run_to_step(22)
+    world.restart_controller(after=20.0, head=True)
+    world.run(0.7)
+    world.tell(m.SuspendRequested(60.0))
+    found = suspended(world, 60.0)
+    assert found["suspended"]["checkpoint_step"] == found["suspended"]["step"] >= 20
+
+
+def test_suspended_while_ranks_start_it_waits_for_them() -> None:
+    world = cluster(5, config=STORED)
+    world.run_to_step(22)
+    world.rebuild_s = 30.0
+    world.lose_node(world.seated(1))
+    world.run_to("restart")
+    world.tell(m.SuspendRequested(10.0))
+    found = suspended(world, 100.0)
+    assert found["suspended"]["checkpoint_step"] == found["suspended"]["step"] >= 20
+
+
 @pytest.mark.parametrize("fault", ["rank", "controller", "head"])
 def test_a_recovery_is_completed_before(fault: str) -> None:
     world = cluster(5, config=STORED)

@@ -7,7 +7,8 @@
           -> the store does not answer in time, or there is none -> suspended, and what is lost is said
 
 The store has ``patience_s`` to answer, again from each of its answers and from its first complaint; an upload that goes
-on without complaint may take as long as that of a job's last step.
+on without complaint may take as long as that of a job's last step. While ranks are started again the time does not run,
+for ``startTimeout`` at most.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from outlast.controller.job import Job
 
 JOINING_S = 5.0
-"""Nodes whose ranks outlived a controller have joined the next one by then."""
+"""Nodes whose ranks outlived a controller have joined the next one by then; where they have to find it, and to join
+another Ray (a ``patient`` controller's), they have its patience."""
 STEPS = 6
 """A snapshot is taken within so many steps, where these are longer than one's patience; two rounds of them later where
 gradients are summed over some."""
@@ -61,12 +63,15 @@ def drive(job: Job, now: float) -> None:
     elif not suspension.holding and job.cycle is not None:
         steps = STEPS + 2 * (job.cycle.pace.period - 1)
         suspension.until = max(suspension.until, suspension.asked_at + steps * (job.progress.step_s or 0.0))
+    if not suspension.holding and job.phase is not Phase.RUNNING:
+        recovering = min(now, suspension.asked_at + job.config.start_timeout_s)
+        suspension.until = max(suspension.until, recovering + suspension.patience_s)
     newest = job.claims.newest
     if held is not None and newest is not None and newest.generation == held:
         _end(job, "", now)
     elif job.config.checkpoint is None:
         _end(job, "the job has no object tier", now)
-    elif _idle(job, now):
+    elif _idle(job, suspension, now):
         _end(job, "training was not under way", now)
     elif now >= _limit(job, suspension):
         trouble = f" ({job.store_news.trouble})" if job.store_news.trouble else ""
@@ -79,11 +84,12 @@ def _limit(job: Job, suspension: Suspension) -> float:
     return max(suspension.until, job.store_waits_until(suspension.asked_at, patience_s))
 
 
-def _idle(job: Job, now: float) -> bool:
+def _idle(job: Job, suspension: Suspension, now: float) -> bool:
     """Whether nothing trains, nor is about to."""
     if job.phase is Phase.GATHERING:
         known = any(node.held for node in job.members.alive.values())
-        return not known and now - job.began >= JOINING_S
+        joining_s = max(JOINING_S, suspension.patience_s) if job.config.patient else JOINING_S
+        return not known and now - job.began >= joining_s
     preparation = job.preparation
     short = preparation is not None and (preparation.short_since, preparation.lacking_since) != (None, None)
     return job.phase is Phase.WAITING and short
