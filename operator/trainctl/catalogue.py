@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlast.errors import CheckpointError, RequestError
 from outlast.quantities import parse_duration
-from trainctl.columns import counted, facts, table
+from trainctl.columns import counted, facts, printable, table
 
 if TYPE_CHECKING:
     from outlast.checkpoint.archive import Archive
@@ -314,7 +314,7 @@ def _draw_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for column in columns or ("", ""):
         drawn.add_column(column, overflow="fold")
     for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
+        drawn.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(drawn)
 
 

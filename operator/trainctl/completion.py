@@ -29,9 +29,8 @@ def job_names(where: Where) -> Sequence[str]:
     from trainctl.cluster.connection import Cluster
     from trainctl.cluster.resources import jobs_path
 
-    with Cluster(where) as cluster:
-        cluster.configuration.retries = None
-        found = cluster.get(jobs_path(cluster.namespace), {"limit": 200}, verb="list", read_s=PATIENCE_S)
+    with Cluster(where, patience_s=PATIENCE_S) as cluster:
+        found = cluster.get(jobs_path(cluster.namespace), {"limit": 200}, verb="list")
     return [item["metadata"]["name"] for item in found.get("items") or ()]
 
 

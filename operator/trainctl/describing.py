@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainctl.catalogue import amount
-from trainctl.columns import counted, facts, section, table
+from trainctl.columns import counted, facts, printable, section, table
 from trainctl.jobview import age, job_facts, node_table, recovery_table
 from trainctl.timeline import Entry, timeline
 
@@ -27,7 +27,7 @@ def description(
     status = resource.get("status") or {}
     heads = [pod for pod in pods if pod["metadata"]["name"].rpartition("-")[0].endswith("-head")]
     nodes = [pod for pod in pods if pod not in heads]
-    note = f"\n(from the resource alone: {trouble})" if trouble else ""
+    note = f"\n(from the resource alone: {printable(trouble)})" if trouble else ""
     parts = [
         facts(_identity(resource, now)),
         section("Wanted", facts(spec_facts(resource["spec"]))),

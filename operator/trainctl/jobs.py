@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -24,12 +25,25 @@ class DryRun(StrEnum):
 
 
 class _Submit(TyperCommand):
-    """``--dry-run`` by itself means client, as kubectl once had it; its values need the equals sign, as there."""
+    """``--dry-run`` by itself means client, as kubectl once had it; a value may stand behind it, or an equals sign."""
 
     def parse_args(self, ctx, args):  # type: ignore[no-untyped-def]
         end = args.index("--") if "--" in args else len(args)
-        given = [f"{word}=client" if word == "--dry-run" else word for word in args[:end]]
-        return super().parse_args(ctx, given + args[end:])
+        return super().parse_args(ctx, list(_with_value(args[:end])) + args[end:])
+
+
+def _with_value(words: Sequence[str]) -> Iterator[str]:
+    """The words, ``--dry-run`` and its value as one of them."""
+    following = [*words[1:], ""]
+    taken = False
+    for word, after in zip(words, following, strict=True):
+        if taken:
+            taken = False
+        elif word == "--dry-run":
+            taken = after in list(DryRun)
+            yield f"{word}={after if taken else DryRun.CLIENT.value}"
+        else:
+            yield word
 
 
 @app.command("submit", cls=_Submit)

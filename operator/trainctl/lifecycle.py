@@ -13,7 +13,7 @@ from trainctl.cluster.connection import Cluster, Json
 from trainctl.cluster.refusals import Absent, ClusterError
 from trainctl.cluster.resources import JobRef, Object
 from trainctl.cluster.where import Where
-from trainctl.columns import counted, facts
+from trainctl.columns import counted, facts, printable
 from trainctl.jobview import ENDED, phase_of, why
 from trainctl.merging import Ended, Merged
 from trainctl.output import Form, dumped, name_of, plain
@@ -38,12 +38,14 @@ def set_suspend(where: Where, name: str, suspend: bool, *, wait_s: float | None,
             raise RequestError(f'the TrainingJob "{name}" has ended ({phase_of(before)}): it cannot be {word}')
         already = bool(before["spec"].get("suspend", False)) == suspend
         after = before if already else job.change({"spec": {"suspend": suspend}})
-        _say(after, form, f"{name_of(after)} {'is ' + word + ' already' if already else word}")
+        if wait_s is None or form in (None, Form.WIDE):
+            _say(after, form, f"{name_of(after)} {'is ' + word + ' already' if already else word}")
         if suspend and not already and not before["spec"].get("checkpoint"):
             print("note: the job has no store (spec.checkpoint): what its memory holds is lost", file=sys.stderr)
         if wait_s is not None:
             done = _suspended if suspend else _going
-            seen = _wait(job, done, wait_s, f"to be {word}")
+            generation = int(after["metadata"].get("generation") or 0)
+            seen = _wait(job, lambda seen: done(seen, generation), wait_s, f"to be {word}")
             _say(seen, form, f"{name_of(seen)} is {phase_of(seen)}" + (f" ({why(seen)})" if why(seen) else ""))
             if phase_of(seen) == "Failed" or (suspend and phase_of(seen) in ENDED):
                 raise ClusterError(f'the TrainingJob "{name}" has ended ({phase_of(seen)}): it is not {word}')
@@ -77,9 +79,11 @@ def scale(
 
 
 def delete(where: Where, names: list[str], *, wait_s: float | None, form: Form | None) -> None:
-    """Delete jobs, naming what goes and what stays."""
+    """Delete jobs, each once, naming what goes and what stays."""
+    if form not in (None, Form.NAME):
+        raise RequestError(f"delete -o {form}: write name or nothing")
     with Cluster(where) as cluster:
-        jobs = [JobRef(cluster, cluster.namespace, name) for name in names]
+        jobs = [JobRef(cluster, cluster.namespace, name) for name in dict.fromkeys(names)]
         found = [(job, job.get()) for job in jobs]
         for job, resource in found:
             delete_job(job, resource)
@@ -174,12 +178,17 @@ def _wait(job: JobRef, done: Callable[[Object], bool], limit_s: float, what: str
     raise ClusterError(f'after {limit_s:g} s the TrainingJob "{job.name}" is not seen {what}: {state}')
 
 
-def _suspended(resource: Object) -> bool:
-    return phase_of(resource) in ("Suspended", *ENDED)
+def _suspended(resource: Object, generation: int) -> bool:
+    return phase_of(resource) in ENDED or (phase_of(resource) == "Suspended" and _knows(resource, generation))
 
 
-def _going(resource: Object) -> bool:
-    return phase_of(resource) in ("Running", *ENDED)
+def _going(resource: Object, generation: int) -> bool:
+    return phase_of(resource) in ENDED or (phase_of(resource) == "Running" and _knows(resource, generation))
+
+
+def _knows(resource: Object, generation: int) -> bool:
+    """Whether its status was written by who had seen that generation of the specification."""
+    return int((resource.get("status") or {}).get("observedGeneration") or 0) >= generation
 
 
 def _numbers(resource: Object) -> str:
@@ -199,4 +208,4 @@ def _say(resource: Object, form: Form | None, text: str) -> None:
         case Form.NAME:
             print(name_of(resource))
         case _:
-            print(text, flush=True)
+            print(printable(text), flush=True)

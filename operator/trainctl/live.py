@@ -8,7 +8,6 @@ What a status does not say is shown as a dash, never an error.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from trainctl.status import Summary, event_line, summarize
+from trainctl.terminal import is_drawable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -40,7 +40,7 @@ def choose_view(as_json: bool, directory: Path) -> View:
     """The view for this process's standard output."""
     if as_json:
         return JsonView(directory)
-    if sys.stdout.isatty():
+    if is_drawable():
         return LiveView(directory)
     return PlainView(directory)
 

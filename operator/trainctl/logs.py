@@ -16,6 +16,7 @@ from trainctl.cluster.controller import ask_status
 from trainctl.cluster.refusals import Unreadable
 from trainctl.cluster.resources import JobRef, Object, role_of
 from trainctl.cluster.where import Where
+from trainctl.columns import printable
 from trainctl.podlogs import Container, Following, container_of, pod_lines, whole_output
 from trainctl.ranklines import (
     RankLine,
@@ -104,6 +105,7 @@ class _RankLogs:
         self._procs = int((resource["spec"].get("workers") or {}).get("procsPerWorker", 1))
         self._seen: dict[str, str] = {}
         self._unreadable: set[str] = set()
+        self._has_read = False
 
     def show(self) -> None:
         """What there is; then, if asked to, what comes."""
@@ -119,16 +121,21 @@ class _RankLogs:
         found: dict[int, list[RankLine]] = {}
         for some in self._places(containers):
             found = by_attempt(self._read(some), wanted, self._asked.tail)
-            if self._attempt(found) in found:
+            if self._attempt(found) in found or self._is_quiet:
                 break
         attempt = self._attempt(found)
         if attempt in found:
             self._note_older(attempt)
             self._print(found[attempt])
             return attempt
-        if not self._asked.follow:
-            self._show_stored(attempt, len(containers))
+        if not (self._asked.follow or self._is_quiet):
+            self._show_stored(attempt if self._asked.attempt or self._asked.back else 0, len(containers))
         return attempt
+
+    @property
+    def _is_quiet(self) -> bool:
+        """Whether a Pod that was read is the answer even when it has nothing: nothing so recent was asked for."""
+        return self._asked.since_s is not None and self._has_read
 
     def _show_stored(self, attempt: int, pods: int) -> None:
         try:
@@ -161,16 +168,18 @@ class _RankLogs:
                     line = parse_line(text)
                     if line is not None:
                         yield line
+                self._has_read |= container.started
             except Unreadable as error:
                 self._unreadable.add(container.pod)
-                print(f"note: {error}", file=sys.stderr, flush=True)
+                print(f"note: {printable(str(error))}", file=sys.stderr, flush=True)
 
     def _attempt(self, found: Mapping[int, object]) -> int:
         """The attempt to show: as asked, else counted back from the newest there is or has been."""
         if self._asked.attempt is not None:
             return self._asked.attempt
         newest = max(found, default=0)
-        return max(newest, self._current) - self._asked.back if self._asked.back else newest
+        is_counted = self._asked.back > 0 or self._asked.since_s is not None
+        return max(newest, self._current) - self._asked.back if is_counted else newest
 
     def _note_older(self, attempt: int) -> None:
         if self._asked.attempt is None and not self._asked.back and attempt < self._current:
@@ -206,13 +215,19 @@ class _RankLogs:
                     text, _ = store.get(log_key(chosen, rank))
                 except ObjectMissing:
                     continue
-                lines += [RankLine("", rank, chosen, line) for line in text.decode(errors="replace").splitlines()]
+                lines += [RankLine("", rank, chosen, line) for line in _lines_of(text.decode(errors="replace"))]
         if not lines:
             return None
         where = "no Pod that can be read has these lines" if self._unreadable else "no Pod has these lines any more"
-        print(f"note: from {url}/logs/attempt-{chosen}: {where}", file=sys.stderr)
+        print(f"note: from {url}/logs/attempt-{chosen}: {where}{self._unheeded()}", file=sys.stderr)
         self._print(by_attempt(lines, Wanted(self._asked.rank), self._asked.tail)[chosen])
         return chosen
+
+    def _unheeded(self) -> str:
+        """What cannot be obeyed in lines that are stored without their times."""
+        asked = self._asked
+        flags = [*(["--since"] if asked.since_s is not None else []), *(["--timestamps"] if asked.timestamps else [])]
+        return f"; they are stored without their times, so that {' and '.join(flags)} cannot be obeyed" if flags else ""
 
     def _nothing(self, pods: int, store: str) -> str:
         asked = self._asked
@@ -248,6 +263,11 @@ class _RankLogs:
             self._print([line])
 
 
+def _lines_of(text: str) -> list[str]:
+    """As ranks ended them: what else Python takes for an end of line is theirs."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def _show_head(job: JobRef, resource: Object, asked: LogRequest) -> None:
     """The output of the head Pod in force: Ray's head and the controller."""
     heads = {pod["metadata"]["name"]: container_of(pod) for pod in job.pods() if role_of(pod) == HEAD_ROLE}
@@ -276,7 +296,7 @@ def _head_lines(job: JobRef, container: Container, asked: LogRequest) -> list[st
     except Unreadable as error:
         if not asked.follow:
             raise
-        print(f"note: {error}", file=sys.stderr, flush=True)
+        print(f"note: {printable(str(error))}", file=sys.stderr, flush=True)
         return []
 
 

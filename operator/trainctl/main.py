@@ -7,6 +7,7 @@ need when they are called, so that ``trainctl --help`` answers at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import shlex
@@ -20,7 +21,11 @@ from outlast.errors import OutlastError, RequestError, StoreDenied
 from trainctl.arguments import Context, Kubeconfig, Namespace
 from trainctl.checkpoints import app as checkpoints
 from trainctl.cluster.where import Where
+from trainctl.columns import printable
 from trainctl.jobs import app as jobs
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""How writing fails where there is no place for more."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -107,13 +112,29 @@ app.add_typer(checkpoints, name="checkpoints")
 def run() -> None:
     """The console script."""
     try:
-        app()
+        _run_to_the_last_word()
     except (RequestError, StoreDenied) as error:
         _complain(error)
         sys.exit(2)
     except OutlastError as error:
         _complain(error)
         sys.exit(1)
+
+
+def _run_to_the_last_word() -> None:
+    """Run the command until what it wrote has been taken. Raises OutlastError when standard output takes no more."""
+    try:
+        try:
+            app()
+        finally:
+            print(end="", flush=True)
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, *_FULL):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter will flush once more
+        if error.errno == errno.EPIPE:
+            sys.exit(1)  # who reads has gone, as click has it
+        raise OutlastError(f"standard output: {error.strerror}") from error
 
 
 def complete() -> None:
@@ -135,4 +156,5 @@ def complete() -> None:
 
 
 def _complain(error: OutlastError) -> None:
-    print(f"trainctl: {error}", file=sys.stderr)
+    said = "\n".join(map(printable, str(error).split("\n")))
+    print(f"trainctl: {said}", file=sys.stderr)

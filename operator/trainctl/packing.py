@@ -27,6 +27,7 @@ FOLDER = "/opt/outlast/code"
 """Where the code is mounted; the ranks' working directory. It is read-only."""
 VOLUME = "outlast-code"
 _SHIP = "put the code into the image (--image, with --no-code), or into a volume of workers.template"
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _NAMED = 5
 _EXECUTABLE = 0o755
 
@@ -70,10 +71,11 @@ class Packed:
         texts: dict[str, str] = {}
         binaries: dict[str, str] = {}
         for key, file in self._keys():
-            try:
-                texts[key] = file.data.decode()
-            except UnicodeDecodeError:
+            text = _text_of(file.data)
+            if text is None:
                 binaries[key] = base64.b64encode(file.data).decode()
+            else:
+                texts[key] = text
         return {
             "apiVersion": "v1",
             "kind": "ConfigMap",
@@ -118,10 +120,13 @@ def pack_folder(folder: Path) -> Packed:
 
     Raises RequestError: none, too many, too large, a link that leads out of the folder.
     """
-    if not folder.is_dir():
-        raise RequestError(f"--code {folder}: there is no such folder")
     left_out: list[str] = []
-    paths = {path.relative_to(folder).as_posix(): path for path in _walk(folder, left_out)}
+    try:
+        if not folder.is_dir():
+            raise RequestError(f"--code {folder}: there is no such folder")
+        paths = {path.relative_to(folder).as_posix(): path for path in _walk(folder, left_out)}
+    except OSError as error:
+        raise RequestError(f"{error.filename}: {error.strerror}") from error
     if not paths:
         raise RequestError(f"--code {folder}: there is no file in it that could be sent")
     return replace(_packed(paths, folder), left_out=tuple(left_out))
@@ -164,7 +169,7 @@ def _mounted(template: Mapping[str, Any], volume: Mapping[str, Any], where: str)
 
 def _walk(folder: Path, left_out: list[str]) -> Iterator[Path]:
     """The files to send. Raises RequestError for a link that leads out of the folder: it may be to a secret."""
-    for text, folders, names in os.walk(folder):
+    for text, folders, names in os.walk(folder, onerror=_raise):
         place = Path(text)
         left_out += [_shown(folder, place / name) for name in sorted([*folders, *names]) if name.startswith(".")]
         kept = [place / name for name in sorted([*folders, *names]) if not _unwanted(name)]
@@ -175,6 +180,10 @@ def _walk(folder: Path, left_out: list[str]) -> Iterator[Path]:
         left_out += [_shown(folder, path) for path in linked]
         folders[:] = [path.name for path in kept if path.is_dir() and not path.is_symlink()]
         yield from (path for path in kept if not path.is_dir())
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _unwanted(name: str) -> bool:
@@ -202,7 +211,9 @@ def _target(link: Path) -> Path:
 
 
 def _packed(paths: Mapping[str, Path], what: Path) -> Packed:
-    """Read them, once it is known that they are not too many and not too large."""
+    """Read them, once it is known that they are not too many and not too large, and that their names are text."""
+    for name in paths:
+        _check_name(name, what)
     if len(paths) > MOST_FILES:
         raise RequestError(f"{what}: it has {len(paths)} files, and {MOST_FILES} can be sent: {_SHIP}")
     sizes = {name: _size_of(path) for name, path in paths.items()}
@@ -212,6 +223,13 @@ def _packed(paths: Mapping[str, Path], what: Path) -> Packed:
         total = f"{_kib(sum(sizes.values()))}, and {_kib(LIMIT)} can be sent"
         raise RequestError(f"{what}: the code takes {total}: {_SHIP}. The largest files: {named}")
     return Packed(tuple(sorted(_read(path, name) for name, path in paths.items())))
+
+
+def _check_name(name: str, what: Path) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{what}: the name {name!a} is no UTF-8 text: give the file another one") from error
 
 
 def _size_of(path: Path) -> int:
@@ -228,6 +246,14 @@ def _read(path: Path, name: str) -> CodeFile:
         return CodeFile(PurePosixPath(name).as_posix(), path.read_bytes(), os.access(path, os.X_OK))
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}") from error
+
+
+def _text_of(data: bytes) -> str | None:
+    """None: it is no text. JSON would have each control character take six bytes."""
+    try:
+        return None if _CONTROL.search(data) else data.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _kib(count: int) -> str:

@@ -18,7 +18,7 @@ from trainctl.cluster.refusals import (
     Unreachable,
     Unreadable,
 )
-from trainctl.cluster.resources import JobRef, Object, core_path, role_of
+from trainctl.cluster.resources import Away, JobRef, Object, core_path, role_of
 from trainctl.jobview import ENDED, phase_of
 from trainctl.merging import Ended, Merged
 from trainctl.ranklines import instant, split_time
@@ -126,6 +126,8 @@ class Following:
         """Whether it is known who has which seat, or that nobody can tell: before, no Pod is chosen."""
         self._finished: dict[str, str] = {}
         self._again: dict[str, float] = {}
+        self._away = Away(pause=_do_not_wait)
+        """What refuses one stream after it has given another: an API server that starts."""
         self._ended_at: float | None = None
         self._merged.add("resource", job.watch_itself())
         self._merged.add("pods", job.watch_pods())
@@ -152,8 +154,10 @@ class Following:
             self._containers = {container.pod: container for container in mine}
         elif source == "live":
             self._live, self._told = item[0] or self._live, True
-        elif self._is_new(source, item):
-            yield source, item
+        else:
+            self._away.over()
+            if self._is_new(source, item):
+                yield source, item
 
     def _is_new(self, pod: str, line: str) -> bool:
         """Whether the line was not read already, before the stream under way began."""
@@ -171,7 +175,11 @@ class Following:
             self._told = True
             return
         if isinstance(item.error, (Unauthorized, Forbidden)):
-            raise item.error
+            self._away.wait_or_raise(item.error)
+            self._again[source] = time.monotonic() + AGAIN_S
+            return
+        if item.error is None:
+            self._away.over()
         container = (self._containers or {}).get(source)
         if container is None or not container.running:
             self._finished[source] = container.id if container else "gone"
@@ -207,6 +215,10 @@ class Following:
         reading = self._merged.open - {"resource", "pods", "live"}
         unread = [one for one in self._wanted() if one.started and self._finished.get(one.pod) != one.id]
         return time.monotonic() - self._ended_at > LAST_WORDS_S or not (reading or unread)
+
+
+def _do_not_wait(seconds: float) -> None:
+    """Other Pods' lines come meanwhile: each stream is asked again in its time."""
 
 
 def _whole_second(time: str) -> str:

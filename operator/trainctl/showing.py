@@ -11,7 +11,7 @@ from trainctl.cluster.connection import Cluster
 from trainctl.cluster.controller import ask_status
 from trainctl.cluster.resources import JobRef, Object, jobs_path, list_all
 from trainctl.cluster.where import Where
-from trainctl.columns import facts, section
+from trainctl.columns import facts, printable, section
 from trainctl.jobview import ENDED, job_facts, job_table, node_table, phase_of, recovery_table
 from trainctl.output import Form, dumped, name_of, plain, write_objects
 
@@ -64,6 +64,6 @@ def job_page(resource: Object, live: Mapping[str, Any] | None, trouble: str, pod
         facts(job_facts(resource, live, now)),
         section("Nodes", node_table(live, nodes)),
         section("Recoveries", recovery_table(live)),
-        f"(from the resource alone: {trouble})" if trouble else "",
+        f"(from the resource alone: {printable(trouble)})" if trouble else "",
     ]
     return "\n\n".join(part for part in parts if part)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainctl.columns import printable
+
 NOTHING = "-"
 
 
@@ -56,7 +58,7 @@ def summarize(status: Mapping[str, Any]) -> Summary:
 
 def event_line(event: Mapping[str, Any]) -> str:
     """One line for an event of the log."""
-    return f"{event.get('kind', 'event')}: {event.get('text', '')}"
+    return printable(f"{event.get('kind', 'event')}: {event.get('text', '')}")
 
 
 def _number(value: object, form: str) -> str:

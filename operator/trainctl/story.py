@@ -14,6 +14,7 @@ from trainctl.cluster.refusals import ClusterError
 from trainctl.cluster.resources import JobRef, Object, core_path
 from trainctl.cluster.resources import follow as follow_all
 from trainctl.cluster.where import Where
+from trainctl.columns import printable
 from trainctl.describing import description
 from trainctl.merging import Ended, Merged
 from trainctl.output import Form, dumped, one_of_many, plain
@@ -35,7 +36,7 @@ def show_events(where: Where, name: str, *, follow: bool, form: Form | None) -> 
         events = job.events()
         entries = merged(events, log)
         if trouble and not (follow and form):
-            print(f"note: without the controller's event log: {trouble}", file=sys.stderr)
+            print(f"note: without the controller's event log: {printable(trouble)}", file=sys.stderr)
         if not follow:
             _print_all(entries, form)
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from trainctl.packing import Packed, pack_folder, pack_script, with_code
 
 GPU = "nvidia.com/gpu"
 _YAML = (".yaml", ".yml", ".json")
+_SHELL = (".sh", ".bash")
 _NAMED = 8
+_NO_TEXT = re.compile(r'[^"]*[\ud800-\udfff][^"]*')
 _NAME_PART = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
 _IMAGE = re.compile(
     r"(?:(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(?::\d+)?/)?"
@@ -89,14 +91,23 @@ class Prepared:
 
 def is_job_file(source: Path) -> bool:
     """Whether ``source`` holds a TrainingJob rather than being a script; ``-`` is standard input."""
-    return str(source) == "-" or source.suffix in _YAML
+    return str(source) == "-" or source.suffix.lower() in _YAML
 
 
 def prepare(asked: Submission, default_namespace: str) -> Prepared:
     """The job to send. Raises RequestError (SpecError for the job) with the remedy."""
+    _check_text(asked)
     if is_job_file(asked.source):
         return _from_file(asked, default_namespace)
     return _from_script(asked, default_namespace)
+
+
+def _check_text(asked: Submission) -> None:
+    """Raises RequestError for an argument of bytes that are no text, which Python has as surrogates."""
+    typed = [str(asked.source), asked.name, *asked.overrides, *asked.arguments, asdict(asked.flags)]
+    found = _NO_TEXT.search(json.dumps(typed, ensure_ascii=False))
+    if found:
+        raise RequestError(f"{found[0]!a}: it is no UTF-8 text, so that it cannot be sent")
 
 
 def _from_file(asked: Submission, default_namespace: str) -> Prepared:
@@ -114,6 +125,11 @@ def _from_script(asked: Submission, default_namespace: str) -> Prepared:
     if asked.source.is_dir() and not asked.no_code:
         raise RequestError(
             f"{asked.source}: it is a folder: name the script in it, and send all of it with --code {asked.source}"
+        )
+    if asked.source.suffix.lower() in _SHELL:
+        raise RequestError(
+            f"{asked.source}: a script is run by python: name the one that trains, or write a TrainingJob with "
+            f"entrypoint: [sh, {asked.source.name}] and send the folder with --code"
         )
     if not asked.name:
         raise RequestError(f"--name: a job from a script needs a name, such as --name {_suggested(asked.source)}")
@@ -151,6 +167,8 @@ def _container(flags: Flags) -> dict[str, Any]:
     """A memory request is also its limit; processor time is requested and not limited, since a limit only slows."""
     if flags.cpu is not None and not _is_cpu(flags.cpu):
         raise RequestError(f"--cpu {flags.cpu}: it is no number of processors: write 4, 0.5 or 500m")
+    if flags.gpus is not None and flags.gpus < 1:
+        raise RequestError(f"--gpus {flags.gpus}: write 1 or more, or leave it out for nodes without GPUs")
     if flags.image is not None and not _IMAGE.fullmatch(flags.image):
         raise RequestError(f'--image "{flags.image}": it is no image: write registry/name:tag')
     requests = {"cpu": flags.cpu, "memory": flags.memory}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from trainctl.columns import table
+from trainctl.columns import printable, table
 
 Object = Mapping[str, Any]
 
@@ -84,7 +84,7 @@ def timeline(entries: Iterable[Entry]) -> str:
 def line(entry: Entry) -> str:
     """One entry by itself, as ``--follow`` writes it."""
     time, source, kind, about, text = _cells(entry)
-    return f"{time}  {source:<10}  {kind}  {about}: {text}"
+    return printable(f"{time}  {source:<10}  {kind}  {about}: {text}")
 
 
 def stamp(time: float) -> str:

@@ -20,6 +20,7 @@ from typing import Any, Protocol, Self
 from outlast.errors import OutlastError
 from trainctl.catalogue import amount, locate
 from trainctl.child import INTERRUPTED, Interrupts, check_installed, lines
+from trainctl.terminal import is_drawable
 
 SAY_EVERY_S = 5.0
 """How often a plain view says how far it is."""
@@ -150,4 +151,4 @@ class _Drawn:
 def _choose_bar(as_json: bool, doing: str) -> AbstractContextManager[Bar]:
     if as_json:
         return nullcontext(_Silent())
-    return _Drawn(doing) if sys.stdout.isatty() else nullcontext(_Lines(doing))
+    return _Drawn(doing) if is_drawable() else nullcontext(_Lines(doing))

@@ -16,10 +16,11 @@ from trainctl.cluster.connection import Cluster
 from trainctl.cluster.controller import ControllerClient, controller_of
 from trainctl.cluster.refusals import ClusterError
 from trainctl.cluster.resources import JobRef, Object, follow, jobs_path
-from trainctl.columns import GAP, facts
+from trainctl.columns import GAP, facts, printable
 from trainctl.jobview import ENDED, job_cells, job_facts, job_table, node_table, phase_of, recovery_table, why
 from trainctl.merging import Ended, Merged
 from trainctl.output import Form, name_of, one_of_many, plain
+from trainctl.terminal import is_drawable
 
 LIVE_EVERY_S = 2.0
 """How often the controller says how far it is when nothing happens."""
@@ -142,7 +143,7 @@ def choose_view(form: Form | None) -> JobView:
     """The view for standard output."""
     if form in (Form.JSON, Form.YAML, Form.NAME):
         return ObjectView(form)
-    return LiveJobView() if sys.stdout.isatty() else PlainJobView()
+    return LiveJobView() if is_drawable() else PlainJobView()
 
 
 def page(moment: Moment, now: float) -> str:
@@ -150,7 +151,7 @@ def page(moment: Moment, now: float) -> str:
     parts = [facts(job_facts(moment.resource, moment.live, now)), recovery_table(moment.live)]
     parts.append(node_table(moment.live, ()) if moment.live else "")
     if moment.trouble and not moment.ended:
-        parts.append(f"(from the resource alone: {moment.trouble})")
+        parts.append(f"(from the resource alone: {printable(moment.trouble)})")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -199,11 +200,11 @@ class PlainJobView(_View):
         if news != self._said or (now - self._at >= SAY_EVERY_S and not moment.ended):
             self._said, self._at = news, now
             shown = [f"{name} {value}" for name, value in rows.items() if value != "-" and name != "job"]
-            print(", ".join(shown), flush=True)
+            print(printable(", ".join(shown)), flush=True)
         if moment.trouble != self._trouble and not moment.ended:
             self._trouble = moment.trouble
             if moment.trouble:
-                print(f"from the resource alone: {moment.trouble}", file=sys.stderr, flush=True)
+                print(f"from the resource alone: {printable(moment.trouble)}", file=sys.stderr, flush=True)
 
 
 class LiveJobView(_View):
@@ -242,7 +243,7 @@ def follow_jobs(cluster: Cluster, namespace: str | None, form: Form | None) -> N
     """Show the jobs of a namespace (None: of all) at each change, until interrupted."""
     wide, everywhere = form is Form.WIDE, namespace is None
     source = follow(cluster, jobs_path(namespace))
-    if form is None and sys.stdout.isatty():
+    if form is None and is_drawable():
         _follow_live(source, everywhere)
         return
     if form in (None, Form.WIDE):
@@ -253,7 +254,8 @@ def follow_jobs(cluster: Cluster, namespace: str | None, form: Form | None) -> N
             if known.get(uid) != item["metadata"]["resourceVersion"]:
                 known[uid] = item["metadata"]["resourceVersion"]
                 if form is None or form is Form.WIDE:
-                    print(GAP.join(job_cells(item, time.time(), namespaces=everywhere, wide=wide)), flush=True)
+                    cells = job_cells(item, time.time(), namespaces=everywhere, wide=wide)
+                    print(printable(GAP.join(cells)), flush=True)
                 else:
                     print(_changed(item, form), flush=True)
 

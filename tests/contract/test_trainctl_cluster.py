@@ -56,7 +56,9 @@ def resource(cluster: Lab, name: str = "small", namespace: str = "default") -> d
 
 
 def set_status(cluster: Lab, name: str, **status: Any) -> None:
-    patch = json.dumps({"status": status})
+    """As an operator that has seen the specification as it is."""
+    generation = resource(cluster, name)["metadata"]["generation"]
+    patch = json.dumps({"status": {"observedGeneration": generation, **status}})
     cluster.kubectl("patch", "trainingjob", name, "--subresource=status", "--type=merge", "-p", patch)
 
 
@@ -238,6 +240,9 @@ def test_following_a_submission_ends_with_the_job(cluster: Lab, trainctl: Trainc
             set_status(cluster, name, phase=phase, conditions=[condition])
             assert following.end() == status
             assert following.lines[-1].startswith(f"phase {phase}, why BecauseOf: it was so")
+        assert f"phase {phase}, why BecauseOf" in trainctl.ok("status", name, "--watch"), (
+            "that it was watched went well"
+        )
 
 
 def test_a_job_that_is_deleted_while_it_is_watched_is_told(cluster: Lab, trainctl: Trainctl) -> None:
@@ -305,8 +310,14 @@ def test_a_job_is_suspended_and_resumed(cluster: Lab, trainctl: Trainctl) -> Non
     assert 'after 1 s the TrainingJob "small" is not seen to be suspended: it is Pending' in done.err
     set_status(cluster, "small", phase="Suspended")
     assert trainctl.ok("suspend", "small", "--wait").endswith("small is Suspended\n")
+    assert json.loads(trainctl.ok("suspend", "small", "--wait", "-o", "json"))["status"]["phase"] == "Suspended"
     assert trainctl.ok("resume", "small", "-o", "name") == "trainingjob.outlast.dev/small\n"
     assert resource(cluster)["spec"]["suspend"] is False
+    set_status(cluster, "small", phase="Running")
+    done = trainctl("suspend", "small", "--wait", "--timeout", "1s")
+    assert (done.status, "it is Running" in done.err) == (1, True)
+    done = trainctl("resume", "small", "--wait", "--timeout", "1s")
+    assert (done.status, "is not seen to be resumed: it is Running" in done.err) == (1, True), "that was before"
     set_status(cluster, "small", phase="Failed")
     done = trainctl("resume", "small")
     assert done.status == 2
@@ -484,6 +495,22 @@ def test_who_impersonates_has_no_more_rights_than_whom(
         assert "small" in trainctl.ok("status", "--kubeconfig", str(weak)), "all groups count"
     finally:
         cluster.kubectl("delete", "clusterrole,clusterrolebinding", "read")
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "a?b"])
+@pytest.mark.parametrize("command", [["status"], ["-n", "x", "delete", "small"], ["submit", "job.yaml"]])
+def test_what_is_no_namespace_is_told(trainctl: Trainctl, command: list[str], name: str) -> None:
+    done = trainctl(*command, "-n", name)
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert f'"{name}" is no name of a namespace' in done.err
+
+
+def test_a_namespace_that_is_not_there_is_told(trainctl: Trainctl) -> None:
+    for more in ([], ["--dry-run=server"]):
+        done = trainctl("submit", "job.yaml", "-n", "nowhere", *more)
+        assert done.status == 1
+        assert 'there is no namespace "nowhere" in the cluster of context' in done.err
+        assert "make it (kubectl create namespace nowhere), or choose another with -n" in done.err
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "j?x", "Big", "a b"])

@@ -19,6 +19,7 @@ from outlast.checkpoint.store import open_store
 from outlast.errors import RequestError
 from outlast.local.storecheck import identity_of
 from outlast.snapshot.identity import Generation
+from trainctl.jobs import _with_value
 from trainctl.live import JsonView, PlainView
 from trainctl.status import event_line, summarize
 
@@ -139,6 +140,36 @@ def test_a_run_says_that_it_does_not_heed_suspend(job: Path) -> None:
 def test_the_version_is_the_packages(job: Path) -> None:
     done = _trainctl(["--version"], job.parent)
     assert (done.returncode, done.stdout) == (0, f"trainctl {version('outlast')}\n")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["submit", "job.yaml", "--dry-run"]])
+def test_output_that_nobody_takes_is_told_in_a_line(job: Path, arguments: list[str]) -> None:
+    command = [sys.executable, "-c", "from trainctl.main import run; run()", *arguments]
+    run: dict[str, Any] = {"cwd": job.parent, "env": ENV, "text": True, "stderr": subprocess.PIPE, "timeout": 60}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, check=False, **run)
+    assert (done.returncode, done.stderr) == (1, "trainctl: standard output: No space left on device\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run(command, stdout=closed, check=False, **run)
+    assert (done.returncode, done.stderr) == (1, ""), "who reads has gone: there is nothing to say"
+
+
+@pytest.mark.parametrize(
+    ("words", "taken"),
+    [
+        (["--dry-run"], "client"),
+        (["--dry-run", "client"], "client"),
+        (["--dry-run", "server", "--name", "x"], "server"),
+        (["--dry-run", "job.yaml"], "client"),
+        (["--dry-run=none", "client"], "none"),
+    ],
+)
+def test_a_dry_runs_value_is_no_argument_of_the_script(words: list[str], taken: str) -> None:
+    given = list(_with_value(words))
+    assert given[0] == f"--dry-run={taken}"
+    assert given[1:] == [word for word in words[1:] if word != taken]
 
 
 def test_summary_of_a_status() -> None:

@@ -281,6 +281,68 @@ def test_what_holds_for_all_pods_is_told_as_an_error(
             logs_of(_Cluster({"j-node-1": code, "j-head-0": code}), monkeypatch, None, **given)
 
 
+OLD, NEW = f"{T} [rank 0 attempt 1] old", f"{T} [rank 0 attempt 2] new"
+
+
+@pytest.mark.parametrize(
+    "output",
+    [{}, {"j-node-0": [OLD]}, {"j-node-1": [OLD]}, {"j-node-2": 500}],
+    ids=["quiet", "moved", "begun anew", "another cannot be read"],
+)
+@pytest.mark.parametrize("given", [{}, {"attempt": 2}])
+def test_a_rank_that_was_quiet_so_long_is_no_reason_to_look_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    output: dict[str, list[str] | int],
+    given: dict[str, Any],
+) -> None:
+    open_store(f"file://{tmp_path}/lab/j").put("logs/attempt-1/rank-0.log", b"stored\n")
+    logs_of(_Cluster(output, f"file://{tmp_path}"), monkeypatch, since="10s", **given)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "attempt-1" not in said.err
+
+
+def test_what_was_written_so_recently_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs_of(_Cluster({"j-node-1": [OLD, NEW]}), monkeypatch, since="10s")
+    assert capsys.readouterr() == ("new\n", "")
+    logs_of(_Cluster({"j-node-1": [OLD, NEW]}), monkeypatch, since="10s", previous=True)
+    assert capsys.readouterr() == ("old\n", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"since": "10s"}, "--since cannot be obeyed"),
+        ({"timestamps": True}, "--timestamps cannot be obeyed"),
+        ({"since": "10s", "timestamps": True}, "--since and --timestamps cannot be obeyed"),
+    ],
+)
+def test_that_stored_lines_have_no_times_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, given: Any, said: str
+) -> None:
+    open_store(f"file://{tmp_path}/lab/j").put("logs/attempt-1/rank-0.log", b"stored\n")
+    dead: dict[str, list[str] | int] = {f"j-node-{number}": 500 for number in range(3)}
+    logs_of(_Cluster(dead, f"file://{tmp_path}"), monkeypatch, **given)
+    told = capsys.readouterr()
+    assert told.out == "stored\n"
+    assert told.err.endswith(f"they are stored without their times, so that {said}\n")
+
+
+def test_stored_lines_end_where_ranks_ended_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = "10%\r20%\x0b\x1c\u2028rest\n\nlast\n"
+    open_store(f"file://{tmp_path}/lab/j").put("logs/attempt-2/rank-0.log", text.encode())
+    logs_of(_Cluster({}, f"file://{tmp_path}"), monkeypatch)
+    assert capsys.readouterr().out == text
+    logs_of(_Cluster({}, f"file://{tmp_path}"), monkeypatch, tail=1)
+    assert capsys.readouterr().out == "last\n"
+
+
 def test_a_head_that_cannot_be_read_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Unreadable, match="Pod j-head-0 cannot be read"):
         logs_of(_Cluster({"j-head-0": 500}), monkeypatch, None, head=True)
@@ -314,6 +376,27 @@ def test_what_is_followed_goes_on_from_the_last_second_in_utc() -> None:
 def test_following_ends_when_the_caller_may_not_read() -> None:
     with pytest.raises(Forbidden):
         next(following(_Cluster({"j-node-0": 403}), {}))
+
+
+class _Restarting(_Cluster):
+    """Its API server refuses every second stream, after the first."""
+
+    def lines(self, path: str, query: Mapping[str, object], **more: object) -> list[str]:
+        if len(self.asked) % 2:
+            self.asked.append("refused")
+            raise refusal(403, b"", Asked("GET", path, "lab"))
+        return super().lines(path, query, **more)
+
+
+@pytest.mark.timeout(30)
+def test_a_stream_that_is_refused_by_a_starting_api_server_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainctl.podlogs.AGAIN_S", 0.01)
+    cluster = _Restarting({"j-node-0": [f"{T} one"]})
+    lines = following(cluster, {})
+    assert next(lines) == ("j-node-0", f"{T} one")
+    cluster._output["j-node-0"] = [f"{T} one", "2026-11-27T12:00:00.6Z two"]
+    assert next(lines) == ("j-node-0", "2026-11-27T12:00:00.6Z two")
+    assert "refused" in cluster.asked
 
 
 # --- several sources as one -----------------------------------------------------------------------------------------

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,8 @@ from trainctl.cluster.refusals import (
 )
 from trainctl.cluster.resources import PATIENCE_S, Away, Note, follow, list_all
 from trainctl.cluster.where import Where
-from trainctl.completion import complete_jobs
+from trainctl.completion import PATIENCE_S as COMPLETION_S
+from trainctl.completion import complete_jobs, job_names
 from trainctl.main import run
 
 JOBS = "/apis/outlast.dev/v1alpha1/namespaces/team/trainingjobs"
@@ -85,7 +89,13 @@ def body(message: str, **details: Any) -> bytes:
             'there is no TrainingJob "x" in namespace "team" (context "lab"): `trainctl status -A`',
         ),
         (404, body('pods "x" not found', name="x", kind="pods"), ("GET", f"{PODS}/x"), Absent, 'pods "x" not found'),
-        (404, body('namespaces "t" not found', name="t", kind="namespaces"), ("POST", JOBS), Absent, 'namespaces "t"'),
+        (
+            404,
+            body('namespaces "t" not found', name="t", kind="namespaces"),
+            ("POST", JOBS),
+            Absent,
+            'there is no namespace "t" in the cluster of context "lab": make it (kubectl create namespace t), or',
+        ),
         (409, body("already exists"), ("POST", JOBS), Conflict, "already exists"),
         (410, body("too old"), ("GET", JOBS), Gone, "too old"),
         (422, body("spec.workers: minReplicas must be"), ("POST", JOBS), Invalid, "spec.workers: minReplicas must be"),
@@ -206,6 +216,29 @@ def test_of_several_kubeconfigs_the_wrong_one_is_named(home: Path, monkeypatch: 
         find_cluster(Where())
 
 
+@pytest.mark.parametrize("named", [None, "~", "~nobody-of-that-name"])
+def test_a_user_whom_nobody_knows_has_no_home(home: Path, monkeypatch: pytest.MonkeyPatch, named: str | None) -> None:
+    def unknown(who: object) -> pwd.struct_passwd:
+        raise KeyError(who)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    if named:
+        monkeypatch.setenv("KUBECONFIG", f"{named}/config")
+    with pytest.raises(RequestError, match=f"no kubeconfig was found: .*{named or '~'}/"):
+        find_cluster(Where())
+
+
+@pytest.mark.parametrize("name", ["..", "a?b", "a/b", "A", "a.b", "-a", "a-", "x" * 64])
+def test_what_can_name_no_namespace_is_refused(home: Path, name: str) -> None:
+    said = "is no name of a namespace: at most 63 of a-z"
+    with pytest.raises(RequestError, match=said):
+        Where(name)
+    contexts = [{"name": "here", "context": {"cluster": "c", "user": "u", "namespace": name}}]
+    with pytest.raises(RequestError, match=said):
+        find_cluster(Where(kubeconfig=write(home / "config", {**CONFIG, "contexts": contexts})))
+
+
 def plugin(command: str) -> dict[str, Any]:
     """A kubeconfig whose credentials a program says, on a port where nobody answers."""
     told = {"apiVersion": "client.authentication.k8s.io/v1", "command": command, "interactiveMode": "Never"}
@@ -257,6 +290,16 @@ def test_completion_is_silent_where_there_is_no_cluster(home: Path) -> None:
         parent = None
 
     assert complete_jobs(Line(), [], "") == []  # type: ignore[arg-type]
+
+
+def test_completion_gives_up_soon(home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        server = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{mute.getsockname()[1]}"}}
+        config = write(home / "config", {**CONFIG, "clusters": [server]})
+        began = time.monotonic()
+        with pytest.raises(Unreachable):
+            job_names(Where(kubeconfig=config))
+        assert time.monotonic() - began < 2 * COMPLETION_S
 
 
 def test_a_stream_that_breaks_off_gives_what_had_come() -> None:
@@ -319,8 +362,8 @@ Answer = OutlastError | list[dict[str, Any]]
 class _Server:
     """Answers with what it is told to, one after the other: a list's items, a watch's lines, or a refusal."""
 
-    def __init__(self, *answers: Answer) -> None:
-        self._answers = iter(answers)
+    def __init__(self, *answers: Answer, has_answered: bool = False) -> None:
+        self._answers, self.has_answered = iter(answers), has_answered
         self.asked: list[str] = []
 
     def get(self, path: str, query: object = None, *, verb: str = "") -> dict[str, Any]:
@@ -403,10 +446,57 @@ def test_an_api_server_that_has_never_answered_is_not_waited_for(slept: list[flo
     assert slept == []
 
 
+def test_an_api_server_that_has_answered_something_else_is_waited_for(slept: list[float]) -> None:
+    """As one that has just taken a deletion, which is then waited for."""
+    away = Unreachable("connection refused")
+    assert list(next(follow(_Server(away, [item("a")], has_answered=True), JOBS))) == ["a"]  # type: ignore[arg-type]
+    assert slept == [0.5]
+    with pytest.raises(Forbidden):
+        list(follow(_Server(ill(403, "list"), has_answered=True), JOBS))  # type: ignore[arg-type]
+
+
 def test_an_api_server_that_answers_is_waited_for_from_the_first_list_on(slept: list[float]) -> None:
     following = follow(_Server(ill(503, "list"), [item("a")]), JOBS)  # type: ignore[arg-type]
     assert list(next(following)) == ["a"]
     assert slept
+
+
+ADDED = {"type": "ADDED", "object": item("b")}
+REFUSALS = [ill(403, "list"), ill(401, "list"), refusal(404, b"404 page not found", Asked("GET", JOBS, "lab", "list"))]
+"""What a starting API server answers until it has read who may do what, and which definitions there are."""
+
+
+def test_an_api_server_that_starts_anew_is_waited_for_though_it_refuses(slept: list[float]) -> None:
+    watched = [ADDED], Unreachable("connection refused")
+    server = _Server([item("a")], *watched, *REFUSALS, [item("b")], ill(403, "watch"), [item("b")], [ADDED])
+    following = follow(server, JOBS)  # type: ignore[arg-type]
+    assert [sorted(next(following)) for _ in range(5)] == [["a"], ["a", "b"], ["b"], ["b"], ["b"]]
+    assert slept == [0.5, 1.0, 2.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize("refused", REFUSALS)
+def test_what_is_refused_for_good_is_told_in_the_end(slept: list[float], refused: OutlastError) -> None:
+    with pytest.raises(type(refused)):
+        list(follow(_Server([item("a")], [ADDED], *[refused] * 100), JOBS))  # type: ignore[arg-type]
+    assert PATIENCE_S < sum(slept) < PATIENCE_S + 10
+
+
+@pytest.mark.parametrize("refused", REFUSALS)
+@pytest.mark.parametrize("listed", [[], [[item("a")]]])
+def test_what_was_never_allowed_is_told_at_once(
+    slept: list[float], listed: list[Answer], refused: OutlastError
+) -> None:
+    with pytest.raises(type(refused)):
+        list(follow(_Server(*listed, refused), JOBS))  # type: ignore[arg-type]
+    assert slept == []
+
+
+def test_a_watch_that_ends_at_once_is_not_asked_for_at_once(slept: list[float]) -> None:
+    server = _Server([item("a")], [], [], [], [ADDED], [], ill(403, "watch"))
+    following = follow(server, JOBS)  # type: ignore[arg-type]
+    assert [sorted(next(following)) for _ in range(2)] == [["a"], ["a", "b"]]
+    assert slept == [0.5, 1.0, 2.0]
+    assert server.asked == ["list", "watch", "watch", "watch", "watch"]
 
 
 @pytest.mark.parametrize("words", [["status", "x", "--watch"], ["status", "--watch"]])

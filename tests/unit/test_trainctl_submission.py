@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,13 @@ def test_there_is_a_rank_for_each_gpu_unless_told_otherwise(flags: Flags, ranks:
             {"overrides": ("workers.template.spec.containers=[{name: outlast, command: [sh]}]",)},
             "spec.workers.template.spec.containers[0].command: ",
         ),
+        ({"flags": Flags(gpus=0)}, "--gpus 0: write 1 or more, or leave it out for nodes without GPUs"),
+        ({"source": Path("run.sh")}, "run.sh: a script is run by python: name the one that trains, or write a Train"),
+        ({"source": Path("run.SH"), "no_code": True}, "entrypoint: [sh, run.SH] and send the folder with --code"),
+        ({"name": "\udce9"}, "'\\udce9': it is no UTF-8 text, so that it cannot be sent"),
+        ({"arguments": ("--a", 'q"\udce9')}, "\\udce9': it is no UTF-8 text"),
+        ({"overrides": ("workers.replicas=\udce9",)}, "'workers.replicas=\\udce9': it is no UTF-8 text"),
+        ({"flags": Flags(env=("A=\udce9",))}, "'A=\\udce9': it is no UTF-8 text"),
         ({"name": "1abc"}, 'metadata.name: "1abc" must begin with a letter, as the name of its Service does'),
         ({"flags": Flags(cpu="abc")}, "--cpu abc: it is no number of processors: write 4, 0.5 or 500m"),
         ({"flags": Flags(cpu="0")}, "--cpu 0: it is no number of processors"),
@@ -179,6 +188,30 @@ def test_flags_do_not_go_with_a_file(given: dict[str, Any], said: str) -> None:
         prepare(Submission(Path("job.yaml"), JOB, **given), "default")
 
 
+def test_a_file_is_known_by_its_ending_in_either_case() -> None:
+    assert prepare(Submission(Path("JOB.YAML"), JOB), "default").name == "small"
+
+
+PAIRS = tuple(zip("bcdefghij", "abcdefghi", strict=True))
+LEVELS = "".join(f"\n  {name}: &{name} [{', '.join([f'*{below}'] * 9)}]" for name, below in PAIRS)
+MERGES = "".join(f"\n  {name}: &{name} {{<<: [{', '.join([f'*{below}'] * 9)}]}}" for name, below in PAIRS)
+
+
+@pytest.mark.parametrize("bomb", [f"\n  a: &a [lol]{LEVELS}\n", f"\n  a: &a {{x: y}}{MERGES}\n"])
+def test_aliases_that_repeat_each_other_without_measure_are_refused(bomb: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(SpecError, match=r"^job.yaml: it holds more than 50000 values, those that aliases repeat"):
+        prepare(Submission(Path("job.yaml"), f"{JOB}{bomb}"), "default")
+    assert time.monotonic() - began < 5
+
+
+def test_aliases_are_read_as_yaml_has_them() -> None:
+    text = JOB.replace("[python, train.py]", "&words [python, &script train.py, *script]")
+    assert prepare(Submission(Path("job.yaml"), text), "default").job["spec"]["entrypoint"][1:] == ["train.py"] * 2
+    with pytest.raises(SpecError, match="holds itself, by an alias"):
+        prepare(Submission(Path("job.yaml"), JOB.replace("[python", "&words [*words")), "default")
+
+
 def test_wrong_yaml_is_told_with_its_fields() -> None:
     with pytest.raises(SpecError) as refused:
         prepare(Submission(Path("job.yaml"), JOB.replace("recovery", "recoverry")), "default")
@@ -245,6 +278,38 @@ def test_a_folder_keeps_its_paths_and_modes_and_leaves_out_what_nobody_wants(tmp
     assert config["data"]["lib_model.py.2"] == "lib_model.py"
     assert base64.b64decode(config["binaryData"]["lib_weights.bin"]) == b"\xff\x00"
     assert config["metadata"]["namespace"] == "team"
+
+
+def test_what_holds_control_characters_is_sent_as_binary() -> None:
+    files = (CodeFile("text", b"\ta\r\n\xc3\xa9"), CodeFile("zeros", b"\0" * 1000), CodeFile("latin", b"\xe9"))
+    config = Packed(files).config_map("x", "default")
+    assert config["data"] == {"text": "\ta\r\n\xe9"}
+    assert base64.b64decode(config["binaryData"]["zeros"]) == b"\0" * 1000
+    assert set(config["binaryData"]) == {"zeros", "latin"}
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train.py").write_text("")
+    (tmp_path / "lib").mkdir()
+    read = os.scandir
+
+    def scan(path: str) -> Any:
+        if path.endswith("lib"):
+            raise PermissionError(13, "Permission denied", path)
+        return read(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(RequestError, match=f"^{tmp_path}/lib: Permission denied$"):
+        pack_folder(tmp_path)
+
+
+def test_a_file_whose_name_is_no_text_is_told(tmp_path: Path) -> None:
+    script = tmp_path / os.fsdecode(b"caf\xe9.py")
+    script.write_text("")
+    said = r"the name 'caf\\udce9.py' is no UTF-8 text: give the file another one"
+    for pack in (lambda: pack_script(script), lambda: pack_folder(tmp_path)):
+        with pytest.raises(RequestError, match=said):
+            pack()
 
 
 def test_other_code_has_another_name() -> None:

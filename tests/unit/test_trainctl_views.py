@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import yaml
 
-from trainctl.columns import facts, section, table
+from trainctl.columns import facts, printable, section, table
 from trainctl.describing import description, spec_facts
 from trainctl.jobview import job_facts, job_table, node_table, pod_state, recovery_table, wall, why
 from trainctl.lifecycle import what_goes
 from trainctl.output import Form, dumped
+from trainctl.showing import job_page
+from trainctl.status import event_line
 from trainctl.timeline import Entry, line, merged, of_controller, of_kubernetes, timeline
+from trainctl.watching import Moment, PlainJobView, page
 
 NOW = wall("2026-11-27T12:00:00Z")
 
@@ -304,6 +307,41 @@ def test_columns_are_as_wide_as_what_is_in_them() -> None:
     assert facts([("a", "1\n2"), ("long", "")]) == "a      1\n       2\nlong   -"
     assert section("T", "") == ""
     assert section("T", "a\nb") == "T\n  a\n  b"
+
+
+HOSTILE = "\x1b]0;title\x07\x1b[2Jone\r\ntwo\x9b\u202e\ud800"
+SHOWN = r"\x1b]0;title\x07\x1b[2Jone two\x9b\u202e\ud800"
+
+
+def test_a_terminal_does_not_obey_what_others_have_written() -> None:
+    assert printable(HOSTILE) == SHOWN
+    assert printable("é 日本 👩\u200d🔬") == "é 日本 👩\u200d🔬"
+    condition = {**dict.fromkeys(("type", "reason"), "Ready"), "status": "False", "message": HOSTILE}
+    failure = {"cause": "rank-exit", "message": HOSTILE}
+    told = {"conditions": [condition], "failures": [failure], "phase": "Pending"}
+    resource = {"metadata": {"name": "x"}, "spec": {"entrypoint": ["python", HOSTILE]}, "status": told}
+    event = of_controller({"time": 0.0, "kind": "failed", "text": HOSTILE})
+    live = {"nodes": {"0": {"node": "x-node-0", "state": "lost", "reason": HOSTILE}}}
+    texts = [
+        description(resource, [], None, HOSTILE, [event], 0.0),
+        job_page(resource, None, HOSTILE, [], 0.0),
+        page(Moment(resource, None, HOSTILE), 0.0),
+        node_table(live, []),
+        line(event),
+        event_line({"kind": "failed", "text": HOSTILE}),
+    ]
+    for text in texts:
+        assert SHOWN in text
+        assert all(letter.isprintable() or letter == "\n" for letter in text)
+
+
+def test_lines_of_a_job_that_is_watched_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
+    condition = {"type": "Ready", "status": "False", "reason": "NoNodes", "message": HOSTILE}
+    resource = {"metadata": {"name": "x"}, "spec": {}, "status": {"conditions": [condition]}}
+    PlainJobView().show(Moment(resource, None, HOSTILE))
+    said = capsys.readouterr()
+    assert SHOWN in said.out
+    assert said.err == f"from the resource alone: {SHOWN}\n"
 
 
 # --- YAML -----------------------------------------------------------------------------------------------------------

@@ -64,16 +64,23 @@ class Lines:
 
 
 class Cluster:
-    """One API server, asked as one context of a kubeconfig says. Threads may share it."""
+    """One API server, asked as one context of a kubeconfig says. Threads may share it.
 
-    def __init__(self, where: Where) -> None:
+    ``patience_s``: each request is made once, and connecting and the answer's beginning take no longer together.
+    """
+
+    def __init__(self, where: Where, *, patience_s: float | None = None) -> None:
         found = find_cluster(where)
         self.context, self.namespace = found.context, found.namespace
         self._impersonated = found.impersonated
         self.configuration = found.configuration
-        self.configuration.retries = urllib3.Retry(total=1, redirect=2, backoff_factor=0.1)
+        self._patience_s = patience_s
+        retries = 1 if patience_s is None else 0
+        self.configuration.retries = urllib3.Retry(total=retries, redirect=2, backoff_factor=0.1)
         self.configuration.connection_pool_maxsize = THREADS
         self._client = ApiClient(self.configuration)
+        self.has_answered = False
+        """Whether anything that was asked of it has gone well: it was there, and may be away for a while."""
 
     def __enter__(self) -> Self:
         return self
@@ -130,9 +137,10 @@ class Cluster:
         headers.update({"Accept": "application/json, */*", "Content-Type": content})
         given = {name: value for name, value in (query or {}).items() if value is not None}
         address = f"{url}?{urlencode(given)}" if given else url
+        limit_s = (CONNECT_S, read_s) if self._patience_s is None else self._patience_s
         try:
             answer: urllib3.BaseHTTPResponse = self._client.rest_client.request(
-                method, address, headers=headers, body=body, _request_timeout=(CONNECT_S, read_s)
+                method, address, headers=headers, body=body, _request_timeout=limit_s
             ).response
             if answer.status >= 400:
                 raise refusal(answer.status, answer.read(), Asked(method, path, self.context, verb))
@@ -142,6 +150,7 @@ class Cluster:
             raise unreachable(self.server, self.context, _one_line(error.reason)) from error
         except (OSError, UnicodeError) as error:  # a certificate's file that is not there, a host that is no name
             raise unreachable(self.server, self.context, _one_line(error)) from error
+        self.has_answered = True
         return answer
 
     def _json(self, answer: urllib3.BaseHTTPResponse) -> Json:

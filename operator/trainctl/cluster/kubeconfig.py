@@ -21,7 +21,7 @@ from kubernetes.config.incluster_config import load_incluster_config
 from kubernetes.config.kube_config import KubeConfigLoader, KubeConfigMerger
 
 from outlast.errors import RequestError
-from trainctl.cluster.where import Where
+from trainctl.cluster.where import Where, check_namespace
 
 IN_CLUSTER = "in-cluster"
 """What the context is called where a Pod's own account is used."""
@@ -38,6 +38,9 @@ class Found:
     context: str
     namespace: str
     impersonated: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_namespace(self.namespace)
 
 
 def find_cluster(where: Where, *, credentials: bool = True) -> Found:
@@ -73,8 +76,8 @@ def _files(where: Where) -> list[Path]:
         if not where.kubeconfig.exists():
             raise RequestError(f"--kubeconfig {where.kubeconfig}: there is no such file")
         return [where.kubeconfig]
-    named = [Path(part).expanduser() for part in os.environ.get("KUBECONFIG", "").split(os.pathsep) if part]
-    files = [path for path in named or [Path.home() / ".kube" / "config"] if path.exists()]
+    named = [_expanded(part) for part in os.environ.get("KUBECONFIG", "").split(os.pathsep) if part]
+    files = [path for path in named or [_expanded("~/.kube/config")] if path.exists()]
     if not files and "KUBERNETES_SERVICE_HOST" not in os.environ:
         where_to = f"KUBECONFIG names {', '.join(map(str, named))}" if named else "there is none at ~/.kube/config"
         raise RequestError(
@@ -82,6 +85,11 @@ def _files(where: Where) -> list[Path]:
             "(--kubeconfig, or KUBECONFIG)"
         )
     return files
+
+
+def _expanded(path: str) -> Path:
+    """With the home in place of ~; as it is where there is none, as of a user whom nobody knows."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises there)
 
 
 def _merged(files: list[Path]) -> tuple[Any, Any]:

@@ -158,6 +158,11 @@ def _not_found(told: Mapping[str, Any], message: str, asked: Asked) -> OutlastEr
             f'there is no TrainingJob "{name}" in namespace "{_namespace(asked.path)}" (context "{asked.context}"): '
             "`trainctl status -A` lists all there are"
         )
+    if kind == "namespaces":
+        return Absent(
+            f'there is no namespace "{name}" in the cluster of context "{asked.context}": make it (kubectl create '
+            f"namespace {name}), or choose another with -n"
+        )
     return Absent(message)
 
 

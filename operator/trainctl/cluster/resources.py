@@ -15,7 +15,18 @@ from typing import Any
 from outlast.errors import RequestError
 from outlast.kube import JOB_LABEL, ROLE_LABEL, TOKEN_KEY, secret_name
 from trainctl.cluster.connection import Cluster, Json, Query
-from trainctl.cluster.refusals import Absent, ClusterError, Gone, Unreachable, Unwell, is_unwell
+from trainctl.cluster.refusals import (
+    Absent,
+    ClusterError,
+    Forbidden,
+    Gone,
+    NotInstalled,
+    Unauthorized,
+    Unreachable,
+    Unwell,
+    is_unwell,
+)
+from trainctl.columns import printable
 
 JOBS_API = "/apis/outlast.dev/v1alpha1"
 PAGE = 500
@@ -23,8 +34,12 @@ PAGE = 500
 WATCH_S, QUIET_S = 240, 270.0
 """How long the server keeps a watch, and when silence means that it is lost."""
 PATIENCE_S = 60.0
-"""How long a follower asks an API server that does not answer, or is not well."""
+"""How long a follower asks an API server that does not answer, is not well, or refuses what it allowed before."""
+BRIEF_S = 1.0
+"""A watch that ends sooner and has brought nothing is not asked for again at once."""
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0)
+_REFUSALS = (Unauthorized, Forbidden, NotInstalled)
+"""What a starting API server answers until it has read who may do what, and which definitions there are."""
 
 Object = Mapping[str, Any]
 NAME = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
@@ -152,8 +167,8 @@ def _listed(cluster: Cluster, path: str, query: Query) -> tuple[list[Json], str]
 def follow(cluster: Cluster, path: str, query: Query | None = None) -> Iterator[dict[str, Json]]:
     """All objects of a list by uid, now and after each change, for as long as they are asked for.
 
-    An API server that goes away, or is unwell, is asked again for ``PATIENCE_S``; then its error is raised, and at once
-    when it refuses or there was never an answer.
+    An API server that goes away, is unwell, or refuses what it allowed before, is asked again for ``PATIENCE_S``; then
+    its error is raised, and at once when it refuses from the beginning or there was never an answer.
     """
     away, listed = Away(), False
     while True:
@@ -172,8 +187,10 @@ def follow(cluster: Cluster, path: str, query: Query | None = None) -> Iterator[
         except Gone:
             continue
         except Unreachable as error:
-            if not (listed or isinstance(error, Unwell)):
+            if not (listed or cluster.has_answered or isinstance(error, Unwell)):
                 raise
+            away.wait_or_raise(error)
+        except _REFUSALS as error:
             away.wait_or_raise(error)
 
 
@@ -181,7 +198,11 @@ def _changes(cluster: Cluster, path: str, query: Query, version: str, away: Away
     """One watch after another. Raises Gone when it came too late."""
     while True:
         asked = {**query, "watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": WATCH_S}
-        for line in cluster.lines(path, {**asked, "resourceVersion": version}, verb="watch", quiet_s=QUIET_S):
+        began, silent = time.monotonic(), True
+        lines = cluster.lines(path, {**asked, "resourceVersion": version}, verb="watch", quiet_s=QUIET_S)
+        away.allowed = True
+        for line in lines:
+            silent = False
             try:
                 change = json.loads(line)
             except ValueError:
@@ -192,7 +213,10 @@ def _changes(cluster: Cluster, path: str, query: Query, version: str, away: Away
             version = change["object"]["metadata"]["resourceVersion"]
             if change["type"] != "BOOKMARK":
                 yield change["type"], change["object"]
-        away.over()
+        if silent and time.monotonic() - began < BRIEF_S:
+            away.pause()
+        else:
+            away.over()
 
 
 def _watch_error(status: Object) -> ClusterError:
@@ -209,7 +233,7 @@ class Note:
         self._clock, self._lock = clock, threading.Lock()
         self._said_at = float("-inf")
 
-    def say(self, error: Unreachable) -> None:
+    def say(self, error: ClusterError) -> None:
         """Say it, unless that was done a moment ago."""
         with self._lock:
             now = self._clock()
@@ -217,7 +241,9 @@ class Note:
                 return
             self._said_at = now
         print(
-            f"note: the API server is asked again, for {PATIENCE_S:.0f} s at most: {error}", file=sys.stderr, flush=True
+            f"note: the API server is asked again, for {PATIENCE_S:.0f} s at most: {printable(str(error))}",
+            file=sys.stderr,
+            flush=True,
         )
 
 
@@ -225,7 +251,8 @@ _note = Note()
 
 
 class Away:
-    """Patience with an API server that does not answer, or is not well."""
+    """Patience with an API server that does not answer, is not well, or refuses although it is ``allowed``: known to
+    have done what is asked of it."""
 
     def __init__(
         self,
@@ -233,20 +260,27 @@ class Away:
         pause: Callable[[float], None] = time.sleep,
         note: Note = _note,
     ) -> None:
-        self._clock, self._pause, self._note = clock, pause, note
+        self._clock, self._sleep, self._note = clock, pause, note
         self._since: float | None = None
         self._times = 0
+        self.allowed = False
 
     def over(self) -> None:
         """It answers."""
-        self._since, self._times = None, 0
+        self._since, self._times, self.allowed = None, 0, True
 
-    def wait_or_raise(self, error: Unreachable) -> None:
-        """Pause, a little longer each time; raise ``error`` when it has been too long."""
+    def wait_or_raise(self, error: ClusterError) -> None:
+        """Pause; raise ``error`` when it has been too long, and a refusal at once where nothing was allowed yet."""
+        if isinstance(error, _REFUSALS) and not self.allowed:
+            raise error
         now = self._clock()
         self._since = now if self._since is None else self._since
         if now - self._since > PATIENCE_S:
             raise error
         self._note.say(error)
-        self._pause(_PAUSES_S[min(self._times, len(_PAUSES_S) - 1)])
+        self.pause()
+
+    def pause(self) -> None:
+        """Pause, a little longer each time until it answers."""
+        self._sleep(_PAUSES_S[min(self._times, len(_PAUSES_S) - 1)])
         self._times += 1
