@@ -34,12 +34,13 @@ CALLS_S = 20.0
 class Done:
     """How far a plan's actions came: ``error`` ended them, or kept more from being made; ``calls_failed`` did not.
     ``objection``: why the job's controller will not do what it was asked, "" when it objects to nothing; ``made``: the
-    names of what was."""
+    names of what was; ``calls_left``: those that were not made."""
 
     error: ApiError | None = None
     calls_failed: int = 0
     objection: str = ""
     made: tuple[str, ...] = ()
+    calls_left: int = 0
 
 
 @dataclass
@@ -50,6 +51,7 @@ class _Tally:
     refused: ApiError | None = None
     kept: ApiError | None = None
     calls_failed: int = 0
+    calls_left: int = 0
     objection: str = ""
     calls_end: float | None = None
     made: list[str] = field(default_factory=list)
@@ -63,6 +65,7 @@ class _Tally:
         self.calls_end = now + CALLS_S if self.calls_end is None else self.calls_end
         late = now >= self.calls_end
         self.calls_failed += late
+        self.calls_left += late
         return late
 
     def call_failed(self, error: CallFailed) -> None:
@@ -91,7 +94,9 @@ class _Tally:
         """``error`` ended the pass."""
         if error is None and self.kept is not None and verdict(self.kept) is Verdict.RETRY:
             error = self.kept
-        return Done(error or self.refused or self.kept, self.calls_failed, self.objection, tuple(self.made))
+        return Done(
+            error or self.refused or self.kept, self.calls_failed, self.objection, tuple(self.made), self.calls_left
+        )
 
 
 class Applier:
@@ -147,7 +152,7 @@ class Applier:
         if kind is POD:
             self._expectations.created(key, name, self._clock.monotonic())
         try:
-            self._cluster.create(kind, key.namespace, obj)
+            made = self._cluster.create(kind, key.namespace, obj)
         except ApiError as error:
             if 400 <= error.status < 500 or WEBHOOK in error.message:
                 self._expectations.seen(key, name)  # it was not made; without a clear answer it may have been
@@ -155,6 +160,21 @@ class Applier:
                 self._check_owner(key, kind, obj)
             raise
         log.info("created job=%s kind=%s name=%s", key, kind.name, name)
+        if kind is POD:
+            self._check_labels(key, obj, made)
+
+    def _check_labels(self, key: Key, wanted: Object, made: Object) -> None:
+        """A Pod whose labels somebody's admission has changed would never be seen in the caches: it is deleted again.
+        Raises ApiError that says so."""
+        found = made["metadata"].get("labels") or {}
+        changed = [label for label, value in wanted["metadata"]["labels"].items() if found.get(label) != value]
+        if not changed:
+            return
+        name = made["metadata"]["name"]
+        self._cluster.delete(POD, key.namespace, name, made["metadata"]["uid"], None)
+        self._expectations.seen(key, name)
+        text = f"admission changes its label {changed[0]}, by which the operator knows its Pods: exempt them"
+        raise ApiError("create", f"Pod {name}", 403, "Forbidden", text)
 
     def _check_owner(self, key: Key, kind: Kind, obj: Object) -> None:
         """Raises ApiError when the object of that name is not, and will not be, this job's. One of a job of the same

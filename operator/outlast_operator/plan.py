@@ -86,7 +86,7 @@ def _matters(status: TrainingJobStatus) -> tuple[object, ...]:
 
 
 def _start(start: StartStatus) -> tuple[object, ...]:
-    return (start.failures, start.since, start.retry_time)
+    return (start.failures, start.since, start.attempts, start.retry_time)
 
 
 def _again_in(decision: Decision, now: float) -> float | None:

@@ -297,7 +297,10 @@ class Poller:
 
 def read_answer(text: bytes) -> Any:
     """A controller's JSON; numbers that no status can say, such as a loss that is NaN, are null. Raises ValueError."""
-    return json.loads(text, parse_float=_finite, parse_int=_whole, parse_constant=lambda _: None)
+    try:
+        return json.loads(text, parse_float=_finite, parse_int=_whole, parse_constant=lambda _: None)
+    except RecursionError as error:
+        raise ValueError("the answer is nested too deeply") from error
 
 
 def _finite(text: str) -> float | None:
@@ -313,5 +316,5 @@ def _said(text: bytes) -> str:
     """Why a request was refused: the answer's ``error``, or all of it."""
     try:
         return str(json.loads(text)["error"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return text[:200].decode(errors="replace")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Protocol
@@ -19,10 +19,10 @@ from outlast.kube import MANAGED_BY, MANAGED_BY_LABEL
 from outlast_operator.applying import Applier, Done
 from outlast_operator.caches import Caches
 from outlast_operator.cluster import Cluster
-from outlast_operator.expectations import Expectations, Outstanding
+from outlast_operator.expectations import Expectations
 from outlast_operator.kinds import JOB, POD
-from outlast_operator.model import Apply, Create, Happening, Key, Object, Observed, Plan, Trouble
-from outlast_operator.pods import index_of, owned_by
+from outlast_operator.model import Happening, Key, Object, Observed, Plan, Trouble
+from outlast_operator.pods import index_of, owned_by, owner_uid
 from outlast_operator.poller import Poller, Target
 from outlast_operator.refusals import ApiError, Verdict, reason_of, verdict
 from outlast_operator.statuswrite import Pace, patch_of
@@ -55,8 +55,11 @@ class Passed:
 
 @dataclass
 class _Memory:
+    """``puzzled_since``: since when no plan can be made with what the controller says."""
+
     pace: Pace
     trouble: Trouble | None = None
+    puzzled_since: float | None = None
     objection: str = ""
 
 
@@ -83,23 +86,17 @@ class Reconciler:
 
     def reconcile(self, key: Key) -> Passed:
         """One pass. Raises ApiError when the API server did not take what a later pass may have it take."""
-        missing = self._missing(key)  # before anything is read: what arrives in between must be in what is read
-        relabelled = self._relabelled(key, missing.pods) if missing is not None and missing.overdue else None
-        if missing is not None and relabelled is None:
+        if self._is_behind(key):  # before anything is read: what arrives in between must be in what is read
             return Passed(again_in_s=LOOK_AGAIN_S)
         observed = self._observe(key)
         if observed is None:
             return self._forget(key)
         plan, observed = self._decided(observed)
-        if relabelled is None:
-            done = self._applier.do(key, observed.raw, plan.actions)
-        else:  # nothing more is made that would not be seen either
-            rest = [action for action in plan.actions if not isinstance(action, Create | Apply)]
-            done = self._applier.do(key, observed.raw, rest)
-            done = replace(done, error=done.error or relabelled)
+        done = self._applier.do(key, observed.raw, plan.actions)
         if done.error is not None and verdict(done.error) is not Verdict.REFUSED:
             raise done.error
-        self._memory(key).objection = done.objection
+        memory = self._memory(key)
+        memory.objection = done.objection or (memory.objection if done.calls_left else "")
         plan = self._with_trouble(observed, plan, done)
         wait_s = self._write_status(observed, plan)
         self._recorder.tell(observed.raw, plan.happenings)
@@ -134,30 +131,31 @@ class Reconciler:
     def _decided(self, observed: Observed) -> tuple[Plan, Observed]:
         """The plan, and what it was made of: a controller whose answer no plan can be made with counts as silent."""
         try:
-            return self._decide(observed, self._clock.wall()), observed
+            plan = self._decide(observed, self._clock.wall())
+            if observed.controller.status is not None:
+                self._memory(observed.key).puzzled_since = None
+            return plan, observed
         except Exception as error:
             if observed.controller.status is None:
                 raise
             log.exception("answer-not-understood job=%s pod=%s", observed.key, observed.controller.pod)
-            since = observed.controller.failing_since or self._clock.wall()
+            memory = self._memory(observed.key)
+            since = memory.puzzled_since = memory.puzzled_since or self._clock.wall()
             trouble = f"its answer is not understood: {error!r}"
             silent = replace(observed.controller, status=None, failing_since=since, trouble=trouble)
             observed = replace(observed, controller=silent)
             return self._decide(observed, self._clock.wall()), observed
 
-    def _missing(self, key: Key) -> Outstanding | None:
-        """What earlier passes wrote and the cache lacks."""
+    def _is_behind(self, key: Key) -> bool:
+        """Whether the cache lacks what earlier passes wrote; what is overdue is asked for at the API server."""
         job = self._caches.job(key)
         if job is None:
-            return None
+            return False
         has_pod = self._caches.has_pod(key.namespace)
-        return self._expectations.outstanding(key, version_of(job), has_pod, self._clock.monotonic())
-
-    def _relabelled(self, key: Key, pods: Iterable[str]) -> ApiError | None:
-        """Asks the API server for Pods that are overdue. One without the labels that the caches go by, which somebody's
-        admission has changed, will never be seen: it is deleted, and the answer says so."""
-        found: ApiError | None = None
-        for name in sorted(pods):
+        missing = self._expectations.outstanding(key, version_of(job), has_pod, self._clock.monotonic())
+        if missing is None:
+            return False
+        for name in sorted(missing.pods) if missing.overdue else ():
             try:
                 pod = self._cluster.get(POD, key.namespace, name)
             except ApiError as error:
@@ -165,15 +163,13 @@ class Reconciler:
                     raise
                 self._expectations.seen(key, name)
                 continue
-            if (pod["metadata"].get("labels") or {}).get(MANAGED_BY_LABEL) == MANAGED_BY:
-                log.warning("cache-behind job=%s pod=%s", key, name)
-                continue
-            self._applier.may_write()
-            self._cluster.delete(POD, key.namespace, name, pod["metadata"]["uid"], None)
-            self._expectations.seen(key, name)
-            text = f"admission changes its label {MANAGED_BY_LABEL}, by which the operator knows its Pods: exempt them"
-            found = found or ApiError("create", f"Pod {name}", 403, "Forbidden", text)
-        return found
+            log.warning("cache-behind job=%s pod=%s", key, name)
+            hidden = (pod["metadata"].get("labels") or {}).get(MANAGED_BY_LABEL) != MANAGED_BY
+            if hidden and owner_uid(pod) == job["metadata"]["uid"]:  # its creation was not answered, and it is no use
+                self._applier.may_write()
+                self._cluster.delete(POD, key.namespace, name, pod["metadata"]["uid"], None)
+                self._expectations.seen(key, name)
+        return True
 
     def _with_trouble(self, observed: Observed, plan: Plan, done: Done) -> Plan:
         """The plan whose status is written: after a refusal one that knows of it, and has made no Pods."""

@@ -93,12 +93,15 @@ def full_roster(sight: Sight) -> Roster:
 
 
 def head_alone(sight: Sight) -> Roster:
-    """A head for the nodes that there are, which are left as they are."""
+    """A head for the nodes that there are, which are left as they are; any other head goes."""
     draft = _Draft(next_index(sight))
     head = _head(sight, draft)
+    others = [pod for pod in sight.pods if pod.role == kube.HEAD_ROLE and pod.name != head]
+    draft.deletes = [_delete(pod) for pod in others if not pod.ended and not pod.deleting]
     made = draft.next_pod if sight.trouble is None else next_index(sight)
     told = () if sight.trouble is not None else tuple(draft.happenings)
-    return Roster(head, made, tuple(draft.creates), happenings=told, again_at=min(draft.waits, default=None))
+    waits = min(draft.waits, default=None)
+    return Roster(head, made, tuple(draft.creates), tuple(draft.deletes), told, waits)
 
 
 def empty_roster(sight: Sight) -> tuple[Action, ...]:

@@ -132,8 +132,9 @@ class Sight:
         if self.heard is None or self.controller.failing_since is not None:
             return {}
         since, states = self.heard.lost_since, self.heard.states
-        known = sum(pod.name in states for pod in self.nodes if not pod.ended and not pod.deleting)
-        found = {pod.name: since[pod.name] + SILENT_S for pod in self.nodes if pod.ready and pod.name in since}
+        counted = [pod for pod in self.nodes if not pod.ended and not pod.deleting]
+        known = sum(pod.name in states for pod in counted)
+        found = {pod.name: since[pod.name] + SILENT_S for pod in counted if pod.ready and pod.name in since}
         return found if 2 * len(found) < known else {}
 
     def _why_lost(self, pod: Pod) -> str:

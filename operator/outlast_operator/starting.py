@@ -67,7 +67,9 @@ def gather(sight: Sight) -> Gathering:
     if here >= least:
         return Gathering(Course.GO_ON, StartStatus(), _word(hindrance, here, least))
     began = now if since is None else since
-    waiting = StartStatus(failures=start.failures, since=start.since if since is not None else written(now))
+    attempts = start.attempts if since is not None else _attempts(sight)
+    text = start.since if since is not None else written(now)
+    waiting = StartStatus(failures=start.failures, since=text, attempts=attempts)
     limit = sight.job.spec.recovery.start_timeout
     if now - began < limit:
         return Gathering(Course.GO_ON, waiting, _word(hindrance, here, least), began + limit)
@@ -75,8 +77,12 @@ def gather(sight: Sight) -> Gathering:
 
 
 def _started_since(sight: Sight) -> bool:
-    """Whether ranks were started after the status was written: nodes are lacking again, not still."""
-    return sight.heard is not None and sight.heard.count(sight.heard.status, "attempts") > sight.old.attempt
+    """Whether ranks were started after nodes were found lacking: they are lacking again, not still."""
+    return _attempts(sight) > sight.old.start.attempts
+
+
+def _attempts(sight: Sight) -> int:
+    return sight.heard.count(sight.heard.status, "attempts") if sight.heard is not None else 0
 
 
 def joined(sight: Sight) -> int:

@@ -28,7 +28,7 @@ STEPS = 6
 LONGEST_UPLOAD_S = 6 * 3600.0
 """How long the controller waits for an upload without complaint (``outlast.controller.settings.Patience.upload_s``)."""
 NEW_HEAD_S = 120.0
-"""How long a head that was made meanwhile may take until it answers."""
+"""How long a head may take until it answers."""
 
 
 def suspend(sight: Sight, status: TrainingJobStatus) -> Decision:
@@ -47,24 +47,33 @@ def suspend(sight: Sight, status: TrainingJobStatus) -> Decision:
 
 
 def _since(sight: Sight, status: TrainingJobStatus) -> float:
-    """Since when the controller is told; what was written of an earlier edit may be of another suspension, which was
-    taken back when nobody looked."""
+    """Since when the controller is told: anew by one that has begun since, and knows of nothing, and when a suspension
+    was taken back and asked for again while nobody looked."""
     known = read_or_none(status.suspending_since)
-    return sight.now if known is None or sight.old.observed_generation != status.observed_generation else known
+    if known is None or _is_new(sight):
+        return sight.now
+    unseen = sight.old.observed_generation != status.observed_generation and sight.now >= _ends(sight, known)
+    return sight.now if unseen else known
+
+
+def _is_new(sight: Sight) -> bool:
+    """Whether another controller than before answers, which has not been told yet."""
+    heard, before = sight.heard, sight.old.controller.identity
+    return sight.answering and heard is not None and not heard.suspending and before not in ("", heard.identity)
 
 
 def _ends(sight: Sight, since: float) -> float:
     """Until when to wait."""
-    patience, head = _patience_s(sight) + EXTRA_S, sight.head
-    if head is not None:
-        if sight.answering and sight.heard is not None and sight.heard.suspending:
-            return since + LONGEST_UPLOAD_S + EXTRA_S
-        silent = 0.0 if sight.answering else sight.controller.failing_since or 0.0
-        begins = head.made_at + NEW_HEAD_S if head.made_at > since else 0.0
-        return max(since, silent, begins) + patience
-    if not _is_worth_a_head(sight):
-        return since + patience
-    return max(since, sight.now if sight.trouble is None else sight.trouble.since) + patience
+    patience = _patience_s(sight) + EXTRA_S
+    if sight.head is None:
+        if not _is_worth_a_head(sight):
+            return since + patience
+        return max(since, sight.now if sight.trouble is None else sight.trouble.since) + patience
+    if sight.answering:
+        told = sight.heard is not None and sight.heard.suspending
+        return since + (LONGEST_UPLOAD_S + EXTRA_S if told else patience)
+    begins = sight.head.made_at + NEW_HEAD_S if sight.heard is None else 0.0
+    return max(since, sight.controller.failing_since or 0.0, begins) + patience
 
 
 def _is_worth_a_head(sight: Sight) -> bool:
@@ -102,7 +111,7 @@ def _wait(sight: Sight, status: TrainingJobStatus, ends: float) -> Decision:
         text = "the controller takes a snapshot, and brings its checkpoint to the store"
     elif sight.head is None and _is_worth_a_head(sight):
         roster = head_alone(sight)
-        actions, told = (*lacking(sight, roster.head), *roster.creates), roster.happenings
+        actions, told = (*lacking(sight, roster.head), *roster.deletes, *roster.creates), roster.happenings
         status = status.model_copy(update={"head": roster.head, "next_pod": roster.next_pod})
         waits += [] if roster.again_at is None else [roster.again_at]
         text = "the head was lost: the next one brings what the nodes hold to the store"

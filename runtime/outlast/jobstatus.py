@@ -66,6 +66,7 @@ class StartStatus(Part):
 
     failures: Count = Field(default=0, description="Starts in a row that were given up for want of nodes.")
     since: str | None = Field(default=None, description="Since when the job has had Pods and too few nodes (RFC 3339).")
+    attempts: Count = Field(default=0, description="How often ranks had been started by then.")
     retry_time: str | None = Field(
         default=None, description="When the job, which has given back its Pods, asks for them again (RFC 3339)."
     )

@@ -265,7 +265,7 @@ def test_a_node_that_is_gone_is_shown_until_it_is_removed_again(tmp_path: Path) 
 
 def test_metrics_have_one_line_per_step_of_the_attempt_in_force(tmp_path: Path) -> None:
     def line(step: int, attempt: Attempt = ATTEMPT) -> dict[str, Any]:
-        values = {"loss": 0.1 * step}
+        values = {"loss": 0.1 * step, "ratio": float("nan")}
         common = {"type": "Metrics", "node": "node-0", "rank": 0, "total": 20}
         return {**common, "attempt": str(attempt), "step": step, "metrics": values}
 
@@ -276,7 +276,8 @@ def test_metrics_have_one_line_per_step_of_the_attempt_in_force(tmp_path: Path) 
             zombie = Attempt(1, "f" * 16)
             w.driver.receive("node-0", json.dumps([line(1), line(2), line(2), line(3, zombie)]))
             status = w.driver.status()
-            assert status["metrics"] == {"step": 2, "attempt": 1, "rank": 0, "loss": 0.2}
+            assert status["metrics"] == {"step": 2, "attempt": 1, "rank": 0, "loss": 0.2, "ratio": "nan"}
+            json.dumps(status, allow_nan=False)
             assert status["total"] == 20
 
     asyncio.run(scenario())

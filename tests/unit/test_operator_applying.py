@@ -28,6 +28,7 @@ class Server:
     """An API server and a controller that note what they are asked, and answer creates as told."""
 
     there: dict[str, Object] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
     error: tuple[int, str, str] | None = None
     delete_error: tuple[int, str, str] | None = None
     call_error: CallFailed | None = None
@@ -44,7 +45,7 @@ class Server:
             raise ApiError("create", f"{kind.name} {name}", status, reason, message)
         if name in self.there:
             raise ApiError("create", f"{kind.name} {name}", 409, "AlreadyExists", f'"{name}" already exists')
-        return obj
+        return {**obj, "metadata": {**obj["metadata"], "labels": {**obj["metadata"]["labels"], **self.labels}}}
 
     def get(self, kind: Kind, namespace: str | None, name: str) -> Object:
         return self.there[name]
@@ -130,6 +131,19 @@ def test_a_webhook_that_is_down_keeps_nothing_else_from_being_done() -> None:
     assert server.asked == [("create", node(5)), ("delete", node(2)), ("PUT", "/domains")]
     assert done.error is not None
     assert "mesh.test" in done.error.message
+
+
+@pytest.mark.parametrize("label", ["app.kubernetes.io/managed-by", "outlast.dev/job"])
+def test_a_pod_whose_labels_admission_changes_is_made_no_more(label: str) -> None:
+    server = Server(labels={label: "platform"})
+    one = World(resource())
+    one.run()
+    pods = [Create({**found, "metadata": {**found["metadata"]}}) for found in one.pods.values()]
+    done = do(server, *pods[:2])
+    name = pods[0].object["metadata"]["name"]
+    assert server.asked == [("create", name), ("delete", name)]
+    assert done.error is not None
+    assert (done.error.status, label in done.error.message) == (403, True)
 
 
 def test_what_was_made_before_a_refusal_is_known() -> None:

@@ -93,6 +93,28 @@ def test_a_job_that_was_gathered_unseen_counts_anew_when_it_lacks_a_node() -> No
     assert len(let_go(world.step())) == 4, "the fourth Pod is on its way out already"
 
 
+@pytest.mark.parametrize("store", [True, False])
+def test_nodes_that_are_lacking_again_are_not_lacking_still(store: bool) -> None:
+    """The attempt that was being prepared when the operator went has trained for an hour."""
+    world = World.training(resource({"checkpoint": STORE} if store else {}, workers={"replicas": 3, "spares": 0}))
+    assert world.said is not None
+    del world.pods[node(3)]
+    world.said["nodes"][node(3)]["state"] = "lost"
+    world.said |= {"phase": "Recovering", "attempt": 2, "attempts": 1}
+    world.said["workers"] |= {"ready": 2}
+    world.run()
+    world.start(node(4))
+    world.said["nodes"] = {name: {"node": name, "state": "active"} for name in (node(1), node(2), node(4))}
+    world.said |= {"attempts": 2, "step": 9000, "best_step": 9000}
+    world.now += 3600
+    del world.pods[node(2)]
+    world.said["nodes"][node(2)]["state"] = "lost"
+    decided = world.step()
+    assert (made(decided), let_go(decided)) == ([node(5)], [])
+    assert decided.status is not None
+    assert decided.status.phase == "Recovering"
+
+
 # --- a suspension that is disturbed ---------------------------------------------------------------------------------
 
 
@@ -139,6 +161,59 @@ def test_a_head_that_is_lost_meanwhile_gets_a_successor_that_is_told() -> None:
     assert let_go(world.step()) == []
     world.said["outcome"] = "suspended"
     assert len(let_go(world.step())) == 5
+
+
+def test_a_controller_that_is_restarted_meanwhile_is_told_again() -> None:
+    """In the same Pod, by Ray; the one before had been uploading for longer than its patience."""
+    world = uploading()
+    world.failing_since = world.now
+    world.step()
+    world.now += 20
+    world.failing_since = None
+    assert world.said is not None
+    world.said |= {"suspending": False, "controller": "c2", "stage": "gathering"}
+    decided = world.step()
+    assert (let_go(decided), asked(decided)) == ([], ["/suspend"])
+    world.now += 60
+    assert let_go(world.step()) == []
+    world.now += 20
+    assert len(let_go(world.step())) == 5, "it does nothing"
+
+
+def test_a_head_that_was_made_just_before_may_take_a_while_to_answer() -> None:
+    world = World.training(resource({"checkpoint": STORE}))
+    world.said = None
+    del world.pods[head(0)]
+    world.step()
+    world.now += 10
+    world.edit(suspend=True)
+    world.step()
+    world.now += 100
+    assert let_go(world.step()) == []
+    world.now += 100
+    assert len(let_go(world.step())) == 5
+
+
+def test_edits_do_not_prolong_a_suspension() -> None:
+    world = World.training(resource({"checkpoint": STORE}))
+    world.failing_since = world.now
+    world.edit(suspend=True)
+    for _ in range(30):
+        world.step()
+        if world.status.phase == "Suspended":
+            break
+        world.now += 10
+        if world.now < NOW + 70:
+            world.edit(activeDeadlineSeconds=10**6 + int(world.now - NOW))
+    assert world.now <= NOW + 90
+
+
+def test_a_head_that_comes_back_while_another_is_made_goes() -> None:
+    world = uploading()
+    world.machines = {"m1": machine("m1"), "m2": machine("m2", "Unknown", since=world.now - 100)}
+    world.pods[head(0)]["spec"]["nodeName"] = "m2"
+    world.said = None
+    assert (made(decided := world.step()), let_go(decided)) == ([head(5)], [head(0)])
 
 
 @pytest.mark.parametrize("loss", ["no store", "no nodes"])
@@ -214,6 +289,16 @@ def test_nodes_stuck_on_a_dead_machine_say_nothing_of_a_controller_that_is_cut_o
         world.said["nodes"][name] = {"node": name, "state": "lost", "gone_s": 11.0}
     world.said["workers"] |= {"ready": 0, "size": 3}
     assert let_go(world.look()) == []
+
+
+def test_a_second_node_without_power_is_replaced_though_the_first_is_called_ready_still() -> None:
+    world = World.training(resource(workers={"replicas": 5, "spares": 0}))
+    assert world.said is not None
+    world.pods[node(1)] = deleted(world.pods[node(1)])
+    for name, seconds in ((node(1), 24.0), (node(2), 12.0)):
+        world.said["nodes"][name] = {"node": name, "state": "lost", "gone_s": seconds}
+    world.pods[node(6)] = pod(node(6))
+    assert made(world.step()) == [node(7)]
 
 
 @pytest.mark.parametrize("other", [None, "Failed", "Terminating"])

@@ -193,3 +193,8 @@ def test_numbers_that_no_status_can_say_are_absent(text: str) -> None:
     """A script may report a loss that is NaN: all else that its controller says holds."""
     told = read_answer(f'{{"metrics": {{"loss": {text}}}, "step": 12, "step_s": 0.5}}'.encode())
     assert told == {"metrics": {"loss": None}, "step": 12, "step_s": 0.5}
+
+
+def test_an_answer_that_is_nested_too_deeply_is_none() -> None:
+    with pytest.raises(ValueError, match="nested"):
+        read_answer(b"[" * 100_000 + b"]" * 100_000)

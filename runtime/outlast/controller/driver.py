@@ -37,6 +37,7 @@ from outlast.errors import RequestError, TransferError
 from outlast.snapshot.identity import Attempt
 from outlast.snapshot.wire import KeeperClient
 from outlast.telemetry.events import EventLog, LogEvent
+from outlast.telemetry.lines import exact
 from outlast.telemetry.metrics_log import MetricsLog, StepMetrics
 
 LATE_S = 0.5
@@ -283,7 +284,7 @@ class Driver:
         status["version"] = __version__
         status["unplaced"] = self._domains.unplaced
         status["seq"] = self._logs.events.seq
-        status["metrics"] = last.to_json() if last else None
+        status["metrics"] = exact(last.to_json()) if last else None
         status["total"] = status.get("total") or self._total
         status["lag_s"] = {"last": round(self._lag.last_s, 3), "worst": round(self._lag.worst_s, 3)}
         status["nodes"] = _with_info(self._not_forgotten(status.get("nodes", {})), self._info)

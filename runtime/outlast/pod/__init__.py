@@ -8,6 +8,7 @@ would not hear of it. So it ends at once, as any other process would; ``process.
 
 import os
 import signal
+import threading
 
-if os.getpid() == 1:
+if os.getpid() == 1 and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))

@@ -20,7 +20,7 @@ def run(work: Callable[[], Awaitable[int]], console: Console) -> int:
     try:
         return asyncio.run(main())
     except (OutlastError, OSError) as error:
-        console.say("failed", reason=str(error))
+        console.say("failed", reason=str(error) or type(error).__name__)
         return 1
     finally:
         console.close()
