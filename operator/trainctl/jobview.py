@@ -1,7 +1,7 @@
 """What people want to know of a TrainingJob, as text: a line of a list, and the facts of one (pure).
 
-``resource`` is the API server's JSON, ``live`` the controller's /status where it could be had: what that says is newer.
-``now`` is in wall seconds.
+``resource`` is the API server's JSON, ``live`` the controller's /status where it could be had: what that says is newer,
+but what the resource adds up over all controllers of the job is the resource's. ``now`` is in wall seconds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ COLUMNS = ("NAME", "PHASE", "STEP", "NODES", "GOODPUT", "RESTARTS", "SNAPSHOT", 
 WIDE = ("ATTEMPT", "STARTED", "ENDED", "WHY", "STORE")
 ENDED = ("Succeeded", "Failed")
 LAST_RECOVERIES = 10
+LOOKED_AT_WITHIN_S = 10.0
+"""After so long a specification that no operator has looked at is told."""
 
 
 def job_table(resources: Sequence[Object], now: float, *, namespaces: bool = False, wide: bool = False) -> str:
@@ -64,20 +66,34 @@ def why(resource: Object) -> str:
     return _told(ready) if ready and ready["status"] != "True" else ""
 
 
+def unseen(resource: Object, now: float) -> str:
+    """That no operator has looked at the job's specification since it was written; nothing when one has, or may yet."""
+    meta, status = resource["metadata"], resource.get("status") or {}
+    written = _written_at(meta)
+    if meta.get("deletionTimestamp") or written is None or now - written <= LOOKED_AT_WITHIN_S:
+        return ""
+    observed, generation = status.get("observedGeneration"), int(meta.get("generation") or 0)
+    if observed is not None and int(observed) >= generation:
+        return ""
+    return (
+        f"no operator has looked at it for {ago(now - written)}: does one run? "
+        "(kubectl get pods -A -l app.kubernetes.io/name=outlast)"
+    )
+
+
 def job_facts(resource: Object, live: Mapping[str, Any] | None, now: float) -> list[tuple[str, str]]:
     """(name, value) of one job, in the order to show them. Of a job that has ended the resource has the last word."""
     live = None if phase_of(resource) in ENDED else live
     status = resource.get("status") or {}
     rows = [("job", f"{resource['metadata'].get('namespace', 'default')}/{resource['metadata']['name']}")]
-    reason = why(resource)
     if live is not None:
-        summary = dict(summarize(live).rows())
+        summary = dict(summarize(_over_all_controllers(live, status)).rows())
         rows += [(name, value) for name, value in summary.items() if value != NOTHING]
     else:
         rows += _facts_of_status(resource, now)
-    if reason:
-        rows.insert(2, ("why", reason))
-    restarts = (live or {}).get("restarts") or status.get("restarts") or {}
+    told = {"why": why(resource) if live is None or status.get("phase") else "", "note": unseen(resource, now)}
+    rows[2:2] = [(name, value) for name, value in told.items() if value]
+    restarts = status.get("restarts") or (live or {}).get("restarts") or {}
     if restarts:
         rows.append(("restarts", ", ".join(f"{count} x {cause}" for cause, count in sorted(restarts.items()))))
     digest = (live or {}).get("weights_digest") or status.get("weightsDigest")
@@ -156,6 +172,41 @@ def _wide(resource: Object, now: float) -> list[str]:
         why(resource).partition(":")[0],
         store or "",
     ]
+
+
+def _written_at(meta: Object) -> float | None:
+    """When the specification was last written, in wall seconds; who writes a status has no part in it."""
+    times = [
+        item["time"]
+        for item in meta.get("managedFields") or ()
+        if item.get("time") and item.get("subresource") != "status" and "f:spec" in (item.get("fieldsV1") or {})
+    ]
+    is_edited = int(meta.get("generation") or 0) > 1
+    if times and is_edited:
+        return max(map(wall, times))
+    return wall(meta["creationTimestamp"]) if meta.get("creationTimestamp") else None
+
+
+def _over_all_controllers(live: Mapping[str, Any], status: Object) -> dict[str, Any]:
+    """What the controller says, but for what the resource knows of those before it too. One that has just taken over
+    has counted nothing yet, and knows neither step nor attempt."""
+    known = {
+        "phase": status.get("phase"),
+        "goodput": status.get("goodput"),
+        "total": live.get("total") or status.get("totalSteps"),
+    }
+    is_behind = _is_behind(live, status)
+    known |= {name: status.get(name) for name in ("step", "attempt") if is_behind or not live.get(name)}
+    return {**live, **{name: value for name, value in known.items() if value is not None}}
+
+
+def _is_behind(live: Mapping[str, Any], status: Object) -> bool:
+    """Whether the resource has heard more of this very controller. A later attempt may begin at an earlier step."""
+    identity = live.get("controller")
+    if not identity or identity != (status.get("controller") or {}).get("identity"):
+        return False
+    here, there = ((told.get("attempt") or 0, told.get("step") or 0) for told in (live, status))
+    return bool(here < there)
 
 
 def _facts_of_status(resource: Object, now: float) -> list[tuple[str, str]]:

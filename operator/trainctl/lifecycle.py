@@ -14,7 +14,7 @@ from trainctl.cluster.refusals import Absent, ClusterError
 from trainctl.cluster.resources import JobRef, Object
 from trainctl.cluster.where import Where
 from trainctl.columns import counted, facts, printable
-from trainctl.jobview import ENDED, phase_of, why
+from trainctl.jobview import ENDED, phase_of, unseen, why
 from trainctl.merging import Ended, Merged
 from trainctl.output import Form, dumped, name_of, plain
 
@@ -70,6 +70,10 @@ def scale(
         before = job.get()
         if phase_of(before) in ENDED:
             raise RequestError(f'the TrainingJob "{name}" has ended ({phase_of(before)}): it has no nodes to scale')
+        workers = {"replicas": 1, "spares": 0, **(before["spec"].get("workers") or {})}
+        if all(workers.get(field) == number for field, number in given.items()):
+            _say(before, form, f"{name_of(before)} has {_numbers(before)} already")
+            return
         if set(given) == {"replicas"}:
             job.change({"spec": {"replicas": nodes}}, "scale")
             after = job.get()
@@ -110,13 +114,19 @@ def what_goes(resource: Object) -> list[tuple[str, str]]:
     nodes = int(workers.get("replicas", 1)) + int(workers.get("spares", 0))
     goes = f"its Pods ({nodes} nodes and the head), Service, Secret, NetworkPolicy and disruption budget"
     rows = [("goes", goes + ("; its packed code" if meta.get("annotations", {}).get("outlast.dev/code") else ""))]
-    if status.get("step") is not None and phase_of(resource) not in ENDED:
-        rows.append(("lost", f"what it has done since its newest checkpoint (it is at step {status['step']})"))
     store = (spec.get("checkpoint") or {}).get("url")
+    if status.get("step") is not None and phase_of(resource) not in ENDED:
+        rows.append(("lost", f"{_what_is_lost(store, status)} (it is at step {status['step']})"))
     if store:
         url = f"{store.rstrip('/')}/{meta.get('namespace', 'default')}/{meta['name']}"
         rows.append(("stays", f"its checkpoints and logs at {url}"))
     return rows
+
+
+def _what_is_lost(store: str | None, status: Object) -> str:
+    if status.get("checkpoint"):
+        return "what it has done since its newest checkpoint"
+    return "all that it has done: it has no checkpoint" + ("" if store else ", for it has no store")
 
 
 def wait_gone(job: JobRef, resource: Object, limit_s: float) -> None:
@@ -172,10 +182,13 @@ def _wait(job: JobRef, done: Callable[[Object], bool], limit_s: float, what: str
         seen = item
         if done(item):
             return dict(item)
-    state = (
-        "it has not been seen" if seen is None else f"it is {phase_of(seen)}" + (f": {why(seen)}" if why(seen) else "")
-    )
+    state = "it has not been seen" if seen is None else _state(seen, time.time())
     raise ClusterError(f'after {limit_s:g} s the TrainingJob "{job.name}" is not seen {what}: {state}')
+
+
+def _state(resource: Object, now: float) -> str:
+    told = [text for text in (why(resource), unseen(resource, now)) if text]
+    return f"it is {phase_of(resource)}" + (f": {'; '.join(told)}" if told else "")
 
 
 def _suspended(resource: Object, generation: int) -> bool:

@@ -33,7 +33,7 @@ def show_events(where: Where, name: str, *, follow: bool, form: Form | None) -> 
         job = JobRef(cluster, cluster.namespace, name)
         resource = job.get()
         log, trouble = _event_log(job, resource)
-        events = job.events()
+        events = job.events(resource)
         entries = merged(events, log)
         if trouble and not (follow and form):
             print(f"note: without the controller's event log: {printable(trouble)}", file=sys.stderr)
@@ -43,7 +43,7 @@ def show_events(where: Where, name: str, *, follow: bool, form: Form | None) -> 
         for entry in entries:
             _print_one(entry, form)
         seen = {event["metadata"]["uid"]: event["metadata"]["resourceVersion"] for event in events}
-        _follow(job, seen, max((int(event["seq"]) for event in log), default=0), form)
+        _follow(job, resource, seen, max((int(event["seq"]) for event in log), default=0), form)
 
 
 def describe(where: Where, name: str, form: Form | None) -> None:
@@ -56,7 +56,7 @@ def describe(where: Where, name: str, form: Form | None) -> None:
         pods = job.pods()
         live, trouble = ask_status(job, resource)
         log, _ = _event_log(job, resource) if live is not None else ([], "")
-        events = merged(job.events(), log)
+        events = merged(job.events(resource), log)
         if form in (Form.JSON, Form.YAML):
             told = {
                 "job": plain(resource),
@@ -98,7 +98,7 @@ def _print_one(entry: Entry, form: Form | None) -> None:
             print(line(entry), flush=True)
 
 
-def _follow(job: JobRef, seen: dict[str, str], after: int, form: Form | None) -> None:
+def _follow(job: JobRef, resource: Object, seen: dict[str, str], after: int, form: Form | None) -> None:
     """Events as they come, until interrupted or until the job is deleted. ``seen``: versions of Events by uid."""
     sources, latest = Merged(), Latest()
     path = core_path(job.namespace, "events")
@@ -118,17 +118,17 @@ def _follow(job: JobRef, seen: dict[str, str], after: int, form: Form | None) ->
         elif source == "log":
             _print_one(of_controller(item), form)
         else:
-            _print_new(job, item.values(), seen, form)
+            _print_new([event for event in item.values() if job.is_about(event, resource)], seen, form)
 
 
-def _print_new(job: JobRef, events: Iterable[Object], seen: dict[str, str], form: Form | None) -> None:
-    """Those of ``events`` that are the job's and have not been printed in this version."""
+def _print_new(events: Iterable[Object], seen: dict[str, str], form: Form | None) -> None:
+    """Those of ``events`` that have not been printed in this version."""
     new = []
     for event in events:
         meta = event["metadata"]
         if seen.get(meta["uid"]) != meta["resourceVersion"]:
             seen[meta["uid"]] = meta["resourceVersion"]
-            new += [of_kubernetes(event)] if job.is_about(event) else []
+            new.append(of_kubernetes(event))
     for entry in sorted(new):
         _print_one(entry, form)
 

@@ -23,6 +23,7 @@ GPU = "nvidia.com/gpu"
 _YAML = (".yaml", ".yml", ".json")
 _SHELL = (".sh", ".bash")
 _NAMED = 8
+_NO_LABEL = " is no DNS label: "
 _NO_TEXT = re.compile(r'[^"]*[\ud800-\udfff][^"]*')
 _NAME_PART = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
 _IMAGE = re.compile(
@@ -241,12 +242,12 @@ def _load(asked: Submission, text: str, default_namespace: str) -> TrainingJob:
     if asked.name:
         overrides.append(f"metadata.name={json.dumps(asked.name)}")
     name = "standard input" if str(asked.source) == "-" else str(asked.source)
-    job = load_named(text, name, overrides)
+    job = _loaded(text, name, overrides)
     written = job.metadata.namespace if "namespace" in job.metadata.model_fields_set else None
     if written and asked.namespace and written != asked.namespace:
         raise RequestError(f'-n {asked.namespace}: the job is written for namespace "{written}": leave one of them out')
     if not written:
-        job = load_named(text, name, [*overrides, f"metadata.namespace={json.dumps(default_namespace)}"])
+        job = _loaded(text, name, [*overrides, f"metadata.namespace={json.dumps(default_namespace)}"])
     unmakeable = problems(job)
     if unmakeable:
         raise SpecError(unmakeable)
@@ -254,6 +255,26 @@ def _load(asked: Submission, text: str, default_namespace: str) -> TrainingJob:
     if misnamed:
         raise SpecError([("metadata.name", misnamed)])
     return job
+
+
+def _loaded(text: str, name: str, overrides: Sequence[str]) -> TrainingJob:
+    """As ``load_named``; what it says of a job's name is made what Kubernetes allows."""
+    try:
+        return load_named(text, name, overrides)
+    except SpecError as error:
+        told = [(path, _of_names(what) if path == "metadata.name" else what) for path, what in error.problems]
+        raise SpecError(told) from error
+
+
+def _of_names(problem: str) -> str:
+    """A job's name is shorter than other DNS labels, for its Pods are named after it."""
+    subject, is_label, _ = problem.partition(_NO_LABEL)
+    if not is_label:
+        return problem
+    return (
+        f"{subject}{_NO_LABEL}write at most {LONGEST_JOB_NAME} of a-z, 0-9 and -, with a letter at the beginning and a "
+        "letter or digit at the end"
+    )
 
 
 def _name_problem(name: str) -> str:

@@ -41,14 +41,8 @@ class Entry:
 def of_kubernetes(event: Object) -> Entry:
     """A Kubernetes Event (core/v1), at the last time it was seen."""
     about, series = event.get("involvedObject") or {}, event.get("series") or {}
-    seen = (
-        series.get("lastObservedTime")
-        or event.get("lastTimestamp")
-        or event.get("eventTime")
-        or event["metadata"].get("creationTimestamp")
-    )
     return Entry(
-        time=datetime.fromisoformat(seen).timestamp() if seen else 0.0,
+        time=last_seen(event) or 0.0,
         source=KUBERNETES,
         kind=str(event.get("reason") or "Event"),
         about=str(about.get("name", "")) if about.get("kind") == "Pod" else "job",
@@ -56,6 +50,23 @@ def of_kubernetes(event: Object) -> Entry:
         warning=event.get("type") == "Warning",
         count=int(series.get("count") or event.get("count") or 1),
     )
+
+
+def last_seen(event: Object) -> float | None:
+    """The last time that a Kubernetes Event was seen, in wall seconds; None: it does not say."""
+    seen = (
+        (event.get("series") or {}).get("lastObservedTime")
+        or event.get("lastTimestamp")
+        or event.get("eventTime")
+        or event["metadata"].get("creationTimestamp")
+    )
+    return datetime.fromisoformat(seen).timestamp() if seen else None
+
+
+def is_since(event: Object, created: str | None) -> bool:
+    """Whether a Kubernetes Event was seen since ``created`` (RFC 3339), or there is no saying."""
+    seen = last_seen(event)
+    return not created or seen is None or seen >= datetime.fromisoformat(created).timestamp()
 
 
 def of_controller(event: Object) -> Entry:

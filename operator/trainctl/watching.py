@@ -17,7 +17,7 @@ from trainctl.cluster.controller import ControllerClient, controller_of
 from trainctl.cluster.refusals import ClusterError
 from trainctl.cluster.resources import JobRef, Object, follow, jobs_path
 from trainctl.columns import GAP, facts, printable
-from trainctl.jobview import ENDED, job_cells, job_facts, job_table, node_table, phase_of, recovery_table, why
+from trainctl.jobview import ENDED, job_cells, job_facts, job_table, node_table, phase_of, recovery_table
 from trainctl.merging import Ended, Merged
 from trainctl.output import Form, name_of, one_of_many, plain
 from trainctl.terminal import is_drawable
@@ -28,6 +28,7 @@ AGAIN_S = 3.0
 """When a controller that could not be asked is asked again, if its job has not changed before."""
 SAY_EVERY_S = 10.0
 """How often plain lines say how far the job is."""
+_NOTHING_NEW: tuple[str, Any] = ("nothing new", None)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Latest:
 
 
 def moments(job: JobRef) -> Iterator[Moment]:
-    """A job now and at each change, until nobody asks. Raises Absent when it is deleted."""
+    """A job now, at each change and when nothing has changed for a while, until nobody asks. Raises Absent when it is
+    deleted."""
     merged, latest = Merged(), Latest()
     merged.add("resource", job.watch_itself())
     merged.add("live", live_statuses(job, latest))
@@ -74,16 +76,14 @@ def moments(job: JobRef) -> Iterator[Moment]:
     live: Mapping[str, Any] | None = None
     trouble = ""
     while True:
-        arrived = merged.next()
-        assert arrived is not None
-        name, item = arrived
+        name, item = merged.next(SAY_EVERY_S) or _NOTHING_NEW
         if isinstance(item, Ended):
             if item.error is not None:
                 raise item.error
         elif name == "resource":
             resource = item
             latest.put(item)
-        else:
+        elif name == "live":
             live, trouble = item
         if resource is not None:
             yield Moment(resource, live, trouble)
@@ -185,18 +185,19 @@ def _changed(resource: Object, form: Form) -> str:
 
 
 class PlainJobView(_View):
-    """A line when the phase, its reason or the number of restarts changes, and now and then one for how far it is."""
+    """A line when the phase, its reason or the number of restarts changes, or nobody looks at the job, and now and then
+    one for how far it is."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._said: tuple[str, ...] = ()
+        self._said: tuple[object, ...] = ()
         self._at = float("-inf")
         self._trouble = ""
 
     def show(self, moment: Moment) -> None:
         now = self._clock()
         rows = dict(job_facts(moment.resource, moment.live, now))
-        news = (rows["phase"], why(moment.resource), rows.get("attempt", ""), rows.get("restarts", ""))
+        news = (*(rows.get(name, "") for name in ("phase", "why", "attempt", "restarts")), "note" in rows)
         if news != self._said or (now - self._at >= SAY_EVERY_S and not moment.ended):
             self._said, self._at = news, now
             shown = [f"{name} {value}" for name, value in rows.items() if value != "-" and name != "job"]

@@ -155,7 +155,6 @@ def test_what_only_the_server_knows_is_told_in_its_words(cluster: Lab, trainctl:
     assert done.status == 2
     assert "minReplicas must be at most replicas" in done.err
     assert done.err.count("\n") == 1
-    assert trainctl("submit", "-", "-n", "nowhere", given=JOB).err == 'trainctl: namespaces "nowhere" not found\n'
 
 
 @pytest.mark.parametrize(
@@ -256,20 +255,24 @@ def test_a_job_that_is_deleted_while_it_is_watched_is_told(cluster: Lab, trainct
 
 def test_events_and_descriptions_tell_what_kubernetes_says(cluster: Lab, trainctl: Trainctl) -> None:
     trainctl.ok("submit", "job.yaml", "--set", "checkpoint.url=s3://bucket/p")
-    for reason, kind, name, told in (
-        ("Restarted", "TrainingJob", "small", "rank 2 was killed"),
-        ("FailedScheduling", "Pod", "small-node-3", "0/3 nodes are available"),
-        ("Started", "Pod", "small-node-x", "another's"),
+    meta = resource(cluster)["metadata"]
+    uid, now = meta["uid"], meta["creationTimestamp"]
+    for reason, kind, name, its_uid, seen, told in (
+        ("Restarted", "TrainingJob", "small", uid, now, "rank 2 was killed"),
+        ("FailedScheduling", "Pod", "small-node-3", "a-pods", now, "0/3 nodes are available"),
+        ("Started", "Pod", "small-node-x", "a-pods", now, "another's"),
+        ("GivenBack", "TrainingJob", "small", "an-earlier-jobs", now, "another's of that name"),
+        ("Killing", "Pod", "small-node-0", "an-earlier-pods", "2026-01-01T00:00:00Z", "another's Pod of that name"),
     ):
         event = {
             "apiVersion": "v1",
             "kind": "Event",
             "metadata": {"name": f"small.{reason.lower()}", "namespace": "default"},
-            "involvedObject": {"kind": kind, "name": name, "namespace": "default"},
+            "involvedObject": {"kind": kind, "name": name, "namespace": "default", "uid": its_uid},
             "reason": reason,
             "message": told,
             "type": "Warning",
-            "lastTimestamp": "2026-01-01T00:00:00Z",
+            "lastTimestamp": seen,
             "count": 3,
         }
         cluster.apply(event)
@@ -281,10 +284,34 @@ def test_events_and_descriptions_tell_what_kubernetes_says(cluster: Lab, trainct
     assert "another's" not in text
     told = json.loads(trainctl.ok("events", "small", "-o", "json"))["events"]
     assert [entry["kind"] for entry in told] == ["FailedScheduling", "Restarted"]
+    with trainctl.start("events", "small", "--follow") as following:
+        following.until("the last that was there", lambda line: "rank 2 was killed" in line)
+        cluster.apply({**event, "lastTimestamp": "2026-01-01T00:01:00Z"})
+        cluster.apply({**event, "metadata": {"name": "small.later", "namespace": "default"}, "lastTimestamp": now})
+        following.until("what comes", lambda line: "Killing" in line)
+        assert sum("another's" in line for line in following.lines) == 1
     page = trainctl.ok("describe", "small")
     for part in ("4 of 1 rank each", "s3://bucket/p", "NoNodes", "3 of 4 nodes are missing", "rank 2 was killed"):
         assert part in page
     assert json.loads(trainctl.ok("describe", "small", "-o", "json"))["job"]["kind"] == "TrainingJob"
+
+
+def test_that_no_operator_looks_at_a_job_is_told(cluster: Lab, trainctl: Trainctl) -> None:
+    note = "no operator has looked at it for 1"
+    trainctl.ok("submit", "job.yaml")
+    trainctl.ok("submit", "job.yaml", "--name", "resumed", "--set", "suspend=true")
+    set_status(cluster, "resumed", phase="Suspended")
+    assert note not in trainctl.ok("status", "small"), "one may yet"
+    time.sleep(11)
+    assert note in trainctl.ok("status", "small")
+    assert "does one run? (kubectl get pods -A -l app.kubernetes.io/name=outlast)" in trainctl.ok("describe", "small")
+    assert note not in trainctl.ok("status", "resumed")
+    trainctl.ok("resume", "resumed")
+    assert note not in trainctl.ok("status", "resumed"), "it was written a moment ago"
+    time.sleep(11)
+    assert note in trainctl.ok("status", "resumed")
+    set_status(cluster, "resumed", phase="Pending")
+    assert note not in trainctl.ok("status", "resumed")
 
 
 def test_what_is_not_there_is_told(cluster: Lab, trainctl: Trainctl) -> None:
@@ -342,12 +369,15 @@ def test_a_job_is_scaled_and_nothing_else_of_it_changes(cluster: Lab, trainctl: 
     assert told.endswith("6 nodes -> 5 nodes, at least 2, 1 spare\n")
     expected = {**before, "workers": {**before["workers"], "replicas": 5, "minReplicas": 2, "spares": 1}}
     assert resource(cluster)["spec"] == expected
+    told = trainctl.ok("scale", "small", "--nodes", "5", "--spares", "1")
+    assert told == "trainingjob.outlast.dev/small has 5 nodes, at least 2, 1 spare already\n"
     assert trainctl("scale", "small").err == "trainctl: scale: say how many: --nodes, --min-nodes or --spares\n"
 
 
 def test_a_deletion_says_what_goes_and_what_stays(cluster: Lab, trainctl: Trainctl) -> None:
     trainctl.ok("submit", "job.yaml", "--set", "checkpoint.url=s3://bucket/p", "--set", "workers.spares=1")
-    set_status(cluster, "small", phase="Running", step=77)
+    newest = {"step": 70, "time": "2026-01-01T00:00:00Z", "url": "s3://bucket/p/default/small"}
+    set_status(cluster, "small", phase="Running", step=77, checkpoint=newest)
     text = trainctl.ok("delete", "small", "--wait")
     assert text.splitlines() == [
         "trainingjob.outlast.dev/small deleted",

@@ -89,7 +89,7 @@ def test_a_controller_that_cannot_be_asked_is_said_and_why(job: StandInJob, trai
     job.set_status(head=f"{job.name}-head-9")
     text = trainctl.ok("status", job.name)
     assert "step         5" in text, "the resource's"
-    assert f'(from the resource alone: pods "{job.name}-head-9" not found)' in text
+    assert f"(from the resource alone: the head Pod {job.name}-head-9 is gone, and another one not in its place" in text
     job.set_status(head=head)
     cluster.kubectl("delete", "secret", f"{job.name}-outlast")
     assert "the job's Secret with the controller's token is not there" in trainctl.ok("status", job.name)
@@ -109,9 +109,39 @@ def test_a_port_that_nobody_listens_on_is_told(cluster: Lab, job: StandInJob, tr
     job.wait_ready(f"{job.name}-head-0")
     job.set_status(head=f"{job.name}-head-0", phase="Starting")
     text = trainctl.ok("status", job.name)
-    assert f"(from the resource alone: port 8470 of Pod {job.name}-head-0: " in text
-    assert "refused" in text
+    listening = (
+        f"(from the resource alone: the head Pod {job.name}-head-0 runs, but its controller does not listen yet)"
+    )
+    assert listening in text
     cluster.kubectl("delete", "pod", f"{job.name}-head-0", "--grace-period=1")
+
+
+def test_a_head_that_does_not_run_is_not_asked(cluster: Lab, job: StandInJob, trainctl: Trainctl) -> None:
+    name = f"{job.name}-head-0"
+    container = {"name": "outlast", "image": "example.com/nowhere:1", "imagePullPolicy": "Never"}
+    meta = {"name": name, "labels": {"outlast.dev/job": job.name, "outlast.dev/role": "head"}}
+    cluster.apply({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": {"containers": [container]}})
+    held = "--for=jsonpath={.status.containerStatuses[0].state.waiting.reason}=ErrImageNeverPull"
+    cluster.kubectl("wait", f"pod/{name}", held, "--timeout=60s")
+    job.set_status(head=name, phase="Pending")
+    told = f"the head Pod {name} is still starting (ErrImageNeverPull)"
+    assert f"(from the resource alone: {told})" in trainctl.ok("status", job.name)
+    assert trainctl("events", job.name).err == f"note: without the controller's event log: {told}\n"
+    cluster.kubectl("delete", "pod", name, "--grace-period=1")
+
+
+def test_the_controller_of_a_job_that_has_ended_is_not_asked(job: StandInJob, trainctl: Trainctl) -> None:
+    head, _, _ = start(job)
+    job.exit(head, 0)
+    ended = "--for=jsonpath={.status.phase}=Succeeded"
+    job.lab.kubectl("wait", f"pod/{head}", ended, "--timeout=60s")
+    assert f"the head Pod {head} has ended (Succeeded)" in trainctl.ok("status", job.name), "the job has not yet"
+    job.set_status(phase="Succeeded")
+    told = f"the job has ended (Succeeded), and its controller with it: `trainctl logs {job.name} --head` shows what it"
+    assert told in trainctl.ok("describe", job.name)
+    assert told in trainctl("events", job.name).err
+    assert "from the resource" not in trainctl.ok("status", job.name)
+    assert f"pod={head}" in trainctl.ok("logs", job.name, "--head")
 
 
 def test_logs_of_a_rank_are_its_lines_alone(job: StandInJob, trainctl: Trainctl) -> None:
@@ -190,7 +220,9 @@ def test_a_job_is_watched_to_its_end(job: StandInJob, trainctl: Trainctl) -> Non
         watching.until("how far it is", lambda line: "phase Running" in line)
         watching.until("the controller's step", lambda line: "step 7/100" in line)
         job.set_controller(head, node_status({first: 0, second: 1}, attempt=2, phase="Recovering"), [])
-        watching.until("another attempt", lambda line: "phase Recovering" in line and "attempt 2" in line)
+        watching.until("another attempt", lambda line: "attempt 2" in line)
+        job.set_status(phase="Recovering")
+        watching.until("the resource's phase", lambda line: "phase Recovering" in line and "attempt 2" in line)
         job.set_status(phase="Succeeded", weightsDigest="c0ffee")
         assert watching.end() == 0
         assert "phase Succeeded" in watching.lines[-1]

@@ -14,7 +14,7 @@ import yaml
 from outlast.errors import RequestError
 from trainctl.cluster.refusals import ClusterError
 from trainctl.cluster.where import Where
-from trainctl.lifecycle import delete, set_suspend
+from trainctl.lifecycle import delete, scale, set_suspend
 from trainctl.output import Form
 
 pytestmark = pytest.mark.timeout(30)
@@ -26,13 +26,14 @@ class _Cluster:
     context = namespace = "lab"
 
     def __init__(self, suspend: bool, before: Mapping[str, Any], *statuses: Mapping[str, Any]) -> None:
-        self._job: dict[str, Any] = {
+        self.job: dict[str, Any] = {
             "metadata": {"name": "j", "uid": "u", "generation": 4, "resourceVersion": "1"},
             "spec": {"suspend": suspend, "checkpoint": {"url": "s3://bucket/p"}},
             "status": before,
         }
         self._statuses = statuses
         self.deleted: list[str] = []
+        self.changed: list[Mapping[str, Any]] = []
 
     def __enter__(self) -> _Cluster:
         return self
@@ -41,13 +42,14 @@ class _Cluster:
         return None
 
     def get(self, path: str, query: object = None, **_: object) -> dict[str, Any]:
-        job = deepcopy(self._job)
+        job = deepcopy(self.job)
         return job if path.endswith("/j") else {"items": [job], "metadata": {"resourceVersion": "1"}}
 
     def merge(self, path: str, change: Mapping[str, Any], query: object = None) -> dict[str, Any]:
-        self._job["spec"] |= change["spec"]
-        self._job["metadata"]["generation"] += 1
-        return deepcopy(self._job)
+        self.changed.append(change)
+        self.job["spec"] |= change["spec"]
+        self.job["metadata"]["generation"] += 1
+        return deepcopy(self.job)
 
     def delete(self, path: str, options: object = None) -> dict[str, Any]:
         self.deleted.append(path.rpartition("/")[2])
@@ -55,8 +57,8 @@ class _Cluster:
 
     def lines(self, path: str, query: object = None, **_: object) -> Iterator[str]:
         for status in self._statuses:
-            self._job["status"] = status
-            yield json.dumps({"type": "MODIFIED", "object": self._job})
+            self.job["status"] = status
+            yield json.dumps({"type": "MODIFIED", "object": self.job})
         threading.Event().wait()
 
 
@@ -89,6 +91,38 @@ def test_a_status_that_nobody_renews_is_not_waited_for_forever(monkeypatch: pyte
     phase = "Suspended" if wanted else "Running"
     with pytest.raises(ClusterError, match="is not seen to be"):
         suspend(_Cluster(not wanted, status(phase, 4)), monkeypatch, wanted, wait_s=0.3)
+
+
+def test_waiting_in_vain_tells_that_no_operator_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = _Cluster(False, {})
+    cluster.job["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
+    with pytest.raises(ClusterError, match=r"it is Pending: no operator has looked at it for .*: does one run\?"):
+        suspend(cluster, monkeypatch, True, wait_s=0.3)
+
+
+@pytest.mark.parametrize(
+    ("given", "changes"),
+    [
+        ((4, None, None), False),
+        ((4, 2, 0), False),
+        ((None, None, 0), False),
+        ((5, None, None), True),
+        ((4, 3, None), True),
+        ((None, None, 1), True),
+    ],
+)
+def test_scaling_to_what_there_is_changes_nothing_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: tuple[int | None, int | None, int | None],
+    changes: bool,
+) -> None:
+    cluster = _Cluster(False, status("Running", 4))
+    cluster.job["spec"]["workers"] = {"replicas": 4, "minReplicas": 2}
+    monkeypatch.setattr("trainctl.lifecycle.Cluster", lambda where: cluster)
+    scale(Where(), "j", *given, form=None)
+    already = "trainingjob.outlast.dev/j has 4 nodes, at least 2 already\n"
+    assert (bool(cluster.changed), capsys.readouterr().out != already) == (changes, changes)
 
 
 def test_a_job_that_has_ended_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:

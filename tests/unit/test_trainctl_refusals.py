@@ -18,12 +18,14 @@ import urllib3
 from outlast.errors import OutlastError, RequestError
 from trainctl.breaking import check_allowed, check_form
 from trainctl.cluster.connection import Lines
+from trainctl.cluster.controller import ask_status
 from trainctl.cluster.kubeconfig import find_cluster
 from trainctl.cluster.refusals import (
     Absent,
     Asked,
     ClusterError,
     Conflict,
+    ControllerAway,
     Forbidden,
     Gone,
     Invalid,
@@ -31,9 +33,11 @@ from trainctl.cluster.refusals import (
     Unauthorized,
     Unreachable,
     Unwell,
+    forward_refusal,
+    port_error,
     refusal,
 )
-from trainctl.cluster.resources import PATIENCE_S, Away, Note, follow, list_all
+from trainctl.cluster.resources import PATIENCE_S, Away, JobRef, Note, follow, list_all
 from trainctl.cluster.where import Where
 from trainctl.completion import PATIENCE_S as COMPLETION_S
 from trainctl.completion import complete_jobs, job_names
@@ -117,6 +121,108 @@ def test_refusals(status: int, answer: bytes, asked: Any, kind: type[OutlastErro
     assert type(error) is kind
     assert said in str(error)
     assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "kind", "said"),
+    [
+        (500, body('pod not found ("x_team")'), ControllerAway, "port 1 of Pod x cannot be reached: the Pod has no"),
+        (500, body("container x is not running"), ControllerAway, "the Pod has no container that runs now"),
+        (500, body("dial tcp 10.0.0.1:10250: i/o timeout"), ClusterError, "answers 500 (dial tcp"),
+        (404, body('pods "x" not found', name="x", kind="pods"), Absent, 'pods "x" not found'),
+    ],
+)
+def test_a_pod_that_does_not_run_is_no_trouble_of_the_api_server(
+    status: int, answer: bytes, kind: type[OutlastError], said: str
+) -> None:
+    asked = Asked("GET", f"{PODS}/x/portforward", "lab", "create")
+    error = forward_refusal(status, answer, asked, "port 1 of Pod x")
+    assert type(error) is kind
+    assert said in str(error)
+
+
+def test_a_port_that_nobody_listens_on_is_told_as_that() -> None:
+    refused = b"error forwarding port 8470 to pod 5ab, uid : dial tcp4 127.0.0.1:8470: connect: Connection refused\n"
+    said = "the head Pod x-head-0 runs, but its controller does not listen yet"
+    assert str(port_error(refused, "port 8470 of Pod x-head-0", "x-head-0")) == said
+    gone = b'sandbox container "5ab" is not running'
+    assert "the Pod has no container that runs now" in str(port_error(gone, "port 1 of Pod x", "x"))
+    assert str(port_error(b"broken pipe\n", "port 1 of Pod x", "x")) == "port 1 of Pod x: broken pipe"
+
+
+class _Asked:
+    """A cluster with one head Pod, or an answer for it; it forwards nothing."""
+
+    namespace = context = "lab"
+
+    def __init__(self, pod: dict[str, Any] | OutlastError) -> None:
+        self._pod = pod
+        self.asked: list[str] = []
+
+    def get(self, path: str) -> dict[str, Any]:
+        self.asked.append(path.rpartition("/")[2])
+        if path.endswith("/x-outlast"):
+            raise Unauthorized("the Pod may be asked, and so the token is looked for")
+        if isinstance(self._pod, OutlastError):
+            raise self._pod
+        return self._pod
+
+
+def head_pod(phase: str, **state: Any) -> dict[str, Any]:
+    states = [{"name": "outlast", "state": state}] if state else []
+    return {"metadata": {"name": "x-head-0"}, "status": {"phase": phase, "containerStatuses": states}}
+
+
+def trouble(cluster: _Asked, phase: str, head: str | None = "x-head-0") -> str:
+    job = JobRef(cluster, "lab", "x")  # type: ignore[arg-type]
+    live, told = ask_status(job, {"metadata": {"name": "x"}, "status": {"phase": phase, "head": head}})
+    assert live is None
+    return told
+
+
+@pytest.mark.parametrize(
+    ("phase", "said"),
+    [
+        ("Succeeded", "the job has ended (Succeeded), and its controller with it: `trainctl logs x --head` shows what"),
+        ("Failed", "the job has ended (Failed), and its controller with it: `trainctl logs x --head` shows what"),
+        ("Suspended", "the job is suspended, and has no controller until it is resumed"),
+    ],
+)
+@pytest.mark.parametrize("head", ["x-head-0", None])
+def test_the_controller_of_a_job_that_is_over_is_not_asked(phase: str, said: str, head: str | None) -> None:
+    cluster = _Asked(head_pod("Running", running={}))
+    assert trouble(cluster, phase, head).startswith(said)
+    assert cluster.asked == []
+
+
+@pytest.mark.parametrize(
+    ("pod", "said"),
+    [
+        (head_pod("Pending"), "the head Pod x-head-0 is still starting (Pending)"),
+        (
+            head_pod("Pending", waiting={"reason": "ContainerCreating"}),
+            "the head Pod x-head-0 is still starting (ContainerCreating)",
+        ),
+        (
+            head_pod("Running", waiting={"reason": "CrashLoopBackOff"}),
+            "the head Pod x-head-0 has no container that runs (CrashLoopBackOff)",
+        ),
+        (head_pod("Failed", terminated={}), "the head Pod x-head-0 has ended (Failed)"),
+        (Absent("no"), "the head Pod x-head-0 is gone, and another one not in its place yet"),
+        (ClusterError("it is broken"), "it is broken"),
+    ],
+)
+def test_a_head_that_does_not_run_is_not_asked(pod: Any, said: str) -> None:
+    cluster = _Asked(pod)
+    assert trouble(cluster, "Starting") == said
+    assert cluster.asked == ["x-head-0"]
+
+
+@pytest.mark.parametrize("pod", [head_pod("Running", running={}), head_pod("Running"), Forbidden("you may not look")])
+def test_a_head_that_runs_or_may_not_be_looked_at_is_asked(pod: Any) -> None:
+    cluster = _Asked(pod)
+    assert "the token is looked for" in trouble(cluster, "Starting")
+    assert cluster.asked == ["x-head-0", "x-outlast"]
 
 
 def test_what_is_wrong_with_a_request_is_told_from_what_a_cluster_cannot() -> None:

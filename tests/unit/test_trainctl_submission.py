@@ -82,7 +82,11 @@ def test_there_is_a_rank_for_each_gpu_unless_told_otherwise(flags: Flags, ranks:
         ({"flags": Flags(nodes=2, min_nodes=3)}, "spec.workers.minReplicas: 3 was given"),
         ({"flags": Flags(store="bucket")}, 'spec.checkpoint.url: "bucket" is no store'),
         ({"flags": Flags(snapshot_every="often")}, "spec.snapshot.everySteps"),
-        ({"name": "Train"}, 'metadata.name: "Train" is no DNS label'),
+        (
+            {"name": "Train"},
+            'metadata.name: "Train" is no DNS label: write at most 50 of a-z, 0-9 and -, with a letter',
+        ),
+        ({"name": "x" * 64}, 'xxx" is no DNS label: write at most 50 of a-z'),
         ({"name": "x" * 51}, "metadata.name: it has 51 letters; Pods are named after it: 50 at most"),
         ({"overrides": ("workers.replica=2",)}, 'did you mean "replicas"?'),
         ({"source": Path("nowhere.py")}, "nowhere.py: there is no such file; if it is in the image"),

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
 
+from trainctl.cluster.resources import JobRef
 from trainctl.columns import facts, printable, section, table
 from trainctl.describing import description, spec_facts
-from trainctl.jobview import job_facts, job_table, node_table, pod_state, recovery_table, wall, why
+from trainctl.jobview import job_facts, job_table, node_table, pod_state, recovery_table, unseen, wall, why
 from trainctl.lifecycle import what_goes
 from trainctl.output import Form, dumped
 from trainctl.showing import job_page
 from trainctl.status import event_line
 from trainctl.timeline import Entry, line, merged, of_controller, of_kubernetes, timeline
-from trainctl.watching import Moment, PlainJobView, page
+from trainctl.watching import Moment, PlainJobView, moments, page
 
 NOW = wall("2026-11-27T12:00:00Z")
 
 RUNNING: dict[str, Any] = {
-    "metadata": {"name": "bytelm", "namespace": "team", "creationTimestamp": "2026-11-27T11:00:00Z"},
+    "metadata": {"name": "bytelm", "namespace": "team", "creationTimestamp": "2026-11-27T11:00:00Z", "generation": 1},
     "spec": {
         "entrypoint": ["python", "train.py", "--steps", "2000"],
         "env": [{"name": "NCCL_DEBUG", "value": "WARN"}],
@@ -40,6 +43,7 @@ RUNNING: dict[str, Any] = {
     },
     "status": {
         "phase": "Running",
+        "observedGeneration": 1,
         "step": 120,
         "totalSteps": 2000,
         "attempt": 3,
@@ -130,7 +134,8 @@ def test_the_facts_of_a_job_are_the_controllers_where_it_can_be_asked() -> None:
         "loss       1.2500",
         "nodes      2/2 active, 1 spare, 1 lost",
         "attempt    3",
-        "restarts   2 x rank-exit",
+        "goodput    98.7%",
+        "restarts   1 x node-lost, 1 x rank-exit",
     ]
     assert facts(job_facts(RUNNING, None, NOW)).splitlines() == [
         "job          team/bytelm",
@@ -143,6 +148,138 @@ def test_the_facts_of_a_job_are_the_controllers_where_it_can_be_asked() -> None:
         "goodput      98.7%",
         "restarts     1 x node-lost, 1 x rank-exit",
     ]
+
+
+BETWEEN_HEADS: dict[str, Any] = {
+    **RUNNING,
+    "status": {
+        "phase": "Recovering",
+        "observedGeneration": 1,
+        "step": 211,
+        "totalSteps": 2000,
+        "attempt": 7,
+        "restarts": {"head-lost": 1, "node-lost": 2, "rank-exit": 3},
+        "restartCount": 6,
+        "goodput": 0.62,
+        "controller": {"identity": "first"},
+        "conditions": [{"type": "Recovering", "status": "True", "reason": "HeadLost", "message": "a new one starts"}],
+    },
+}
+
+
+def facts_between_heads(**live: Any) -> dict[str, str]:
+    return dict(job_facts(BETWEEN_HEADS, live, NOW))
+
+
+def test_a_controller_that_has_just_taken_over_has_counted_nothing() -> None:
+    new = {"phase": "Pending", "step": 0, "attempt": 0, "total": None, "restarts": {}, "goodput": {"ratio": 0.0}}
+    assert facts_between_heads(controller="second", **new) == {
+        "job": "team/bytelm",
+        "phase": "Recovering",
+        "why": "HeadLost: a new one starts",
+        "step": "211/2000",
+        "attempt": "7",
+        "goodput": "62.0%",
+        "restarts": "1 x head-lost, 2 x node-lost, 3 x rank-exit",
+    }
+
+
+def test_what_is_added_up_over_controllers_is_the_resources() -> None:
+    live = {"phase": "Failed", "step": 230, "attempt": 8, "restarts": {"rank-exit": 1}, "goodput": {"ratio": 0.725}}
+    rows = facts_between_heads(controller="second", **live)
+    assert (rows["phase"], rows["why"]) == ("Recovering", "HeadLost: a new one starts"), "of one source"
+    assert (rows["goodput"], rows["restarts"]) == ("62.0%", "1 x head-lost, 2 x node-lost, 3 x rank-exit")
+    assert (rows["step"], rows["attempt"]) == ("230/2000", "8"), "newer than the resource's"
+
+
+@pytest.mark.parametrize(
+    ("live", "step", "attempt"),
+    [
+        ({"controller": "first", "step": 215, "attempt": 7}, "215/2000", "7"),
+        ({"controller": "first", "step": 205, "attempt": 7}, "211/2000", "7"),
+        ({"controller": "first", "step": 205, "attempt": 8}, "205/2000", "8"),
+        ({"controller": "first", "step": 0, "attempt": 8}, "211/2000", "8"),
+        ({"controller": "second", "step": 205, "attempt": 7}, "205/2000", "7"),
+    ],
+)
+def test_a_controllers_progress_is_shown_unless_the_resource_has_more_of_it(
+    live: dict[str, Any], step: str, attempt: str
+) -> None:
+    rows = facts_between_heads(**live)
+    assert (rows["step"], rows["attempt"]) == (step, attempt)
+
+
+def test_what_the_resource_does_not_know_yet_is_the_controllers() -> None:
+    condition = {"type": "Ready", "status": "False", "reason": "WaitingForNodes"}
+    resource = {**FRESH, "status": {"conditions": [condition]}}
+    live = {"phase": "Failed", "goodput": {"ratio": 0.5}, "restarts": {"hang": 1}}
+    rows = dict(job_facts(resource, live, NOW))
+    assert (rows["phase"], rows["goodput"], rows["restarts"]) == ("Failed", "50.0%", "1 x hang")
+    assert "why" not in rows, "the resource's reason is not that of the controller's phase"
+
+
+# --- a specification that nobody looks at ---------------------------------------------------------------------------
+
+
+def written(at: str, *fields: str, **more: str) -> dict[str, Any]:
+    return {"manager": "m", "time": f"2026-11-27T11:59:{at}Z", "fieldsV1": {name: {} for name in fields}, **more}
+
+
+def specified(generation: int, observed: int | None, *managed: dict[str, Any], **meta: Any) -> dict[str, Any]:
+    about = {"name": "a", "creationTimestamp": "2026-11-27T11:59:00Z", "generation": generation, **meta}
+    status = {} if observed is None else {"observedGeneration": observed}
+    return {"metadata": {**about, "managedFields": list(managed)}, "spec": {}, "status": status}
+
+
+@pytest.mark.parametrize(
+    ("resource", "unseen_for"),
+    [
+        (FRESH, ""),
+        (specified(1, None), "60 s"),
+        (specified(1, 1), ""),
+        (specified(1, None, written("55", "f:spec")), "60 s"),
+        (specified(2, 1, written("00", "f:spec"), written("40", "f:spec")), "20 s"),
+        (specified(2, None, written("40", "f:spec")), "20 s"),
+        (specified(2, 1, written("40", "f:spec"), written("59", "f:status", subresource="status")), "20 s"),
+        (specified(2, 1, written("40", "f:spec"), written("59", "f:metadata")), "20 s"),
+        (specified(2, 1, written("55", "f:spec", subresource="scale")), ""),
+        (specified(2, 1), "60 s"),
+        (specified(2, 2, written("40", "f:spec")), ""),
+        (specified(2, 1, written("40", "f:spec"), deletionTimestamp="2026-11-27T11:59:50Z"), ""),
+    ],
+)
+def test_that_no_operator_looks_is_told_after_a_while(resource: dict[str, Any], unseen_for: str) -> None:
+    told = unseen_for and (
+        f"no operator has looked at it for {unseen_for}: does one run? "
+        "(kubectl get pods -A -l app.kubernetes.io/name=outlast)"
+    )
+    assert unseen(resource, NOW) == told
+    assert dict(job_facts(resource, None, NOW)).get("note", "") == told
+    for text in (job_page(resource, None, "", [], NOW), description(resource, [], None, "", [], NOW)):
+        assert ("no operator has looked at it" in text) == bool(told)
+
+
+class _Quiet(JobRef):
+    """A job of which nothing is heard after its first sight, but that it has no head Pod."""
+
+    def watch_itself(self) -> Iterator[dict[str, Any]]:
+        yield specified(1, None)
+        threading.Event().wait()
+
+
+@pytest.mark.timeout(30)
+def test_a_job_that_nobody_looks_at_is_told_of_also_when_nothing_changes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainctl.watching.SAY_EVERY_S", 0.05)
+    times = iter((NOW - 55, NOW))
+    view = PlainJobView(lambda: next(times, NOW))
+    for number, moment in enumerate(moments(_Quiet(None, "lab", "a"))):  # type: ignore[arg-type]
+        view.show(moment)
+        if number == 2:
+            break
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert ("note" in first, "note no operator has looked at it for 60 s" in second) == (False, True)
 
 
 def ended(phase: str) -> dict[str, Any]:
@@ -255,6 +392,43 @@ def test_an_event_has_one_of_several_times(times: dict[str, Any]) -> None:
     assert of_kubernetes({**kubernetes("x", "2026-01-01T00:00:00Z"), **times}).time == NOW
 
 
+CREATED = {"name": "bytelm", "uid": "this", "creationTimestamp": "2026-11-27T11:00:00Z"}
+BEFORE, AFTER = "2026-11-27T10:59:59Z", "2026-11-27T11:00:00Z"
+
+
+def about(kind: str, name: str, time: str, uid: str | None = None) -> dict[str, Any]:
+    identity = {} if uid is None else {"uid": uid}
+    return {"metadata": {}, "involvedObject": {"kind": kind, "name": name, **identity}, "lastTimestamp": time}
+
+
+@pytest.mark.parametrize(
+    ("event", "is_its"),
+    [
+        (about("TrainingJob", "bytelm", BEFORE, "this"), True),
+        (about("TrainingJob", "bytelm", AFTER, "earlier"), False),
+        (about("TrainingJob", "bytelm", AFTER), True),
+        (about("TrainingJob", "bytelm", BEFORE), False),
+        (about("TrainingJob", "other", AFTER), False),
+        (about("Pod", "bytelm-node-1", AFTER, "pod"), True),
+        (about("Pod", "bytelm-node-1", BEFORE, "pod"), False),
+        (about("Pod", "bytelm-x-1", AFTER, "pod"), False),
+        ({**about("Pod", "bytelm-head-0", BEFORE), "series": {"lastObservedTime": AFTER}}, True),
+        ({**about("Pod", "bytelm-head-0", BEFORE), "lastTimestamp": None}, True),
+    ],
+)
+def test_events_of_an_earlier_job_of_the_name_are_not_this_ones(event: dict[str, Any], is_its: bool) -> None:
+    listed = {"TrainingJob": [], "Pod": [], event["involvedObject"]["kind"]: [event]}
+
+    class Listing:
+        def get(self, path: str, query: dict[str, Any], verb: str = "") -> dict[str, Any]:
+            kind = query["fieldSelector"].partition(",")[0].rpartition("=")[2]
+            return {"items": listed[kind]}
+
+    job = JobRef(Listing(), "team", "bytelm")  # type: ignore[arg-type]
+    assert job.is_about(event, {"metadata": CREATED}) == is_its
+    assert job.events({"metadata": CREATED}) == ([event] if is_its else [])
+
+
 def test_a_description_of_a_running_job() -> None:
     pods = [pod("bytelm-head-7"), pod("bytelm-node-1")]
     text = description(
@@ -300,6 +474,19 @@ def test_what_a_deletion_takes_along() -> None:
         "stays": "its checkpoints and logs at s3://bucket/p/team/bytelm",
     }
     assert set(dict(what_goes(ended("Succeeded")))) == {"goes", "stays"}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "lost"),
+    [
+        ({"url": "s3://bucket/p"}, "all that it has done: it has no checkpoint (it is at step 120)"),
+        (None, "all that it has done: it has no checkpoint, for it has no store (it is at step 120)"),
+    ],
+)
+def test_a_deletion_speaks_of_no_checkpoint_that_is_not_there(checkpoint: Any, lost: str) -> None:
+    status = {name: value for name, value in RUNNING["status"].items() if name != "checkpoint"}
+    resource = {**RUNNING, "spec": {**RUNNING["spec"], "checkpoint": checkpoint}, "status": status}
+    assert dict(what_goes(resource))["lost"] == lost
 
 
 def test_columns_are_as_wide_as_what_is_in_them() -> None:

@@ -14,8 +14,9 @@ from urllib.parse import urlencode
 from outlast.errors import OutlastError, RequestError
 from outlast.kube import CONTROLLER_PORT
 from trainctl.cluster.forward import ForwardedSocket
-from trainctl.cluster.refusals import Absent, ClusterError, ControllerAway
-from trainctl.cluster.resources import JobRef, Object
+from trainctl.cluster.refusals import Absent, ClusterError, ControllerAway, Forbidden
+from trainctl.cluster.resources import JobRef, Object, core_path
+from trainctl.jobview import ENDED, phase_of, pod_state
 
 CONNECT_S = 8.0
 """How long reaching the head Pod may take."""
@@ -100,14 +101,58 @@ def controller_of(job: JobRef, resource: Object) -> ControllerClient:
     """The controller in the head Pod in force. Raises ControllerAway with the reason; asks nothing of it yet."""
     status = resource.get("status") or {}
     pod = status.get("head")
+    if over := why_over(resource):
+        raise ControllerAway(over)
     if not pod:
         raise ControllerAway(f"the job has no head Pod ({status.get('phase') or 'the operator has not seen it yet'})")
     try:
+        _check_head(job, pod)
         return ControllerClient(job, pod, job.token())
+    except ControllerAway:
+        raise
     except Absent as error:
         raise ControllerAway("the job's Secret with the controller's token is not there") from error
     except ClusterError as error:
         raise ControllerAway(str(error)) from error
+
+
+def why_over(resource: Object) -> str:
+    """Why a job has no controller any more; nothing when it has, or may have, one (pure)."""
+    name, phase = resource["metadata"]["name"], phase_of(resource)
+    if phase in ENDED:
+        return (
+            f"the job has ended ({phase}), and its controller with it: `trainctl logs {name} --head` shows what it "
+            "wrote, as long as its Pod is there"
+        )
+    return "the job is suspended, and has no controller until it is resumed" if phase == "Suspended" else ""
+
+
+def why_no_port(pod: Object) -> str:
+    """Why nothing can listen in a head Pod; nothing when it runs (pure)."""
+    name, phase = pod["metadata"]["name"], (pod.get("status") or {}).get("phase")
+    if phase in ("Succeeded", "Failed"):
+        return f"the head Pod {name} has ended ({pod_state(pod)})"
+    if phase != "Running":
+        return f"the head Pod {name} is still starting ({pod_state(pod)})"
+    return "" if _has_running_container(pod) else f"the head Pod {name} has no container that runs ({pod_state(pod)})"
+
+
+def _has_running_container(pod: Object) -> bool:
+    """Whether one runs; also where nothing is said of them."""
+    states = (pod.get("status") or {}).get("containerStatuses") or ()
+    return not states or any("running" in (state.get("state") or {}) for state in states)
+
+
+def _check_head(job: JobRef, name: str) -> None:
+    """Raises ControllerAway unless the head Pod runs; who may not look at it may still ask what is in it."""
+    try:
+        pod = job.cluster.get(core_path(job.namespace, "pods", name))
+    except Absent as error:
+        raise ControllerAway(f"the head Pod {name} is gone, and another one not in its place yet") from error
+    except Forbidden:
+        return
+    if trouble := why_no_port(pod):
+        raise ControllerAway(trouble)
 
 
 def ask_status(job: JobRef, resource: Object) -> tuple[dict[str, Any] | None, str]:

@@ -15,7 +15,7 @@ import websocket
 from kubernetes.stream.ws_client import get_websocket_url, websocket_proxycare
 
 from trainctl.cluster.connection import Cluster
-from trainctl.cluster.refusals import Asked, ControllerAway, refusal
+from trainctl.cluster.refusals import Asked, ControllerAway, forward_refusal, port_error
 from trainctl.cluster.resources import core_path
 
 SUBPROTOCOL = "v4.channel.k8s.io"
@@ -28,7 +28,7 @@ class ForwardedSocket:
     """What ``http.client`` needs of a socket. Raises ControllerAway when the Pod cannot be reached or goes away."""
 
     def __init__(self, cluster: Cluster, namespace: str, pod: str, port: int, timeout_s: float) -> None:
-        self._what = f"port {port} of Pod {pod}"
+        self._what, self._pod = f"port {port} of Pod {pod}", pod
         path = core_path(namespace, "pods", pod, "portforward")
         self._web = _connect(cluster, path, port, timeout_s, self._what)
         self._opened: set[int] = set()
@@ -62,7 +62,7 @@ class ForwardedSocket:
             if data[0] not in self._opened:
                 self._opened.add(data[0])  # the port's number
             elif data[0] == _ERROR:
-                raise ControllerAway(f"{self._what}: {data[1:].decode(errors='replace').strip()}")
+                raise port_error(data[1:], self._what, self._pod)
             elif data[1:]:
                 return bytes(data[1:])
 
@@ -110,7 +110,7 @@ def _connect(cluster: Cluster, path: str, port: int, timeout_s: float, what: str
         web.connect(get_websocket_url(url, [("ports", str(port))]), **options)
     except websocket.WebSocketBadStatusException as error:
         asked = Asked("GET", path, cluster.context, "create")
-        raise refusal(error.status_code, error.resp_body or b"", asked) from error
+        raise forward_refusal(error.status_code, error.resp_body or b"", asked, what) from error
     except (websocket.WebSocketException, OSError) as error:
         raise ControllerAway(f"{what} cannot be reached: {error}") from error
     return web

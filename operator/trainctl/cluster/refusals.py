@@ -21,6 +21,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ from outlast.errors import OutlastError, RequestError
 
 GROUP_PATH = "/apis/outlast.dev/"
 _VERBS = {"GET": "get", "POST": "create", "PATCH": "patch", "PUT": "update", "DELETE": "delete"}
+_NOT_RUNNING = re.compile(rb"pod not found|is not running", re.IGNORECASE)
+"""What kubelets and container runtimes say of a Pod that they do not run, or not yet."""
 _FOLLOWED = ("list", "watch")
 """The verbs of what is followed: a 500 to other requests may be the trouble of a kubelet or a webhook."""
 
@@ -122,6 +125,27 @@ def refusal(status: int, body: bytes, asked: Asked) -> OutlastError:
                 f'the API server of context "{asked.context}" answers {status} ({message}) when asked to '
                 f"{asked.action}: try again; if it goes on, ask who runs the cluster"
             )
+
+
+def forward_refusal(status: int, body: bytes, asked: Asked, what: str) -> OutlastError:
+    """The error for a port that is not forwarded. A kubelet that does not run the Pod, yet or any more, answers 500: no
+    trouble of the API server."""
+    if is_unwell(status) and _NOT_RUNNING.search(body):
+        return ControllerAway(_not_running(what))
+    return refusal(status, body, asked)
+
+
+def port_error(told: bytes, what: str, pod: str) -> ControllerAway:
+    """The error for what a kubelet says of a port that it forwards."""
+    if _NOT_RUNNING.search(told):
+        return ControllerAway(_not_running(what))
+    if b"refused" in told.lower():
+        return ControllerAway(f"the head Pod {pod} runs, but its controller does not listen yet")
+    return ControllerAway(f"{what}: {told.decode(errors='replace').strip()}")
+
+
+def _not_running(what: str) -> str:
+    return f"{what} cannot be reached: the Pod has no container that runs now"
 
 
 def is_unwell(status: int) -> bool:

@@ -27,6 +27,7 @@ from trainctl.cluster.refusals import (
     is_unwell,
 )
 from trainctl.columns import printable
+from trainctl.timeline import is_since
 
 JOBS_API = "/apis/outlast.dev/v1alpha1"
 PAGE = 500
@@ -117,22 +118,27 @@ class JobRef:
         for objects in follow(self.cluster, core_path(self.namespace, "pods"), {"labelSelector": self.selector}):
             yield list(objects.values())
 
-    def events(self) -> list[Json]:
-        """Kubernetes Events about the job and about its Pods."""
+    def events(self, resource: Object) -> list[Json]:
+        """Kubernetes Events about the job that ``resource`` is, and about its Pods."""
         path = core_path(self.namespace, "events")
         own = list_all(self.cluster, path, {"fieldSelector": self.event_selector})
         pods = list_all(self.cluster, path, {"fieldSelector": "involvedObject.kind=Pod"})
-        return own + [event for event in pods if self.has_pod(event)]
+        return [event for event in (*own, *pods) if self.is_about(event, resource)]
 
     @property
     def event_selector(self) -> str:
-        """Selects the Events about the job itself."""
+        """Selects the Events about the job itself, and about earlier ones of its name."""
         return f"involvedObject.kind=TrainingJob,involvedObject.name={self.name}"
 
-    def is_about(self, event: Object) -> bool:
-        """Whether an Event is about the job or one of its Pods."""
-        about = event.get("involvedObject") or {}
-        return self.has_pod(event) if about.get("kind") == "Pod" else about.get("name") == self.name
+    def is_about(self, event: Object, resource: Object) -> bool:
+        """Whether an Event is about the job that ``resource`` is or one of its Pods, and not about an earlier job of
+        its name: by the uid; where that says nothing, as of Pods that are gone, by the time."""
+        about, meta = event.get("involvedObject") or {}, resource["metadata"]
+        if about.get("kind") == "Pod":
+            return self.has_pod(event) and is_since(event, meta.get("creationTimestamp"))
+        if about.get("uid") and meta.get("uid"):
+            return bool(about["uid"] == meta["uid"])
+        return about.get("name") == self.name and is_since(event, meta.get("creationTimestamp"))
 
     def has_pod(self, event: Object) -> bool:
         """Whether an Event is about a Pod of the job, also one that is gone: by its name."""
