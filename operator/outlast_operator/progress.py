@@ -150,7 +150,8 @@ def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, floa
 
 
 def _workers(heard: Heard) -> WorkersStatus:
-    return WorkersStatus(**{name: heard.count(heard.workers, name) for name in ("ready", "wanted", "spares")})
+    ready, wanted, spares, size = (heard.count(heard.workers, name) for name in ("ready", "wanted", "spares", "size"))
+    return WorkersStatus(ready=ready, wanted=wanted, spares=spares if size else min(spares, max(0, ready - wanted)))
 
 
 def _snapshot(old: TrainingJobStatus, heard: Heard) -> SnapshotStatus | None:

@@ -483,3 +483,12 @@ def test_a_job_that_trains_without_its_store_says_so_while_that_lasts() -> None:
         ready = world.condition("Ready")
         assert (ready.status, ready.reason == "StoreUnavailable") == ("True", seconds in (20.0, 50.0))
     assert told == ["StoreUnavailable"], "once, and its end is no news"
+
+
+def test_nodes_that_have_no_seats_yet_are_no_spares() -> None:
+    states = {node(index): "spare" for index in (1, 2, 3, 4)}
+    world = World.training()
+    world.said = word(states, phase="Starting")
+    world.step()
+    workers = world.status.workers
+    assert (workers.ready, workers.wanted, workers.spares) == (4, 3, 1)
