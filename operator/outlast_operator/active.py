@@ -124,13 +124,14 @@ def _why(sight: Sight, status: TrainingJobStatus, phase: Phase, gathering: Gathe
         return Word("VersionSkew", apart)
     if phase == "Running":
         return _training(sight)
-    if phase == "Recovering" and gathering.start.since is None and _waiting_for_store(sight) is None:
-        return recoveries.under_way(sight)
-    if gathering.start.since is None and (waiting := _waiting_for_store(sight)) is not None:
+    if gathering.start.since is not None:
+        return gathering.why
+    waiting = _waiting_for_store(sight)
+    if waiting is not None:
         return waiting
-    if gathering.start.since is None:
-        return Word("Starting", f"{gathering.why.message}; ranks start")
-    return gathering.why
+    if phase == "Recovering":
+        return recoveries.under_way(sight)
+    return Word("Starting", f"{gathering.why.message}; ranks start")
 
 
 def _waiting_for_store(sight: Sight) -> Word | None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from outlast.api import KIND
 from outlast.jobstatus import Phase, TrainingJobStatus
+from outlast_operator.heard import SUSPENDED
 from outlast_operator.model import Action, Call, Delete
-from outlast_operator.progress import SUSPENDED
 from outlast_operator.recoveries import camel
 from outlast_operator.sight import Sight
 from outlast_operator.timestamps import read_or_none, written
@@ -59,7 +59,7 @@ def finish(sight: Sight, status: TrainingJobStatus, phase: Phase, why: Word) -> 
 def after(sight: Sight) -> Decision:
     """A job that is over: let its Pods end, and delete it when its time has come."""
     old = sight.old
-    known = next((condition for condition in old.conditions if condition.type == old.phase), None)
+    known = sight.condition(old.phase)
     why = Word(known.reason, known.message) if known is not None else Word(old.phase)
     ended_at = read_or_none(old.completion_time) or sight.now
     keep = {} if old.completion_time else {"completion_time": written(ended_at)}

@@ -10,6 +10,8 @@ from typing import Any
 JOINED = frozenset({"active", "spare", "joining", "leaving"})
 """States of nodes that are here."""
 LEFT, LOST = "left", "lost"
+SUSPENDED = "suspended"
+"""The outcome of a suspension."""
 MOST = 2**63 - 1
 
 

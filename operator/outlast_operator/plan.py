@@ -14,9 +14,10 @@ from outlast.jobstatus import StartStatus, TrainingJobStatus
 from outlast_operator import active, ending, suspending
 from outlast_operator.conditions import judged
 from outlast_operator.happenings import happened
+from outlast_operator.heard import SUSPENDED
 from outlast_operator.invalid import refused
 from outlast_operator.model import Observed, Plan, Settings
-from outlast_operator.progress import SUSPENDED, progressed
+from outlast_operator.progress import progressed
 from outlast_operator.sight import Sight, job_in_force, old_status, problem_of, sight_of
 from outlast_operator.verdict import Decision
 

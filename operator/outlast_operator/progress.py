@@ -19,7 +19,7 @@ from outlast.jobstatus import (
     TrainingJobStatus,
     WorkersStatus,
 )
-from outlast_operator.heard import Heard
+from outlast_operator.heard import SUSPENDED, Heard
 from outlast_operator.objects import node_selector
 from outlast_operator.sight import Sight
 from outlast_operator.timestamps import read_or_none, written
@@ -28,8 +28,6 @@ LAST_FAILURES, MOST_FAILURES = 8, 32
 """Kept in the status; looked at of what a controller tells."""
 HEAD_LOST = "head-lost"
 """The cause of a restart that no controller counts: its own end."""
-SUSPENDED = "suspended"
-"""The controller's outcome of a suspension; one that has never had all nodes knows less than those before it."""
 BETWEEN = "start"
 """The account of the seconds between two controllers."""
 LONGEST_MESSAGE = 300
@@ -48,6 +46,7 @@ def progressed(sight: Sight) -> TrainingJobStatus:
     controller = _controller(old, heard)
     began = heard.started_at or (sight.now if heard.started else None)
     started = old.start_time or (None if began is None else written(began))
+    # A controller that suspended the job before it had all nodes knows less than those before it.
     under_way = heard.count(heard.status, "attempts") > 0 or heard.outcome not in ("", SUSPENDED)
     return old.model_copy(
         update={

@@ -91,7 +91,7 @@ class Reconciler:
         observed = self._observe(key)
         if observed is None:
             return self._forget(key)
-        plan, observed = self._decided(observed)
+        plan = self._decided(observed)
         done = self._applier.do(key, observed.raw, plan.actions)
         if done.error is not None and verdict(done.error) is not Verdict.REFUSED:
             raise done.error
@@ -128,23 +128,21 @@ class Reconciler:
             return None
         return Target(pod["metadata"]["name"], pod["metadata"]["uid"], status["podIP"], token)
 
-    def _decided(self, observed: Observed) -> tuple[Plan, Observed]:
-        """The plan, and what it was made of: a controller whose answer no plan can be made with counts as silent."""
+    def _decided(self, observed: Observed) -> Plan:
+        """The plan; a controller whose answer no plan can be made with counts as silent."""
+        memory = self._memory(observed.key)
         try:
             plan = self._decide(observed, self._clock.wall())
-            if observed.controller.status is not None:
-                self._memory(observed.key).puzzled_since = None
-            return plan, observed
+            memory.puzzled_since = None
+            return plan
         except Exception as error:
             if observed.controller.status is None:
                 raise
             log.exception("answer-not-understood job=%s pod=%s", observed.key, observed.controller.pod)
-            memory = self._memory(observed.key)
             since = memory.puzzled_since = memory.puzzled_since or self._clock.wall()
             trouble = f"its answer is not understood: {error!r}"
             silent = replace(observed.controller, status=None, failing_since=since, trouble=trouble)
-            observed = replace(observed, controller=silent)
-            return self._decide(observed, self._clock.wall()), observed
+            return self._decide(replace(observed, controller=silent), self._clock.wall())
 
     def _is_behind(self, key: Key) -> bool:
         """Whether the cache lacks what earlier passes wrote; what is overdue is asked for at the API server."""
@@ -182,7 +180,7 @@ class Reconciler:
         since = known.since if known is not None and known.reason == reason else self._clock.wall()
         memory.trouble = Trouble(reason, message, since)
         log.warning("refused job=%s reason=%s message=%s", observed.key, reason, message)
-        told, _ = self._decided(replace(observed, trouble=memory.trouble))
+        told = self._decided(replace(observed, trouble=memory.trouble))
         if told.status is None or observed.job is None:
             return told
         names = [*done.made, *(pod["metadata"]["name"] for pod in observed.pods)]

@@ -21,7 +21,7 @@ NOT_RECOVERED = "NotRecovered"
 def under_way(sight: Sight) -> Word:
     """What the job recovers from."""
     last = _last(sight)
-    known = next((one for one in sight.old.conditions if one.type == "Recovering"), None)
+    known = sight.condition("Recovering")
     if sight.head is not None and sight.heard is None and known is not None and known.status == "True":
         return Word(known.reason, known.message)
     if sight.head is None and not sight.old.head:
@@ -44,7 +44,7 @@ def last_one(sight: Sight, trains: bool) -> Word:
         return Word(reason, f"{last.get('cause', '')} ({last['total_s']:.1f} s{lost})")
     if last.get("cause"):
         return Word(FIRST_STEP if trains else NOT_RECOVERED, str(last["cause"]))
-    known = next((one for one in sight.old.conditions if one.type == "Recovering"), None)
+    known = sight.condition("Recovering")
     if known is None:
         return Word("NothingLost")
     if known.status == "False":

@@ -82,14 +82,7 @@ def full_roster(sight: Sight) -> Roster:
     draft.waits += [at for at in sight.silent.values() if at > sight.now]
     if sight.doubt_ends is not None:
         draft.waits.append(sight.doubt_ends)
-    return Roster(
-        head,
-        draft.next_pod if sight.trouble is None else next_index(sight),
-        tuple(draft.creates),
-        tuple(draft.deletes),
-        () if sight.trouble is not None else tuple(draft.happenings),
-        min(draft.waits, default=None),
-    )
+    return _roster(sight, draft, head)
 
 
 def head_alone(sight: Sight) -> Roster:
@@ -98,10 +91,18 @@ def head_alone(sight: Sight) -> Roster:
     head = _head(sight, draft)
     others = [pod for pod in sight.pods if pod.role == kube.HEAD_ROLE and pod.name != head]
     draft.deletes = [_delete(pod) for pod in others if not pod.ended and not pod.deleting]
-    made = draft.next_pod if sight.trouble is None else next_index(sight)
-    told = () if sight.trouble is not None else tuple(draft.happenings)
-    waits = min(draft.waits, default=None)
-    return Roster(head, made, tuple(draft.creates), tuple(draft.deletes), told, waits)
+    return _roster(sight, draft, head)
+
+
+def _roster(sight: Sight, draft: _Draft, head: str | None) -> Roster:
+    return Roster(
+        head,
+        draft.next_pod if sight.trouble is None else next_index(sight),
+        tuple(draft.creates),
+        tuple(draft.deletes),
+        () if sight.trouble is not None else tuple(draft.happenings),
+        min(draft.waits, default=None),
+    )
 
 
 def empty_roster(sight: Sight) -> tuple[Action, ...]:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from outlast import kube
 from outlast.api import TrainingJob
 from outlast.errors import SpecError
-from outlast.jobstatus import TrainingJobStatus
+from outlast.jobstatus import Condition, TrainingJobStatus
 from outlast_operator import podspec
 from outlast_operator.heard import LEFT, LOST, Heard
 from outlast_operator.machines import doubted_until, why_lost
@@ -63,6 +63,10 @@ class Sight:
     @cached_property
     def nodes(self) -> tuple[Pod, ...]:
         return tuple(pod for pod in self.pods if pod.is_node)
+
+    def condition(self, kind: str) -> Condition | None:
+        """What the status that it has says of ``kind``."""
+        return next((condition for condition in self.old.conditions if condition.type == kind), None)
 
     @property
     def wanted(self) -> int:

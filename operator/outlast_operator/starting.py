@@ -108,7 +108,7 @@ def _refusal(reason: str, message: str) -> Obstacle:
 
 def _refused_before(sight: Sight) -> Obstacle | None:
     """What the API server had refused when the status was written last, while Pods are lacking."""
-    ready = next((condition for condition in sight.old.conditions if condition.type == "Ready"), None)
+    ready = sight.condition("Ready")
     if ready is None or sum(pod.is_node for pod in sight.live) >= sight.wanted:
         return None
     refused = ready.reason in _REFUSALS or (ready.reason.startswith(_INVALID) and ready.reason != "InvalidSpec")
@@ -161,7 +161,7 @@ def _lost_text(sight: Sight) -> str:
 
 def _why_given_back(sight: Sight) -> str:
     """As it was told when it was done, which names what was in the way."""
-    ready = next((condition for condition in sight.old.conditions if condition.type == "Ready"), None)
+    ready = sight.condition("Ready")
     text = _given_back_text(sight.old.start)
     known = ready is not None and ready.reason in ("GivenBack", "WaitingToRetry") and text in ready.message
     return ready.message if ready is not None and known else text

@@ -10,8 +10,9 @@ what could still be brought to a store. The condition says what is kept and what
 from __future__ import annotations
 
 from outlast.jobstatus import TrainingJobStatus
+from outlast_operator.heard import SUSPENDED
 from outlast_operator.model import Action, Call, Happening
-from outlast_operator.progress import SUSPENDED, emptied
+from outlast_operator.progress import emptied
 from outlast_operator.replacing import empty_roster, head_alone, next_index
 from outlast_operator.sight import Sight
 from outlast_operator.timestamps import read_or_none, written
@@ -134,7 +135,7 @@ def _bare(sight: Sight, status: TrainingJobStatus) -> TrainingJobStatus:
 
 def _stay(sight: Sight, status: TrainingJobStatus) -> Decision:
     """Suspended already; what was said stays said. Pods that are still there go."""
-    known = next((condition for condition in sight.old.conditions if condition.type == "Suspended"), None)
+    known = sight.condition("Suspended")
     why = Word(known.reason, known.message) if known is not None else _what_is_kept(sight, status)
     bare = emptied(status).model_copy(update={**NONE_YET, "next_pod": next_index(sight)})
     return Decision("Suspended", why, bare, empty_roster(sight))

@@ -9,6 +9,7 @@ import pytest
 
 from outlast_operator.crd import to_yaml
 from support.apiserver import ApiServer, api_server, eventually
+from support.controllers import Controllers, serving
 from support.operators import World, world
 
 
@@ -26,3 +27,10 @@ def place(api: ApiServer, tmp_path: pathlib.Path) -> Iterator[World]:
     """A namespace of its own."""
     with world(api, tmp_path) as made:
         yield made
+
+
+@pytest.fixture
+def controllers() -> Iterator[Controllers]:
+    """Controllers of jobs, which say what they are told to."""
+    with serving() as served:
+        yield served

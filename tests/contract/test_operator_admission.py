@@ -12,7 +12,7 @@ import pytest
 
 from outlast_operator.crd import to_yaml
 from outlast_operator.kinds import Kind
-from support.apiserver import api_server, eventually, free_port
+from support.apiserver import api_server, eventually
 from support.controllers import Controllers
 from support.operators import World, world
 
@@ -33,14 +33,6 @@ def ready(place: World) -> dict[str, Any]:
 
 def edit(place: World, spec: dict[str, Any]) -> None:
     place.api.kubectl("-n", place.namespace, "patch", "tj", "job", "--type=merge", "-p", json.dumps({"spec": spec}))
-
-
-@pytest.fixture
-def controllers() -> Iterator[Controllers]:
-    served = Controllers(free_port())
-    served.start()
-    yield served
-    served.stop()
 
 
 def test_a_webhook_that_is_down_is_told_and_the_job_steered_meanwhile(place: World, controllers: Controllers) -> None:

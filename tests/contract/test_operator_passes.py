@@ -6,7 +6,6 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -23,7 +22,7 @@ from outlast_operator.model import Controller, Key, Object, Observed, Plan
 from outlast_operator.poller import Poller, PollSettings
 from outlast_operator.pruning import pruned
 from outlast_operator.reconciler import Passed, Reconciler
-from support.apiserver import eventually, free_port
+from support.apiserver import eventually
 from support.controllers import Controllers
 from support.operators import World
 from support.tinyplan import plan
@@ -31,14 +30,6 @@ from support.tinyplan import plan
 pytestmark = pytest.mark.timeout(120)
 
 FULL = ("head-0", "node-1", "node-2", "node-3")
-
-
-@pytest.fixture
-def controllers() -> Iterator[Controllers]:
-    served = Controllers(free_port())
-    served.start()
-    yield served
-    served.stop()
 
 
 def _events(place: World) -> list[Object]:

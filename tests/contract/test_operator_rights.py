@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import yaml
 
 from outlast_operator.kinds import JOB, MACHINE
 from outlast_operator.refusals import ApiError
-from support.apiserver import eventually, free_port
+from support.apiserver import eventually
 from support.charts import helm, render, split
 from support.controllers import Controllers
 from support.operators import OperatorProcess, World
@@ -32,14 +31,6 @@ POD = {
 }
 LEASE = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "any"}, "spec": {}}
 NODES = [f"job-node-{index}" for index in (1, 2, 3)]
-
-
-@pytest.fixture
-def controllers() -> Iterator[Controllers]:
-    served = Controllers(free_port())
-    served.start()
-    yield served
-    served.stop()
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from botocore.config import Config
 from support.labs import Lab, build_images, lab_wide_s3, running_lab, save_logs
 from support.policies import Enforcer, enforced
 from support.stores import ROOT, environment
-from support.trainingjobs import Job, local_digest
+from support.trainingjobs import Job, local_digest, submitting
 
 LAB = "e2e"
 NAMESPACE = "train"
@@ -123,26 +123,5 @@ def undisturbed(lab: Lab, bucket: str) -> Callable[[int, int], str]:
 @pytest.fixture
 def submit(release: Lab) -> Iterator[Callable[[dict[str, Any]], Job]]:
     """Applies a job, and removes it afterwards: nothing of it may stay."""
-    jobs: list[Job] = []
-
-    def apply(resource: dict[str, Any]) -> Job:
-        release.apply({**resource, "metadata": {**resource["metadata"], "namespace": NAMESPACE}})
-        jobs.append(Job(release, NAMESPACE, resource["metadata"]["name"]))
-        return jobs[-1]
-
-    yield apply
-    for job in jobs:
-        release.kubectl("-n", NAMESPACE, "delete", "trainingjob", job.name, "--ignore-not-found", "--wait=false")
-        assert_nothing_left(release, job.name)
-
-
-def assert_nothing_left(lab: Lab, job: str, seconds: float = 90) -> None:
-    """No object of ``job`` is left, once the garbage collector has been there."""
-    kinds = "pods,services,secrets,networkpolicies,poddisruptionbudgets,configmaps"
-    deadline = time.monotonic() + seconds
-    while True:
-        found = lab.kubectl("-n", NAMESPACE, "get", kinds, "-l", f"outlast.dev/job={job}", "-o", "name").split()
-        if not found:
-            return
-        assert time.monotonic() < deadline, f"still there {seconds:g} s after the deletion of {job}: {found}"
-        lab.run("kubectl", "-n", NAMESPACE, "wait", "--for=delete", found[0], f"--timeout={seconds:g}s")
+    with submitting(release, NAMESPACE) as apply:
+        yield apply

@@ -11,7 +11,7 @@ import pytest
 from outlast import kube
 from support.labs import Lab
 from support.policies import Enforcer, within
-from support.trainingjobs import Job, job, template
+from support.trainingjobs import Job, job, submitting, template
 
 OPERATORS = "outlast-system"
 
@@ -37,12 +37,10 @@ Ports = Mapping[str, list[int]]
 
 @pytest.fixture(scope="module")
 def bounded(release: Lab) -> Iterator[Job]:
-    resource = job("bounds", 100000, replicas=2, workers={"template": template()})
-    release.apply({**resource, "metadata": {"name": "bounds", "namespace": "train"}})
-    found = Job(release, "train", "bounds")
-    found.reach(1)
-    yield found
-    release.kubectl("-n", "train", "delete", "trainingjob", "bounds")
+    with submitting(release, "train") as submit:
+        found = submit(job("bounds", 100000, replicas=2, workers={"template": template()}))
+        found.reach(1)
+        yield found
 
 
 @pytest.fixture
@@ -98,6 +96,15 @@ def test_pods_are_reached_by_their_own_and_the_operator_alone(
     release: Lab, bounded: Job, policies: Enforcer, stranger: Callable[..., dict[str, Any]]
 ) -> None:
     """All ports that are open to others, with the policies enforced, under which the job trains all the time."""
+    (policy,) = release.get("-n", "train", "networkpolicies", "-l", f"{kube.JOB_LABEL}=bounds")["items"]
+    (deployment,) = release.get("-n", OPERATORS, "deployments")["items"]
+    peers = [peer for rule in policy["spec"]["ingress"] for peer in rule["from"] if "namespaceSelector" in peer]
+    assert peers == [
+        {
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": OPERATORS}},
+            "podSelector": {"matchLabels": deployment["spec"]["selector"]["matchLabels"]},
+        }
+    ]
     addresses = [pod["status"]["podIP"] for pod in [bounded.head(), *bounded.pods(kube.NODE_ROLE)]]
     ports = {address: listening(policies.await_guarded(address)) for address in addresses}
     head = addresses[0]

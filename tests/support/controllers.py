@@ -7,13 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from aiohttp import web
 
+from support.apiserver import free_port
+
 T = TypeVar("T")
+
+
+@contextmanager
+def serving() -> Iterator[Controllers]:
+    """Some on a free port."""
+    served = Controllers(free_port())
+    served.start()
+    try:
+        yield served
+    finally:
+        served.stop()
 
 
 def address(number: int) -> str:

@@ -7,8 +7,9 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -298,3 +299,31 @@ class Job:
             cost = Cost(restarted, time.monotonic() - began, max(0, top - base))
             injected.result()
         return cost
+
+
+@contextmanager
+def submitting(lab: Lab, namespace: str) -> Iterator[Callable[[dict[str, Any]], Job]]:
+    """Applies jobs, and removes them afterwards: nothing of them may stay."""
+    jobs: list[Job] = []
+
+    def apply(resource: dict[str, Any]) -> Job:
+        lab.apply({**resource, "metadata": {**resource["metadata"], "namespace": namespace}})
+        jobs.append(Job(lab, namespace, resource["metadata"]["name"]))
+        return jobs[-1]
+
+    yield apply
+    for made in jobs:
+        lab.kubectl("-n", namespace, "delete", "trainingjob", made.name, "--ignore-not-found", "--wait=false")
+        assert_nothing_left(lab, namespace, made.name)
+
+
+def assert_nothing_left(lab: Lab, namespace: str, job: str, seconds: float = 90) -> None:
+    """No object of ``job`` is left, once the garbage collector has been there."""
+    kinds = "pods,services,secrets,networkpolicies,poddisruptionbudgets,configmaps"
+    deadline = time.monotonic() + seconds
+    while True:
+        found = lab.kubectl("-n", namespace, "get", kinds, "-l", f"outlast.dev/job={job}", "-o", "name").split()
+        if not found:
+            return
+        assert time.monotonic() < deadline, f"still there {seconds:g} s after the deletion of {job}: {found}"
+        lab.run("kubectl", "-n", namespace, "wait", "--for=delete", found[0], f"--timeout={seconds:g}s")

@@ -12,8 +12,8 @@ import pytest
 from outlast.clock import SystemClock
 from outlast_operator.model import Call, Key
 from outlast_operator.poller import CallFailed, Poller, PollSettings, Target, matters, read_answer
-from support.apiserver import eventually, free_port
-from support.controllers import Controllers, address
+from support.apiserver import eventually
+from support.controllers import Controllers, address, serving
 
 KEY = Key("default", "bytelm")
 
@@ -28,10 +28,8 @@ class Queue:
 
 @pytest.fixture
 def controllers() -> Iterator[Controllers]:
-    served = Controllers(free_port())
-    served.start()
-    yield served
-    served.stop()
+    with serving() as served:
+        yield served
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from outlast.pod.console import Console, line_of
 from outlast.pod.cpu import cpu_limit, rank_threads, share
 from outlast.pod.head import HeadPod, controller_config, is_held, worth_holding
 from outlast.pod.ranklogs import LONGEST_LINE, MOST_BEHIND, RESUME, Lines, RankLogs
-from outlast.pod.raycare import DOUBT_S, Joined, RayCare, pick_head, why_part
+from outlast.pod.raycare import DOUBT_S, Find, Joined, RayCare, pick_head, why_part
 from outlast.pod.registration import AGAIN_S, Registered, Standing, concern, must_register, standing_of
 from outlast.pod.settings import Folders, head_settings, node_settings
 from support.pods import free_port, until
@@ -181,6 +182,22 @@ async def until_true(condition: Any, what: str) -> None:
     assert condition(), what
 
 
+@asynccontextmanager
+async def cared(out: pathlib.Path, find: Find) -> AsyncIterator[tuple[RayCare, StubMember, int]]:
+    """A node's care for its Ray, where every address has a head at that port."""
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "0.0.0.0", port := free_port())
+    member, console = StubMember(), Console(os.open(out, os.O_CREAT | os.O_WRONLY), {})
+    care = RayCare(member, "head", port, "n", console, find)  # type: ignore[arg-type]
+    task = asyncio.create_task(care.run())
+    try:
+        yield care, member, port
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        server.close()
+        console.close()
+
+
 def test_a_node_follows_the_head_wherever_its_name_leads(tmp_path: pathlib.Path) -> None:
     """No address at first, then one, then another; then Ray is started anew under the same."""
     found: list[str] = []
@@ -189,11 +206,7 @@ def test_a_node_follows_the_head_wherever_its_name_leads(tmp_path: pathlib.Path)
         return tuple(found)
 
     async def story() -> None:
-        server = await asyncio.start_server(lambda _, writer: writer.close(), "0.0.0.0", port := free_port())
-        member, console = StubMember(), Console(os.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY), {})
-        care = RayCare(member, "head", port, "n", console, find)  # type: ignore[arg-type]
-        task = asyncio.create_task(care.run())
-        try:
+        async with cared(tmp_path / "out", find) as (care, member, port):
             await asyncio.sleep(0.1)
             assert care.joined is None
             found.append("127.0.0.1")
@@ -209,11 +222,6 @@ def test_a_node_follows_the_head_wherever_its_name_leads(tmp_path: pathlib.Path)
             assert member.joins[0][1] != member.joins[1][1], "an agent is never made in a raylet of before"
             care.trust("another-session")
             await until_true(lambda: len(member.joins) == 3, "joined the new Ray")
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            server.close()
-            console.close()
 
     asyncio.run(story())
     assert "127.0.0.2" in (tmp_path / "out").read_text()
@@ -228,22 +236,13 @@ def test_a_name_server_that_is_silent_does_not_keep_a_node_from_its_head(tmp_pat
         return ["127.0.0.1"] if len(asked) == 1 else await asked[-1]
 
     async def story() -> None:
-        server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", port := free_port())
-        member, console = StubMember(), Console(os.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY), {})
-        care = RayCare(member, "head", port, "n", console, find)  # type: ignore[arg-type]
-        task = asyncio.create_task(care.run())
-        try:
+        async with cared(tmp_path / "out", find) as (care, member, _):
             await until_true(lambda: care.joined, "joined")
             member.running = False
             care.doubt()
             await until_true(lambda: len(member.joins) == 2, "joined again")
             await asyncio.sleep(3 * DOUBT_S)
             assert len(asked) == 2, "and one question at a time"
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            server.close()
-            console.close()
 
     asyncio.run(story())
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from outlast.cgroups import CGROUPS, read
 from outlast.quantities import format_bytes
 
-CGROUPS = Path("/sys/fs/cgroup")
 _COUNTS = ("memory.events", "memory/memory.oom_control")
 _LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 _NO_LIMIT = 1 << 60
@@ -33,7 +33,7 @@ class MemoryKills:
 
     def _count(self) -> int:
         for name in _COUNTS:
-            for line in self._read(name).splitlines():
+            for line in read(self._root / name).splitlines():
                 key, _, value = line.partition(" ")
                 if key == "oom_kill" and value.strip().isdigit():
                     return int(value)
@@ -41,13 +41,7 @@ class MemoryKills:
 
     def _limit(self) -> int | None:
         for name in _LIMITS:
-            value = self._read(name).strip()
+            value = read(self._root / name)
             if value.isdigit() and int(value) < _NO_LIMIT:
                 return int(value)
         return None
-
-    def _read(self, name: str) -> str:
-        try:
-            return (self._root / name).read_text()
-        except OSError:
-            return ""

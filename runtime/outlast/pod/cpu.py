@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
+from outlast.cgroups import CGROUPS, read
+
 _V1 = ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
 
 
@@ -26,16 +27,9 @@ def share(cores: float, procs: int) -> int:
 
 def cpu_limit(root: Path) -> float | None:
     """The container's limit in cores, of cgroup v2 (``cpu.max``) or v1; None: there is none, or it cannot be read."""
-    unified = _read(root / "cpu.max")
-    quota, period = unified.split() if len(unified.split()) == 2 else tuple(_read(root / name) for name in _V1)
+    unified = read(root / "cpu.max")
+    quota, period = unified.split() if len(unified.split()) == 2 else tuple(read(root / name) for name in _V1)
     try:
         return float(quota) / float(period) if float(quota) > 0 else None
     except (ValueError, ZeroDivisionError):
         return None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
