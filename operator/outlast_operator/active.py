@@ -66,6 +66,7 @@ def _without_pods(sight: Sight, status: TrainingJobStatus, gathering: Gathering)
     bare = emptied(status).model_copy(update={"start": gathering.start, "next_pod": next_index(sight)})
     told: tuple[Happening, ...] = ()
     if gathering.course is Course.GIVE_BACK:
+        bare = bare.model_copy(update={"step": status.checkpoint.step if status.checkpoint is not None else 0})
         told = (Happening("Warning", "GivenBack", gathering.why.message),)
     waits = tuple(at for at in (gathering.until, deadline(sight, status)) if at is not None)
     return Decision("Pending", gathering.why, bare, empty_roster(sight), told, waits=waits)

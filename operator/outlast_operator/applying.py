@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from outlast import kube
 from outlast.clock import Clock
 from outlast_operator.caches import Caches
 from outlast_operator.cluster import Cluster
@@ -26,6 +27,9 @@ from outlast_operator.refusals import NAME_TAKEN, WEBHOOK, ApiError, Verdict, ve
 
 log = logging.getLogger(__name__)
 
+OWN_LABELS = frozenset({kube.JOB_LABEL, kube.MANAGED_BY_LABEL, kube.ROLE_LABEL, kube.POD_LABEL})
+"""The labels of a Pod that others may not change."""
+RELABELLED = "Relabelled"
 CALLS_S = 20.0
 """In so long one pass makes calls to the job's controller; what is left is for the next."""
 
@@ -127,6 +131,8 @@ class Applier:
                 tally.call_failed(error)
                 log.warning("call-failed job=%s cause=%s", key, error)
             except ApiError as error:
+                if error.reason == RELABELLED:
+                    tally.was_done(action)  # and undone: its name is spent
                 if not tally.goes_on_after(error, action):
                     return tally.done(error)
             else:
@@ -167,14 +173,15 @@ class Applier:
         """A Pod whose labels somebody's admission has changed would never be seen in the caches: it is deleted again.
         Raises ApiError that says so."""
         found = made["metadata"].get("labels") or {}
-        changed = [label for label, value in wanted["metadata"]["labels"].items() if found.get(label) != value]
+        labels = wanted["metadata"]["labels"]
+        changed = [label for label in sorted(OWN_LABELS & labels.keys()) if found.get(label) != labels[label]]
         if not changed:
             return
         name = made["metadata"]["name"]
         self._cluster.delete(POD, key.namespace, name, made["metadata"]["uid"], None)
         self._expectations.seen(key, name)
         text = f"admission changes its label {changed[0]}, by which the operator knows its Pods: exempt them"
-        raise ApiError("create", f"Pod {name}", 403, "Forbidden", text)
+        raise ApiError("create", f"Pod {name}", 403, RELABELLED, text)
 
     def _check_owner(self, key: Key, kind: Kind, obj: Object) -> None:
         """Raises ApiError when the object of that name is not, and will not be, this job's. One of a job of the same

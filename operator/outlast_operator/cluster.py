@@ -100,8 +100,8 @@ class Cluster:
         return answer
 
     def create(self, kind: Kind, namespace: str, obj: Object) -> Object:
-        """Make an object; AlreadyExists is an ApiError of status 409."""
-        query = {"fieldManager": FIELD_MANAGER}
+        """Make an object; AlreadyExists is an ApiError of status 409, a field that does not exist one of 400."""
+        query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"}
         return self._call("create", kind, kind.path(namespace), _name(obj), query=query, body=obj)
 
     def apply(self, kind: Kind, namespace: str, obj: Object, force: bool) -> Object:

@@ -31,6 +31,8 @@ HEAD_LOST = "head-lost"
 BETWEEN = "start"
 """The account of the seconds between two controllers."""
 LONGEST_MESSAGE = 300
+MOST_SECONDS = 1e12
+"""Booked at most of what a controller says of one account: sums of it stay numbers that JSON has."""
 _SAME_S = 5.0
 """Two failures of one cause and place are the same when no further apart: ages are rounded, and take time to arrive."""
 
@@ -132,7 +134,8 @@ def _restarts(controller: ControllerStatus, heard: Heard) -> dict[str, Any]:
 def _ledger(part: Mapping[str, Any]) -> dict[str, float]:
     lost = part.get("lost_s") if isinstance(part.get("lost_s"), Mapping) else {}
     accounts = {"train": part.get("train_s"), **dict(lost or {})}
-    return {str(name): float(value) for name, value in accounts.items() if isinstance(value, int | float) and value}
+    booked = {str(name): value for name, value in accounts.items() if isinstance(value, int | float) and value}
+    return {name: float(min(value, MOST_SECONDS)) for name, value in booked.items()}
 
 
 def _ratio(controller: ControllerStatus) -> float | None:

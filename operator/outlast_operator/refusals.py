@@ -23,6 +23,8 @@ from outlast.errors import OutlastError
 NAME_TAKEN = "NameTaken"
 WEBHOOK = "failed calling webhook"
 """What the API server says when somebody's admission webhook does not answer it: nothing was made."""
+UNDECODED = "cannot be handled as a"
+"""What it says to an object with a field that does not exist, or a value of another type (400)."""
 Verb = Literal["get", "list", "watch", "create", "apply", "patch", "update", "delete"]
 
 
@@ -73,7 +75,7 @@ def reason_of(error: ApiError) -> str:
         return "QuotaExceeded" if "exceeded quota" in error.message else "Forbidden"
     if error.status == 409:
         return NAME_TAKEN
-    if error.status == 422:
+    if error.status == 422 or (error.status == 400 and UNDECODED in error.message):
         return f"Invalid{error.what.partition(' ')[0]}"
     return "Refused"
 

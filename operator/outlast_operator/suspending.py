@@ -9,7 +9,7 @@ what could still be brought to a store. The condition says what is kept and what
 
 from __future__ import annotations
 
-from outlast.jobstatus import TrainingJobStatus
+from outlast.jobstatus import StartStatus, TrainingJobStatus
 from outlast_operator.heard import SUSPENDED
 from outlast_operator.model import Action, Call, Happening
 from outlast_operator.progress import emptied
@@ -36,15 +36,15 @@ def suspend(sight: Sight, status: TrainingJobStatus) -> Decision:
     """The next step towards having no Pods."""
     if sight.old.phase == "Suspended":
         return _stay(sight, status)
-    if not sight.pods or not _has_state(sight, status):
+    if not sight.pods or not (_has_state(sight, status) or _may_have_state(sight)):
         return _take_away(sight, status)
     since = _since(sight, status)
     ends = min(_ends(sight, since), since + LONGEST_UPLOAD_S + EXTRA_S)
-    if sight.heard is not None and sight.heard.outcome == SUSPENDED:
+    if _told_its_end(sight) or sight.now >= ends:
         return _take_away(sight, status)
-    if sight.now >= ends:
-        return _take_away(sight, status)
-    return _wait(sight, status.model_copy(update={"suspending_since": written(since)}), ends)
+    # Nodes that are lacking are not counted meanwhile: they are not made either.
+    waiting = {"suspending_since": written(since), "start": StartStatus(failures=status.start.failures)}
+    return _wait(sight, status.model_copy(update=waiting), ends)
 
 
 def _since(sight: Sight, status: TrainingJobStatus) -> float:
@@ -98,8 +98,14 @@ def start_anew(sight: Sight, status: TrainingJobStatus) -> Decision:
 
 
 def _has_state(sight: Sight, status: TrainingJobStatus) -> bool:
-    """Whether ranks were started, so that there is something to keep."""
-    return status.start_time is not None or (sight.heard is not None and sight.heard.started)
+    """Whether ranks were started since the Pods were last given back, so that there is something to keep."""
+    started = status.start_time is not None and not status.start.failures
+    return started or (sight.heard is not None and sight.heard.started)
+
+
+def _may_have_state(sight: Sight) -> bool:
+    """Whether ranks may have been started unseen: nodes joined, and nobody has heard their controller yet."""
+    return sight.head is not None and sight.heard is None and any(pod.is_node and pod.ready for pod in sight.live)
 
 
 def _wait(sight: Sight, status: TrainingJobStatus, ends: float) -> Decision:
@@ -141,6 +147,10 @@ def _stay(sight: Sight, status: TrainingJobStatus) -> Decision:
     return Decision("Suspended", why, bare, empty_roster(sight))
 
 
+def _told_its_end(sight: Sight) -> bool:
+    return sight.heard is not None and sight.heard.outcome == SUSPENDED
+
+
 def _what_is_kept(sight: Sight, status: TrainingJobStatus) -> Word:
     """What the job goes on from when it is resumed, and what is lost until then."""
     done = max(status.step, sight.heard.count(sight.heard.status, "best_step") if sight.heard is not None else 0)
@@ -154,7 +164,7 @@ def _what_is_kept(sight: Sight, status: TrainingJobStatus) -> Word:
             "SuspendedWithoutCheckpoint" if done else "Suspended", f"the job {why}: {lost}; it begins at step 0"
         )
     kept = f"step {checkpoint.step} is kept at {checkpoint.url}"
-    if not sight.answering:
+    if not sight.answering and not _told_its_end(sight) and (_has_state(sight, status) or _may_have_state(sight)):
         lost = "the job goes on from the newest that is there, and what was done after that is lost"
         return Word("SuspendedWithLoss", f"its controller did not answer; {kept}, as it said last: {lost}")
     if done > checkpoint.step:

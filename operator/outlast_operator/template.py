@@ -1,7 +1,8 @@
 """What a job may write into its Pod templates: a PodTemplateSpec as in a Job, less what Outlast sets itself. Pure.
 
 The schema keeps a template as it is, so what is wrong with it is found here, with the field's path and what to write
-instead; what only the API server knows (a field that does not exist) it says when the first Pod is made.
+instead; what only the API server knows (a field that does not exist, the type of a value) it says when the first Pod is
+made: a job with such a template fails.
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ def _shape_problems(path: str, template: Mapping[str, Any]) -> Iterator[Problem]
             yield f"{path}.{name}", "must be a mapping"
             return
     spec = pod_spec(template)
-    for name in ("containers", "initContainers", "volumes", "topologySpreadConstraints"):
+    lists = ("containers", "initContainers", "volumes", "topologySpreadConstraints", "tolerations", "imagePullSecrets")
+    for name in lists:
         yield from _list_problems(f"{path}.spec.{name}", spec.get(name))
-    for name in ("securityContext", "affinity"):
+    for name in ("securityContext", "affinity", "nodeSelector"):
         if not isinstance(spec.get(name) or {}, Mapping):
             yield f"{path}.spec.{name}", "must be a mapping"
     for name in ("containers", "initContainers"):
@@ -92,8 +94,13 @@ def _shape_problems(path: str, template: Mapping[str, Any]) -> Iterator[Problem]
 
 
 def _container_shape(path: str, container: Mapping[str, Any]) -> Iterator[Problem]:
-    for name in ("env", "envFrom", "volumeMounts"):
+    for name in ("env", "envFrom", "volumeMounts", "ports"):
         yield from _list_problems(f"{path}.{name}", container.get(name))
+    env = container.get("env")
+    for at, variable in enumerate(env if isinstance(env, list | tuple) else ()):
+        value = variable.get("value") if isinstance(variable, Mapping) else None
+        if value is not None and not isinstance(value, str):
+            yield f"{path}.env[{at}].value", f"{shown(value)} was given, but a variable is a text: put it into quotes"
     resources = container.get("resources") or {}
     parts: list[Any] = [container.get("securityContext") or {}, resources]
     if isinstance(resources, Mapping):

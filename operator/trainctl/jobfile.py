@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -28,6 +29,7 @@ def read_text(path: Path) -> str:
 
 def load_named(text: str, name: str, overrides: Sequence[str] = ()) -> TrainingJob:
     """The job in the ``text`` of the file ``name``, as ``outlast.api.load`` reads it. Raises SpecError."""
+    text = _without_tabs(text)
     if _values(text) > MOST_VALUES:
         raise SpecError(
             [(name, f"it holds more than {MOST_VALUES} values, those that aliases repeat among them: leave some out")]
@@ -37,6 +39,17 @@ def load_named(text: str, name: str, overrides: Sequence[str] = ()) -> TrainingJ
     except SpecError as error:
         raise SpecError([(path or name, what) for path, what in error.problems]) from error
     return load(text, overrides)
+
+
+def _without_tabs(text: str) -> str:
+    """JSON is YAML, but for tabs between its values; within them it has none."""
+    if "\t" not in text:
+        return text
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return text.replace("\t", " ")
 
 
 def _values(text: str) -> int:

@@ -34,9 +34,8 @@ class _Submit(TyperCommand):
 
 def _with_value(words: Sequence[str]) -> Iterator[str]:
     """The words, ``--dry-run`` and its value as one of them."""
-    following = [*words[1:], ""]
     taken = False
-    for word, after in zip(words, following, strict=True):
+    for word, after in zip(words, [*words, ""][1:], strict=True):
         if taken:
             taken = False
         elif word == "--dry-run":

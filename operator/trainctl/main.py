@@ -1,6 +1,7 @@
 """``trainctl``: what a person types.
 
-Exit status: 0 it succeeded, 1 it failed, 2 the request was wrong, 130 it was interrupted. Commands import what they
+Exit status: 0 it succeeded, 1 it failed, 2 the request was wrong, 3 ``run``'s job was suspended, 130 it was
+interrupted. Commands import what they
 need when they are called, so that ``trainctl --help`` answers at once.
 """
 
@@ -125,7 +126,7 @@ def _run_to_the_last_word() -> None:
     """Run the command until what it wrote has been taken. Raises OutlastError when standard output takes no more."""
     try:
         try:
-            app()
+            app(prog_name="kubectl outlast" if Path(sys.argv[0]).name == "kubectl-outlast" else None)
         finally:
             print(end="", flush=True)
     except OSError as error:

@@ -23,6 +23,19 @@ GPU = "nvidia.com/gpu"
 _YAML = (".yaml", ".yml", ".json")
 _SHELL = (".sh", ".bash")
 _NAMED = 8
+_OF_THE_SERVER = frozenset(
+    {
+        "creationTimestamp",
+        "deletionGracePeriodSeconds",
+        "deletionTimestamp",
+        "generation",
+        "managedFields",
+        "resourceVersion",
+        "selfLink",
+        "uid",
+    }
+)
+"""What ``kubectl get -o yaml`` writes into a job's metadata, and no new job has yet."""
 _NO_LABEL = " is no DNS label: "
 _NO_TEXT = re.compile(r'[^"]*[\ud800-\udfff][^"]*')
 _NAME_PART = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
@@ -119,7 +132,8 @@ def _from_file(asked: Submission, default_namespace: str) -> Prepared:
     assert asked.text is not None
     job = _load(asked, asked.text, default_namespace)
     packed = pack_folder(asked.code) if asked.code else None
-    return _prepared(job, packed, () if packed else _forgotten(job, asked.source))
+    notes = _forgotten(job, asked.source) if packed is None else _absent(job, asked.code, packed)
+    return _prepared(job, packed, notes)
 
 
 def _from_script(asked: Submission, default_namespace: str) -> Prepared:
@@ -287,6 +301,7 @@ def _name_problem(name: str) -> str:
 def _prepared(job: TrainingJob, packed: Packed | None, notes: tuple[str, ...]) -> Prepared:
     """The fields that were given, and no defaults: those are the server's to fill in."""
     tree = job.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    tree["metadata"] = {key: value for key, value in tree["metadata"].items() if key not in _OF_THE_SERVER}
     tree["metadata"]["namespace"] = job.metadata.namespace
     if packed is None:
         return Prepared(tree, None, notes)
@@ -309,5 +324,15 @@ def _forgotten(job: TrainingJob, source: Path) -> tuple[str, ...]:
     return (f"{script} beside {source} is not sent: the image's own is run; to send it, add --code {source.parent}",)
 
 
+def _absent(job: TrainingJob, folder: Path | None, packed: Packed) -> tuple[str, ...]:
+    """A note where the entrypoint's script is not in the folder that is sent."""
+    script = next((word for word in job.spec.entrypoint[1:2] if word.endswith(".py")), None)
+    if script is None or script.startswith("/") or script in {file.path for file in packed.files}:
+        return ()
+    return (f"{script} is not in --code {folder}, where ranks start: they find it only if the image puts it there",)
+
+
 def _suggested(source: Path) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", source.stem.lower()).strip("-") or "job"
+    stem = re.sub(r"[^a-z0-9]+", "-", source.stem.lower()).strip("-")
+    named = stem if stem[:1].isalpha() else f"job-{stem}"
+    return named[:LONGEST_JOB_NAME].strip("-")

@@ -32,7 +32,8 @@ def submit(where: Where, asked: Submission, *, dry_run: str, replacing: bool, fo
     with Cluster(where) as cluster:
         prepared = prepare(asked, cluster.namespace)
         if dry_run == "server":
-            made = cluster.post(jobs_path(prepared.namespace), prepared.job, _strict("All"))
+            _note(prepared)
+            made = _checked(cluster, prepared, replacing)
             _say(made, form, f"{name_of(made)} would be created (the server has checked it)")
             return 0
         job = JobRef(cluster, prepared.namespace, prepared.name)
@@ -72,6 +73,7 @@ def _show(prepared: Prepared, form: Form | None) -> int:
     _note(prepared)
     objects = [prepared.job]
     if prepared.packed is not None:
+        print("note: a ConfigMap that kubectl makes of this stays when the job is deleted", file=sys.stderr)
         objects.append(prepared.packed.config_map(prepared.name, prepared.namespace))
     match form:
         case Form.NAME:
@@ -128,6 +130,14 @@ def _make_room(job: JobRef, prepared: Prepared, replacing: bool) -> None:
             "is refused to a new job of that name, unless it says spec.checkpoint.resume: true and goes on from them",
             file=sys.stderr,
         )
+
+
+def _checked(cluster: Cluster, prepared: Prepared, replacing: bool) -> Json:
+    """The job as the API server would take it. Raises what its refusal is."""
+    if not replacing:
+        return cluster.post(jobs_path(prepared.namespace), prepared.job, _strict("All"))
+    _rehearse(JobRef(cluster, prepared.namespace, prepared.name), prepared)
+    return prepared.job
 
 
 def _rehearse(job: JobRef, prepared: Prepared) -> None:

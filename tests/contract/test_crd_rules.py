@@ -143,6 +143,30 @@ def test_what_is_accepted(place: World) -> None:
     assert status == 0, text
 
 
+def grouped(replicas: int, group: int | None, parity: int | None) -> Json:
+    given = {"groupSize": group, "parity": parity}
+    erasure = {name: number for name, number in given.items() if number is not None}
+    name = f"grid-{replicas}-{group}-{parity}".lower()
+    return job(name, workers={"replicas": replicas}, snapshot={"erasure": erasure})
+
+
+GRID = [
+    grouped(replicas, group, parity)
+    for replicas in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33)
+    for group in (None, 2, 3, 4, 8)
+    for parity in (None, 0, 1, 2, 3, 4, 7, 8)
+]
+"""Around where nodes make another number of groups, and around the parity that their smallest allows."""
+
+
+def test_groups_and_parity_are_taken_where_the_runtime_takes_them(place: World) -> None:
+    fits_by_name = {resource["metadata"]["name"]: parse(resource)[0] is not None for resource in GRID}
+    assert set(fits_by_name.values()) == {True, False}
+    _, text = apply(place, {"apiVersion": "v1", "kind": "List", "items": GRID}, "--dry-run=server")
+    taken = {line.split()[0].rpartition("/")[2] for line in text.splitlines() if "(server dry run)" in line}
+    assert taken == {name for name, fits in fits_by_name.items() if fits}
+
+
 def test_defaults_are_filled_in(place: World) -> None:
     made = place.submit("defaults", replicas=2)
     spec = made["spec"]

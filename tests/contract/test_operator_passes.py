@@ -162,16 +162,25 @@ def test_an_exhausted_quota_is_told_and_mended(place: World) -> None:
     eventually("the condition is gone", lambda: place.status().get("conditions") == [] or None)
 
 
-def test_a_template_that_the_api_server_refuses_is_told_in_its_words(place: World) -> None:
+@pytest.mark.parametrize(
+    ("bad", "code", "words"),
+    [
+        ({"resources": {"limits": {"cpu": "-1"}}}, "422", "must be greater than or equal to 0"),
+        ({"resources": {"limits": {"cpu": "lots"}}}, "400", "quantities must match the regular expression"),
+        ({"imagee": "misspelt"}, "400", 'unknown field "spec.containers[0].imagee"'),
+    ],
+)
+def test_a_template_that_the_api_server_refuses_is_told_in_its_words(
+    place: World, bad: dict[str, Any], code: str, words: str
+) -> None:
     operator = place.start()
-    bad = {"spec": {"containers": [{"name": "outlast", "image": "i", "resources": {"limits": {"cpu": "-1"}}}]}}
-    place.submit(workers={"template": bad})
+    place.submit(workers={"template": {"spec": {"containers": [{"name": "outlast", "image": "i", **bad}]}}})
     eventually("the refusal is told", lambda: condition(place).get("reason") == "InvalidPod")
-    assert "must be greater than or equal to 0" in condition(place)["message"]
+    assert words in condition(place)["message"]
     place.submit("fine")
     place.wait_for_pods(*FULL, job="fine")
     time.sleep(3)
-    tries = operator.calls()["create", "pods", "422"]
+    tries = operator.calls()["create", "pods", code]
     assert tries <= 5, "retries back off"
     place.cluster.patch(JOB, place.namespace, "job", {"spec": {"suspend": True}})
     place.cluster.patch(JOB, place.namespace, "job", {"status": {"phase": "Suspended"}}, "status")

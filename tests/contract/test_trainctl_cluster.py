@@ -629,4 +629,18 @@ def test_kubectl_completes_its_plugin(cluster: Lab, trainctl: Trainctl) -> None:
 
     assert offered("status", "ga") == ["gamma", ":4"]
     assert offered("sus") == ["suspend", ":4"]
+    script = str(pathlib.Path(sys.executable).parent / "kubectl_complete-outlast")
+    done = cluster.run(script, "submit", "no-su")
+    assert (done.returncode, done.stderr) == (0, ""), "kubectl says :0 too when its plugin breaks"
     assert offered("submit", "no-su") == [":0"], "names of files are the shell's to offer"
+    assert "--dry-run" in offered("submit", "--dry")
+
+
+def test_kubectl_runs_its_plugin(cluster: Lab, trainctl: Trainctl) -> None:
+    trainctl.ok("submit", "job.yaml", "--name", "delta")
+    scripts = f"PATH={pathlib.Path(sys.executable).parent}:{cluster.variables['PATH']}"
+    done = cluster.run("env", scripts, "kubectl", "outlast", "status", "-o", "name")
+    assert (done.returncode, done.stdout) == (0, "trainingjob.outlast.dev/delta\n"), done.stderr
+    done = cluster.run("env", scripts, "kubectl", "outlast", "submit")
+    assert done.returncode != 0
+    assert "Usage: kubectl outlast submit" in done.stderr

@@ -117,6 +117,13 @@ def test_an_image_by_its_digest() -> None:
 
 
 @needs_helm
+def test_an_older_kubernetes_is_refused() -> None:
+    done = run_helm("template", "outlast", str(CHART), "--kube-version", "1.28.9", values={})
+    assert done.returncode != 0
+    assert "kubeVersion: >=1.29.0-0" in done.stderr
+
+
+@needs_helm
 @pytest.mark.parametrize("release", ["r" * 53, "team.a", "2024", "2024.outlast"])
 def test_any_release_name_gives_names_that_are_taken(release: str) -> None:
     values = {"serviceMonitor": {"enabled": True}, "networkPolicy": {"enabled": True}}

@@ -16,7 +16,7 @@ V2, V1 = ("memory.events", "memory.max"), ("memory/memory.oom_control", "memory/
 
 @pytest.mark.parametrize("files", [V2, V1], ids=["v2", "v1"])
 @pytest.mark.parametrize(("limit", "told"), [("2147483648", "limit of 2Gi"), ("max", "limit,"), ("9223372036854771712", "limit,")])  # fmt: skip
-def test_a_kill_of_the_kernels_is_told_once(
+def test_a_kill_of_the_kernels_is_told_at_its_time(
     tmp_path: pathlib.Path, files: tuple[str, str], limit: str, told: str
 ) -> None:
     counts, limits = (tmp_path / name for name in files)
@@ -24,15 +24,26 @@ def test_a_kill_of_the_kernels_is_told_once(
     counts.write_text("low 0\noom 3\noom_kill 1\n")
     limits.write_text(limit + "\n")
     kills = MemoryKills(tmp_path)
-    assert kills.why() == "", "what was before is not this process"
+    assert kills.why(0.0) == "", "what was before is not this process"
     counts.write_text("low 0\noom 3\noom_kill 2\n")
-    assert "out of memory" in (why := kills.why())
+    assert "out of memory" in (why := kills.why(10.0))
     assert told in why
-    assert kills.why() == ""
+    assert kills.why(10.5) == why, "one that was killed with it"
+    assert kills.why(13.0) == ""
+
+
+def test_a_kill_that_was_noticed_before_explains_no_later_death(tmp_path: pathlib.Path) -> None:
+    """Of a worker of a DataLoader: its rank ends by itself, and another is killed by hand hours later."""
+    counts = tmp_path / V2[0]
+    counts.write_text("oom_kill 0\n")
+    kills = MemoryKills(tmp_path)
+    counts.write_text("oom_kill 1\n")
+    kills.notice(10.0)
+    assert kills.why(3600.0) == ""
 
 
 def test_where_nothing_counts_nothing_is_said(tmp_path: pathlib.Path) -> None:
-    assert MemoryKills(tmp_path).why() == ""
+    assert MemoryKills(tmp_path).why(0.0) == ""
 
 
 def test_it_is_the_cause_also_of_a_rank_that_was_to_be_stopped() -> None:

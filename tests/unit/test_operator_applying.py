@@ -144,6 +144,17 @@ def test_a_pod_whose_labels_admission_changes_is_made_no_more(label: str) -> Non
     assert server.asked == [("create", name), ("delete", name)]
     assert done.error is not None
     assert (done.error.status, label in done.error.message) == (403, True)
+    assert done.made == (name,), "its name is spent"
+
+
+def test_labels_of_the_templates_own_may_be_changed() -> None:
+    template = {"metadata": {"labels": {"team": "nlp"}}}
+    world = World(resource(workers={"template": template}))
+    world.run()
+    pods = [Create(found) for name, found in world.pods.items() if "-node-" in name]
+    assert pods[0].object["metadata"]["labels"]["team"] == "nlp"
+    done = do(Server(labels={"team": "NLP-7"}), *pods)
+    assert (done.error, len(done.made)) == (None, 4)
 
 
 def test_what_was_made_before_a_refusal_is_known() -> None:

@@ -273,6 +273,137 @@ def test_nothing_is_promised_of_a_controller_that_could_not_be_heard(answers: bo
     assert told.type == ("Normal" if answers else "Warning")
 
 
+def given_back() -> World:
+    """Done to step 50, 40 of these after the last checkpoint; without Pods for want of nodes."""
+    world = World.training(resource({"checkpoint": STORE}), checkpoint={"step": 10, "age_s": 5.0}, best_step=50)
+    assert world.said is not None
+    for index in (3, 4):
+        del world.pods[node(index)]
+        world.said["nodes"][node(index)]["state"] = "lost"
+    world.said["workers"] |= {"ready": 2, "spares": 0}
+    world.run()
+    world.now += 1000
+    world.run()
+    world.said = None
+    world.let_go()
+    world.run()
+    assert not world.pods
+    return world
+
+
+def suspended_word(world: World) -> tuple[str, str]:
+    condition = world.condition("Suspended")
+    (told, *_) = [one for one in reversed(world.happenings) if one.reason == "Suspended"]
+    assert told.type == ("Normal" if condition.reason == "Suspended" else "Warning")
+    return world.status.phase, condition.reason
+
+
+def test_nothing_is_lost_by_a_suspension_between_two_others() -> None:
+    """Resumed by mistake: the new Pods have not begun, and nobody can be asked."""
+    world = World.training(resource({"checkpoint": STORE}), checkpoint={"step": 40, "age_s": 5.0})
+    assert world.said is not None
+    world.edit(suspend=True)
+    world.step()
+    world.said["outcome"] = "suspended"
+    world.run()
+    world.let_go()
+    world.said = None
+    world.edit(suspend=False)
+    world.run()
+    assert len(world.pods) == 5
+    world.edit(suspend=True)
+    world.run()
+    assert suspended_word(world) == ("Suspended", "Suspended")
+
+
+@pytest.mark.parametrize("asked_again", [False, True])
+def test_what_a_giving_back_lost_is_told_once(asked_again: bool) -> None:
+    world = given_back()
+    if asked_again:
+        world.now += 100
+        world.run()
+        assert world.pods
+    world.edit(suspend=True)
+    world.run()
+    assert suspended_word(world) == ("Suspended", "Suspended")
+    assert "step 10 is kept" in world.condition("Suspended").message
+
+
+def test_a_second_giving_back_loses_nothing_more() -> None:
+    world = given_back()
+    assert "the 40 steps" in world.condition("Ready").message
+    world.now += 100
+    world.run()
+    world.now += 1000
+    world.run()
+    assert "2 times in a row" in world.condition("Ready").message
+    assert "lost" not in world.condition("Ready").message
+
+
+def test_a_controllers_end_is_believed_though_its_pod_goes_already() -> None:
+    """The status write of the pass that let it go was refused."""
+    world = World.training(resource({"checkpoint": STORE}), checkpoint={"step": 40, "age_s": 5.0})
+    assert world.said is not None
+    world.edit(suspend=True)
+    world.step()
+    world.said["outcome"] = "suspended"
+    before = world.job["status"]
+    assert len(let_go(world.step())) == 5
+    world.job["status"] = before
+    world.step()
+    assert suspended_word(world) == ("Suspended", "Suspended")
+
+
+def test_pods_that_all_went_with_a_job_take_what_they_had() -> None:
+    world = World.training(resource({"checkpoint": STORE}), checkpoint={"step": 40, "age_s": 5.0})
+    world.pods, world.said = {}, None
+    world.edit(suspend=True)
+    world.run()
+    assert suspended_word(world) == ("Suspended", "SuspendedWithLoss")
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_job_that_began_unseen_is_asked_for_its_state(joined: bool) -> None:
+    """Its Pods were made, and the operator went; its first question, hours later, is not answered."""
+    world = World(resource({"checkpoint": STORE}))
+    world.run()
+    for name in world.pods:
+        world.start(name, ready=joined)
+    world.machines = {"m1": machine("m1")}
+    world.now += 6 * 3600
+    world.edit(suspend=True)
+    world.failing_since = world.now
+    assert bool(let_go(world.step())) is not joined
+    if joined:
+        world.failing_since, world.said = None, word(step=9000)
+        assert asked(world.step()) == ["/suspend"]
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_nodes_that_lack_do_not_count_during_a_suspension(store: bool) -> None:
+    spec = {"checkpoint": STORE} if store else {}
+    world = World.training(resource(spec, workers={"replicas": 3, "spares": 0}))
+    assert world.said is not None
+    del world.pods[node(3)]
+    world.said["nodes"][node(3)]["state"] = "lost"
+    world.said |= {"phase": "Recovering", "suspending": True}
+    world.said["workers"] |= {"ready": 2}
+    world.run()
+    world.now += 780
+    world.edit(suspend=True)
+    world.step()
+    world.now += 130
+    world.step()
+    world.edit(suspend=False)
+    decided = world.step()
+    assert (world.status.phase, let_go(decided)) == ("Recovering", [])
+    world.now += 880
+    assert let_go(world.step()) == []
+    world.now += 30
+    world.step()
+    assert world.status.phase == ("Pending" if store else "Failed")
+
+
 # --- who is believed ------------------------------------------------------------------------------------------------
 
 

@@ -113,6 +113,7 @@ def test_progress_waits_for_its_turn(urgent: bool, now: float, wait: float) -> N
 QUOTA = 'pods "a-node-1" is forbidden: exceeded quota: small, requested: pods=1, used: pods=4, limited: pods=4'
 RIGHTS = 'pods is forbidden: User "system:serviceaccount:x:y" cannot create resource "pods" in API group ""'
 ENDING = "unable to create new content in namespace x because it is being terminated"
+UNKNOWN_FIELD = 'Pod in version "v1" cannot be handled as a Pod: strict decoding error: unknown field "spec.a"'
 OTHERS = 'Apply failed with 1 conflict: conflict with "kubectl" using v1: .spec.selector.a'
 
 
@@ -124,6 +125,7 @@ OTHERS = 'Apply failed with 1 conflict: conflict with "kubectl" using v1: .spec.
         ("create", 403, RIGHTS, Verdict.REFUSED, "Forbidden"),
         ("create", 403, ENDING, Verdict.BEHIND, None),
         ("create", 400, 'admission webhook "policy" denied the request', Verdict.REFUSED, "Refused"),
+        ("create", 400, UNKNOWN_FIELD, Verdict.REFUSED, "InvalidPod"),
         ("create", 409, "already exists", Verdict.BEHIND, None),
         ("apply", 409, OTHERS, Verdict.REFUSED, "NameTaken"),
         (

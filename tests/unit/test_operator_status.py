@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -231,6 +232,16 @@ def test_an_operator_that_returns_says_what_was_said_until_it_has_heard_more(pha
         was = next(one for one in before.conditions if one.type == kind)
         now = world.condition(kind)
         assert (now.status, now.reason) == (was.status, was.reason)
+
+
+def test_sums_over_controllers_stay_numbers_of_json() -> None:
+    world = World.training()
+    assert world.said is not None
+    for identity in ("c1", "c2", "c3"):
+        world.said |= {"controller": identity, "goodput": {"train_s": 1.7e308, "lost_s": {"start": 1.7e308}}}
+        world.step()
+    json.dumps(world.job["status"], allow_nan=False)
+    assert world.status.goodput == 0.5
 
 
 def test_a_snapshot_is_not_forgotten_while_a_new_controller_gathers() -> None:

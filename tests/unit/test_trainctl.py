@@ -84,6 +84,8 @@ def test_help_imports_nothing_heavy() -> None:
     ("arguments", "said"),
     [
         (["run"], "Missing argument"),
+        (["submit"], "Missing argument"),
+        (["submit", "--"], "Missing argument"),
         (["run", "absent.yaml"], "absent.yaml: No such file or directory"),
         (["run", "job.yaml", "--fault", "explode@3"], "unknown kind explode"),
         (["run", "job.yaml", "--fault", "rank-crash@3:2"], "the job has ranks 0 to 1"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from outlast.errors import RequestError, SpecError
 from trainctl.packing import FOLDER, LIMIT, MOST_FILES, CodeFile, Packed, pack_folder, pack_script, with_code
@@ -139,6 +141,16 @@ def test_a_folder_is_no_script(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("script", "name"), [("7b-sft", "job-7b-sft"), ("Train_It", "train-it"), ("_", "job"), ("x" * 80, "x" * 50)]
+)
+def test_a_name_is_suggested_that_is_taken(tmp_path: Path, script: str, name: str) -> None:
+    (tmp_path / f"{script}.py").write_text("pass\n")
+    with pytest.raises(RequestError, match=rf"such as --name {name}$"):
+        prepare(Submission(tmp_path / f"{script}.py"), "default")
+    prepare(Submission(tmp_path / f"{script}.py", name=name), "default")
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "job.yaml: the file is empty"),
@@ -169,6 +181,20 @@ def test_a_file_is_sent_as_it_is_written_in_the_namespace_in_force(tmp_path: Pat
         },
     }, "no default is sent: those are the server's"
     assert found.packed is None
+
+
+def test_json_may_be_indented_with_tabs() -> None:
+    text = json.dumps(yaml.safe_load(JOB), indent="\t")
+    assert "\t" in text
+    assert prepare(Submission(Path("job.json"), text), "team").name == "small"
+
+
+def test_what_the_server_wrote_into_an_earlier_job_is_not_sent() -> None:
+    tree = yaml.safe_load(JOB)
+    tree["metadata"] |= {"uid": "u", "resourceVersion": "7", "generation": 2, "managedFields": [{"manager": "x"}]}
+    tree["metadata"] |= {"creationTimestamp": "2026-01-01T00:00:00Z", "labels": {"team": "a"}}
+    sent = prepare(Submission(Path("job.yaml"), yaml.safe_dump(tree)), "team").job["metadata"]
+    assert sent == {"name": "small", "namespace": "team", "labels": {"team": "a"}}
 
 
 def test_a_namespace_in_the_file_wins_over_the_contexts_and_not_over_the_persons() -> None:
@@ -231,6 +257,14 @@ def test_a_script_beside_the_file_that_is_not_sent_is_a_note(tmp_path: Path) -> 
 
 
 # --- code -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_script_that_is_not_in_the_folder_of_a_files_code_is_a_note(tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text("pass\n")
+    asked = Submission(Path("job.yaml"), JOB, code=tmp_path)
+    assert any("train.py is not in --code" in note for note in prepare(asked, "default").notes)
+    (tmp_path / "train.py").write_text("pass\n")
+    assert prepare(asked, "default").notes == ()
 
 
 def test_a_script_is_mounted_where_ranks_start(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from outlast.cgroups import CGROUPS, read
@@ -9,6 +10,8 @@ from outlast.quantities import format_bytes
 
 _COUNTS = ("memory.events", "memory/memory.oom_control")
 _LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
+SAME_S = 2.0
+"""Seconds after a kill was noticed in which other deaths by SIGKILL are taken for the kernel's too."""
 _NO_LIMIT = 1 << 60
 """cgroup v1 writes a number of this size where there is no limit."""
 
@@ -19,13 +22,18 @@ class MemoryKills:
     def __init__(self, root: Path = CGROUPS) -> None:
         self._root = root
         self._seen = self._count()
+        self._fresh_until = -math.inf
 
-    def why(self) -> str:
-        """What to say of a process that has just been killed; "" when the kernel has killed none since this was asked
-        last."""
-        count, before = self._count(), self._seen
-        self._seen = count
-        if count <= before:
+    def notice(self, now: float) -> None:
+        """Take note of kills until now: later deaths are not theirs. Call it when a rank begins, and when one ends."""
+        count = self._count()
+        if count > self._seen:
+            self._seen, self._fresh_until = count, now + SAME_S
+
+    def why(self, now: float) -> str:
+        """What to say of a process that has just been killed; "" when the kernel has killed none at this time."""
+        self.notice(now)
+        if now >= self._fresh_until:
             return ""
         limit = self._limit()
         text = f" of {format_bytes(limit)}" if limit is not None else ""

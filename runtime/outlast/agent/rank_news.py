@@ -33,8 +33,9 @@ class RankNews:
 
     def exited(self, ranks: Ranks, rank: Rank) -> None:
         """The forkserver told of a rank's end; it is reported after the rank's last words."""
+        self._kills.notice(self._clock.monotonic())
         if rank.exit is not None and rank.exit.signal == signal.SIGKILL and not rank.killed:
-            rank.why = self._kills.why()
+            rank.why = self._kills.why(self._clock.monotonic())
         if rank.connected:
             self._reactor.after(_LAST_WORDS_S, lambda: self._report_once(ranks, rank))
         else:
@@ -98,6 +99,7 @@ class RankNews:
         match said["op"]:
             case "hello":
                 rank.connected, rank.speaker_pid = True, int(said["pid"])
+                self._kills.notice(self._clock.monotonic())
                 if ranks.restore is not None:
                     ranks.link.send(rank.rank, ranks.restore)
             case "step":
