@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 OWN_LABELS = frozenset({kube.JOB_LABEL, kube.MANAGED_BY_LABEL, kube.ROLE_LABEL, kube.POD_LABEL})
 """The labels of a Pod that others may not change."""
-RELABELLED = "Relabelled"
 CALLS_S = 20.0
 """In so long one pass makes calls to the job's controller; what is left is for the next."""
 
@@ -131,8 +130,6 @@ class Applier:
                 tally.call_failed(error)
                 log.warning("call-failed job=%s cause=%s", key, error)
             except ApiError as error:
-                if error.reason == RELABELLED:
-                    tally.was_done(action)  # and undone: its name is spent
                 if not tally.goes_on_after(error, action):
                     return tally.done(error)
             else:
@@ -178,10 +175,10 @@ class Applier:
         if not changed:
             return
         name = made["metadata"]["name"]
-        self._cluster.delete(POD, key.namespace, name, made["metadata"]["uid"], None)
+        self._cluster.delete(POD, key.namespace, name, made["metadata"]["uid"], 0)  # its name is free for the next try
         self._expectations.seen(key, name)
         text = f"admission changes its label {changed[0]}, by which the operator knows its Pods: exempt them"
-        raise ApiError("create", f"Pod {name}", 403, RELABELLED, text)
+        raise ApiError("create", f"Pod {name}", 403, "Forbidden", text)
 
     def _check_owner(self, key: Key, kind: Kind, obj: Object) -> None:
         """Raises ApiError when the object of that name is not, and will not be, this job's. One of a job of the same

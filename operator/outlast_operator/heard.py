@@ -12,6 +12,8 @@ JOINED = frozenset({"active", "spare", "joining", "leaving"})
 LEFT, LOST = "left", "lost"
 SUSPENDED = "suspended"
 """The outcome of a suspension."""
+GATHERING = "gathering"
+"""The stage in which a controller waits for nodes, and has started nothing yet."""
 MOST = 2**63 - 1
 
 

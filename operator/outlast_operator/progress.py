@@ -31,8 +31,8 @@ HEAD_LOST = "head-lost"
 BETWEEN = "start"
 """The account of the seconds between two controllers."""
 LONGEST_MESSAGE = 300
-MOST_SECONDS = 1e12
-"""Booked at most of what a controller says of one account: sums of it stay numbers that JSON has."""
+MOST_RESTARTS, MOST_SECONDS = 10**9, 1e12
+"""Of one cause, of one account, as a controller says: their sums stay numbers that JSON and the schema have."""
 _SAME_S = 5.0
 """Two failures of one cause and place are the same when no further apart: ages are rounded, and take time to arrive."""
 
@@ -124,7 +124,8 @@ def _taken_over(known: ControllerStatus, ledger: Mapping[str, float], now: float
 
 def _restarts(controller: ControllerStatus, heard: Heard) -> dict[str, Any]:
     """Restarts by cause. An attempt that follows on a lost controller was a restart, unless its ranks were adopted."""
-    own = {str(cause): int(count) for cause, count in heard.part("restarts").items() if isinstance(count, int)}
+    told = heard.part("restarts")
+    own = {cause: min(heard.count(told, cause), MOST_RESTARTS) for cause in told if heard.count(told, cause)}
     total = {cause: int(count) for cause, count in _sum(controller.earlier_restarts, own).items()}
     if 0 < controller.earlier_attempt < heard.count(heard.status, "attempts"):
         total[HEAD_LOST] = total.get(HEAD_LOST, 0) + 1
@@ -135,7 +136,7 @@ def _ledger(part: Mapping[str, Any]) -> dict[str, float]:
     lost = part.get("lost_s") if isinstance(part.get("lost_s"), Mapping) else {}
     accounts = {"train": part.get("train_s"), **dict(lost or {})}
     booked = {str(name): value for name, value in accounts.items() if isinstance(value, int | float) and value}
-    return {name: float(min(value, MOST_SECONDS)) for name, value in booked.items()}
+    return {name: float(max(0.0, min(value, MOST_SECONDS))) for name, value in booked.items()}
 
 
 def _ratio(controller: ControllerStatus) -> float | None:

@@ -10,11 +10,12 @@ what could still be brought to a store. The condition says what is kept and what
 from __future__ import annotations
 
 from outlast.jobstatus import StartStatus, TrainingJobStatus
-from outlast_operator.heard import SUSPENDED
+from outlast_operator.heard import GATHERING, JOINED, SUSPENDED
 from outlast_operator.model import Action, Call, Happening
 from outlast_operator.progress import emptied
 from outlast_operator.replacing import empty_roster, head_alone, next_index
 from outlast_operator.sight import Sight
+from outlast_operator.starting import joined
 from outlast_operator.timestamps import read_or_none, written
 from outlast_operator.upkeep import lacking
 from outlast_operator.verdict import Decision, Word
@@ -42,8 +43,8 @@ def suspend(sight: Sight, status: TrainingJobStatus) -> Decision:
     ends = min(_ends(sight, since), since + LONGEST_UPLOAD_S + EXTRA_S)
     if _told_its_end(sight) or sight.now >= ends:
         return _take_away(sight, status)
-    # Nodes that are lacking are not counted meanwhile: they are not made either.
-    waiting = {"suspending_since": written(since), "start": StartStatus(failures=status.start.failures)}
+    # Nodes that are lacking are not counted meanwhile: they are not made either. And who waits may have state to keep.
+    waiting = {"suspending_since": written(since), "start": StartStatus()}
     return _wait(sight, status.model_copy(update=waiting), ends)
 
 
@@ -71,10 +72,18 @@ def _ends(sight: Sight, since: float) -> float:
             return since + patience
         return max(since, sight.now if sight.trouble is None else sight.trouble.since) + patience
     if sight.answering:
-        told = sight.heard is not None and sight.heard.suspending
+        told = sight.heard is not None and sight.heard.suspending and not _waits_in_vain(sight)
         return since + (LONGEST_UPLOAD_S + EXTRA_S if told else patience)
     begins = sight.head.made_at + NEW_HEAD_S if sight.heard is None else 0.0
     return max(since, sight.controller.failing_since or 0.0, begins) + patience
+
+
+def _waits_in_vain(sight: Sight) -> bool:
+    """Whether the controller waits for nodes before it can save anything, and none is on its way: none is made now."""
+    heard = sight.heard
+    if heard is None or heard.text("stage") != GATHERING or joined(sight) >= sight.least:
+        return False
+    return all(heard.states.get(pod.name) in JOINED for pod in sight.live if pod.is_node)
 
 
 def _is_worth_a_head(sight: Sight) -> bool:
@@ -104,8 +113,8 @@ def _has_state(sight: Sight, status: TrainingJobStatus) -> bool:
 
 
 def _may_have_state(sight: Sight) -> bool:
-    """Whether ranks may have been started unseen: nodes joined, and nobody has heard their controller yet."""
-    return sight.head is not None and sight.heard is None and any(pod.is_node and pod.ready for pod in sight.live)
+    """Whether ranks may have been started unseen: nodes run, and nobody can be asked."""
+    return not sight.answering and any(pod.is_node and pod.phase == "Running" for pod in sight.live)
 
 
 def _wait(sight: Sight, status: TrainingJobStatus, ends: float) -> Decision:
@@ -155,19 +164,31 @@ def _what_is_kept(sight: Sight, status: TrainingJobStatus) -> Word:
     """What the job goes on from when it is resumed, and what is lost until then."""
     done = max(status.step, sight.heard.count(sight.heard.status, "best_step") if sight.heard is not None else 0)
     checkpoint = status.checkpoint
-    if not _has_state(sight, status) and checkpoint is None and not done:
+    began = _has_state(sight, status) or _may_have_state(sight)
+    unheard = began and not sight.answering and not _told_its_end(sight)
+    if not began and checkpoint is None and not done:
         return Word("Suspended", "the job has not begun; it starts when spec.suspend is false")
     if checkpoint is None:
-        why = "has no object tier (spec.checkpoint)" if sight.job.spec.checkpoint is None else "has no checkpoint yet"
-        lost = f"all {done} steps that were done are lost" if done else "nothing was done yet"
-        return Word(
-            "SuspendedWithoutCheckpoint" if done else "Suspended", f"the job {why}: {lost}; it begins at step 0"
-        )
+        return _without_checkpoint(sight.job.spec.checkpoint is not None, done, unheard)
     kept = f"step {checkpoint.step} is kept at {checkpoint.url}"
-    if not sight.answering and not _told_its_end(sight) and (_has_state(sight, status) or _may_have_state(sight)):
+    if unheard:
         lost = "the job goes on from the newest that is there, and what was done after that is lost"
         return Word("SuspendedWithLoss", f"its controller did not answer; {kept}, as it said last: {lost}")
     if done > checkpoint.step:
         lost = f"the {done - checkpoint.step} steps done after it are lost"
         return Word("SuspendedWithLoss", f"{kept}; {lost}")
     return Word("Suspended", f"{kept}; nothing is lost")
+
+
+def _without_checkpoint(store: bool, done: int, unheard: bool) -> Word:
+    """What is said where no checkpoint is known of. ``unheard``: its controller, which may have made one, was not
+    heard."""
+    if unheard and store:
+        text = "its controller did not answer: what was done is lost, beyond what its store has"
+        return Word("SuspendedWithLoss", text)
+    lost = f"all {done} steps that were done are lost" if done else "nothing was done yet"
+    if unheard and not done:
+        lost = "its controller did not answer, and what was done, if anything, is lost"
+    why = "has no checkpoint yet" if store else "has no object tier (spec.checkpoint)"
+    reason = "SuspendedWithoutCheckpoint" if done or unheard else "Suspended"
+    return Word(reason, f"the job {why}: {lost}; it begins at step 0")

@@ -116,7 +116,7 @@ def _list_problems(path: str, value: Any) -> Iterator[Problem]:
         yield path, "must be a list of mappings"
         return
     for at, entry in enumerate(value):
-        if not isinstance(entry.get("name", ""), str):
+        if not isinstance(entry.get("name") or "", str):
             yield f"{path}[{at}].name", "must be a text"
             return
     names = [entry["name"] for entry in value if "name" in entry]

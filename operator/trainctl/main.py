@@ -126,7 +126,7 @@ def _run_to_the_last_word() -> None:
     """Run the command until what it wrote has been taken. Raises OutlastError when standard output takes no more."""
     try:
         try:
-            app(prog_name="kubectl outlast" if Path(sys.argv[0]).name == "kubectl-outlast" else None)
+            app(prog_name=_typed_name())
         finally:
             print(end="", flush=True)
     except OSError as error:
@@ -136,6 +136,14 @@ def _run_to_the_last_word() -> None:
         if error.errno == errno.EPIPE:
             sys.exit(1)  # who reads has gone, as click has it
         raise OutlastError(f"standard output: {error.strerror}") from error
+
+
+def _typed_name() -> str | None:
+    """What a person types for this program, None for its own name. Shells complete it by its own."""
+    completion = any("completion" in word for word in sys.argv) or any(
+        name.endswith("_COMPLETE") for name in os.environ
+    )
+    return "kubectl outlast" if Path(sys.argv[0]).name == "kubectl-outlast" and not completion else None
 
 
 def complete() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -327,7 +328,8 @@ def _forgotten(job: TrainingJob, source: Path) -> tuple[str, ...]:
 def _absent(job: TrainingJob, folder: Path | None, packed: Packed) -> tuple[str, ...]:
     """A note where the entrypoint's script is not in the folder that is sent."""
     script = next((word for word in job.spec.entrypoint[1:2] if word.endswith(".py")), None)
-    if script is None or script.startswith("/") or script in {file.path for file in packed.files}:
+    sent = {file.path for file in packed.files}
+    if script is None or script.startswith("/") or posixpath.normpath(script) in sent:
         return ()
     return (f"{script} is not in --code {folder}, where ranks start: they find it only if the image puts it there",)
 

@@ -136,19 +136,20 @@ def _checked(cluster: Cluster, prepared: Prepared, replacing: bool) -> Json:
     """The job as the API server would take it. Raises what its refusal is."""
     if not replacing:
         return cluster.post(jobs_path(prepared.namespace), prepared.job, _strict("All"))
-    _rehearse(JobRef(cluster, prepared.namespace, prepared.name), prepared)
-    return prepared.job
+    made = _rehearse(JobRef(cluster, prepared.namespace, prepared.name), prepared)
+    return {**made, "metadata": {**made["metadata"], "name": prepared.name}}
 
 
-def _rehearse(job: JobRef, prepared: Prepared) -> None:
+def _rehearse(job: JobRef, prepared: Prepared) -> Json:
     """Have the API server check the new job, under a name that is free: the old one is not deleted for one that is
     refused. Raises what the refusal is."""
     metadata = {**prepared.job["metadata"], "name": f"{job.name[:40]}-{secrets.token_hex(4)}"}
     try:
-        job.cluster.post(jobs_path(job.namespace), {**prepared.job, "metadata": metadata}, _strict("All"))
+        return job.cluster.post(jobs_path(job.namespace), {**prepared.job, "metadata": metadata}, _strict("All"))
     except Forbidden as error:
         if "exceeded quota" not in str(error):  # in which the old job counts
             raise
+        return prepared.job
 
 
 def _create(job: JobRef, prepared: Prepared) -> Json:

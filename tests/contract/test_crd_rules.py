@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -298,8 +299,24 @@ def test_kubectl_scales_and_knows_the_pods(place: World) -> None:
 
 def test_columns_and_explanations(place: World) -> None:
     place.submit("shown")
-    table = place.api.kubectl("-n", place.namespace, "get", "tj", "shown").stdout.splitlines()
-    assert table[0].split() == ["NAME", "PHASE", "STEP", "WORKERS", "GOODPUT", "RESTARTS", "CHECKPOINT", "AGE"]
+    status = {
+        "phase": "Running",
+        "step": 40,
+        "workers": {"ready": 3},
+        "goodput": 0.87,
+        "restartCount": 2,
+        "checkpoint": {"step": 30, "time": "2020-01-01T00:00:00Z", "url": "s3://bucket/one"},
+    }
+    patch = ["patch", "tj", "shown", "--subresource=status", "--type=merge", "-p", json.dumps({"status": status})]
+    place.api.kubectl("-n", place.namespace, *patch)
+    names, values = place.api.kubectl("-n", place.namespace, "get", "tj", "shown").stdout.splitlines()
+    assert names.split() == ["NAME", "PHASE", "STEP", "WORKERS", "GOODPUT", "RESTARTS", "CHECKPOINT", "AGE"]
+    assert values.split()[:6] == ["shown", "Running", "40", "3", "0.87", "2"]
+    assert re.fullmatch(r"\d+y\d*d?", values.split()[6]), "the checkpoint's age"
+    assert re.fullmatch(r"\d+s", values.split()[7])
+    for category in ("all", "training"):
+        listed = place.api.kubectl("-n", place.namespace, "get", category, "-o", "name").stdout
+        assert "trainingjob.outlast.dev/shown" in listed
     whole = place.api.kubectl("explain", "trainingjob").stdout
     assert "One training job: the custom resource" in whole
     assert "SpecError" not in whole, "that is for who calls Python"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -13,8 +13,23 @@ from support.trainingjobs import STEPS, Job, job, template
 
 Submit = Callable[[dict[str, Any]], Job]
 
+ZONE = "topology.kubernetes.io/zone"
 APART = 15
 """Steps of rest between two faults: there are snapshots again, and parity."""
+
+
+def domains(job: Job) -> dict[str, str]:
+    """The failure domain of each node, as its controller has it."""
+    return {name: node["domain"] for name, node in job.ask()["nodes"].items() if node["state"] in ("active", "spare")}
+
+
+def zones(job: Job, nodes: Iterable[str]) -> dict[str, str]:
+    """The zone of the machine of each of ``nodes``."""
+    machines = {machine["metadata"]["name"]: machine for machine in job.lab.get("nodes")["items"]}
+    labels = {
+        pod["metadata"]["name"]: machines[pod["spec"]["nodeName"]]["metadata"]["labels"] for pod in job.pods("node")
+    }
+    return {name: labels[name][ZONE] for name in nodes}
 
 
 @pytest.mark.timeout(1200, func_only=True)
@@ -27,7 +42,7 @@ def test_a_job_goes_on(
         STEPS,
         replicas=3,
         spares=1,
-        workers={"template": pod, "failureDomain": "topology.kubernetes.io/zone"},
+        workers={"template": pod, "failureDomain": ZONE},
         head={"template": template({"resources": {"requests": {"cpu": "100m"}}})},
         checkpoint={"url": bucket, "interval": 100},
         recovery={"maxRestarts": 50},
@@ -35,6 +50,8 @@ def test_a_job_goes_on(
     began = time.monotonic()
     bytelm = submit(resource)
     bytelm.reach(1)
+    found = domains(bytelm)
+    assert found == zones(bytelm, found), "the runtime places parity by what the operator reads of the Nodes"
     timings["apply_to_first_step_s"] = round(time.monotonic() - began, 2)
     faults = Faults(bytelm)
     costs = timings["faults"] = {}

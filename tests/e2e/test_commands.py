@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from support.labs import Lab
-from support.trainingjobs import Job, job, template
+from support.trainingjobs import Job, assert_nothing_left, job, template
 
 NAMESPACE = "train"
 
@@ -71,6 +72,41 @@ def test_a_dry_run_prints_a_job_that_is_valid(trainctl: Line, release: Lab, tmp_
     assert documents["TrainingJob"]["spec"]["workers"]["replicas"] == 4
     assert documents["TrainingJob"]["spec"]["entrypoint"][-2:] == ["--lr", "0.1"]
     release.kubectl("apply", "-n", NAMESPACE, "--dry-run=server", "-f", "-", given=printed)
+
+
+SCRIPT = """
+import torch
+import outlast
+
+run = outlast.init()
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+run.protect(model=model, optimizer=optimizer)
+for batch in run.steps([torch.ones(2, 4)] * 4, total=8):
+    optimizer.zero_grad()
+    model(batch).sum().backward()
+    optimizer.step()
+print(f"rank {run.rank} of {run.world_size} says goodbye", flush=True)
+"""
+
+
+def test_a_script_is_sent_run_and_followed_and_its_logs_outlive_its_pods(
+    trainctl: Line, release: Lab, bucket: str, tmp_path: pathlib.Path
+) -> None:
+    """From flags alone: the script goes as a ConfigMap; what it said is read from where the agents left it."""
+    script = tmp_path / "small.py"
+    script.write_text(SCRIPT)
+    variables = [f"--env={name}={value}" for name, value in os.environ.items() if name.startswith("AWS_")]
+    flags = ["--name", "small", "--nodes", "1", "--image", "outlast-training:dev", "--store", bucket, *variables]
+    try:
+        trainctl("submit", str(script), *flags, "--wait")
+        said = "rank 0 of 1 says goodbye"
+        assert said in trainctl("logs", "small")
+        release.kubectl("-n", NAMESPACE, "delete", "pod", "-l", "outlast.dev/job=small", "--timeout=60s")
+        assert said in trainctl("logs", "small"), "from the job's store"
+    finally:
+        trainctl("delete", "small", "--wait")
+    assert_nothing_left(release, NAMESPACE, "small")
 
 
 def test_status(trainctl: Line, running: Job) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from support.labs import Lab
 from support.stores import ROOT
-from support.trainingjobs import Job, job
+from support.trainingjobs import Job, assert_nothing_left, job
 
 CHART = str(ROOT / "charts" / "outlast")
 WHERE = ("--namespace", "outlast-system")
@@ -107,11 +107,17 @@ def test_an_upgrade_leaves_what_runs_alone(release: Lab, submit: Callable[[dict[
 
 
 @pytest.mark.last
-def test_uninstall_leaves_nothing_but_the_definition(release: Lab) -> None:
+def test_uninstall_leaves_nothing_but_the_definition(release: Lab, submit: Callable[[dict[str, Any]], Job]) -> None:
+    """And jobs; these can be deleted without any operator."""
     assert not release.get("-A", "trainingjobs")["items"], "tests remove their jobs"
+    image = {"spec": {"containers": [{"name": "outlast", "image": "nowhere.invalid/none:1"}]}}
+    orphan = submit(job("orphan", 10, replicas=1, workers={"template": image}))
+    orphan.until("given Pods", 60, lambda found: found.get("status", {}).get("head"))
     release.helm("uninstall", "outlast", *WHERE, "--wait")
     operators = ["pod", "-l", "app.kubernetes.io/name=outlast", "-n", "outlast-system"]
     release.kubectl("wait", "--for=delete", *operators, "--timeout=40s")
+    release.kubectl("-n", orphan.namespace, "delete", "trainingjob", orphan.name, "--timeout=30s")
+    assert_nothing_left(release, orphan.namespace, orphan.name)
     for label in ("app.kubernetes.io/name=outlast", "app.kubernetes.io/managed-by=outlast"):
         assert release.kubectl("get", kinds(release), "-A", "-l", label, "-o", "name").split() == []
     within = release.kubectl("-n", "outlast-system", "get", kinds(release, "--namespaced"), "-o", "name").split()

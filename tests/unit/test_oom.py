@@ -29,7 +29,7 @@ def test_a_kill_of_the_kernels_is_told_at_its_time(
     assert "out of memory" in (why := kills.why(10.0))
     assert told in why
     assert kills.why(10.5) == why, "one that was killed with it"
-    assert kills.why(13.0) == ""
+    assert kills.why(16.0) == ""
 
 
 def test_a_kill_that_was_noticed_before_explains_no_later_death(tmp_path: pathlib.Path) -> None:
@@ -40,6 +40,9 @@ def test_a_kill_that_was_noticed_before_explains_no_later_death(tmp_path: pathli
     counts.write_text("oom_kill 1\n")
     kills.notice(10.0)
     assert kills.why(3600.0) == ""
+    counts.write_text("oom_kill 2\n")
+    kills.begin()
+    assert kills.why(3600.5) == ""
 
 
 def test_where_nothing_counts_nothing_is_said(tmp_path: pathlib.Path) -> None:

@@ -362,21 +362,76 @@ def test_pods_that_all_went_with_a_job_take_what_they_had() -> None:
     assert suspended_word(world) == ("Suspended", "SuspendedWithLoss")
 
 
-@pytest.mark.parametrize("joined", [True, False])
-def test_a_job_that_began_unseen_is_asked_for_its_state(joined: bool) -> None:
-    """Its Pods were made, and the operator went; its first question, hours later, is not answered."""
-    world = World(resource({"checkpoint": STORE}))
+@pytest.mark.parametrize("before", ["new", "given back"])
+@pytest.mark.parametrize("trouble", ["silent", "head lost", "heard before"])
+def test_a_job_that_began_unseen_is_asked_for_its_state(before: str, trouble: str) -> None:
+    """Its Pods were made, and the operator went; hours later nobody answers it at first."""
+    world = given_back() if before == "given back" else World(resource({"checkpoint": STORE}))
+    world.now += 100
     world.run()
     for name in world.pods:
-        world.start(name, ready=joined)
+        world.start(name)
     world.machines = {"m1": machine("m1")}
+    (first,) = world.names("head")
+    nodes = world.live_nodes()
+    if trouble == "heard before":
+        nobody = {"step": 0, "best_step": 0, "attempts": 0, "attempt": 0, "phase": "Pending", "snapshot": None}
+        world.said = word({nodes[0]: "joining"}, **nobody)
+        world.run()
     world.now += 6 * 3600
     world.edit(suspend=True)
+    if trouble == "head lost":
+        world.end(first, "Failed")
+    else:
+        world.failing_since = world.now - 1
+    decided = world.step()
+    assert let_go(decided) in ([], [first])
+    assert len(made(decided)) == (trouble == "head lost")
+    if trouble == "head lost":
+        world.start(world.names("head")[-1])
+    world.failing_since, world.said = None, word(dict.fromkeys(nodes[:3], "active"), step=9000)
+    decided = world.step()
+    assert (asked(decided), let_go(decided)) == (["/suspend"], [])
+    world.end(world.names("head")[-1], "Failed")
+    world.said = None
+    decided = world.step()
+    assert len(made(decided)) == 1
+    world.now += 500
+    world.step()
+    assert suspended_word(world) == ("Suspended", "SuspendedWithLoss")
+
+
+def test_a_job_whose_nodes_never_ran_is_suspended_at_once() -> None:
+    world = World(resource({"checkpoint": STORE}))
+    world.run()
+    world.edit(suspend=True)
     world.failing_since = world.now
-    assert bool(let_go(world.step())) is not joined
-    if joined:
-        world.failing_since, world.said = None, word(step=9000)
-        assert asked(world.step()) == ["/suspend"]
+    assert len(let_go(world.step())) == 5
+    assert "has not begun" in world.condition("Suspended").message
+
+
+@pytest.mark.parametrize("coming", [True, False])
+def test_a_controller_that_gathers_is_left_alone_while_a_node_is_on_its_way(coming: bool) -> None:
+    """A machine with the head and a node was lost: nothing can be saved before there are nodes enough."""
+    world = World.training(resource({"checkpoint": STORE}, workers={"replicas": 3, "spares": 0}))
+    assert world.said is not None
+    world.said |= {"stage": "gathering", "phase": "Recovering", "suspending": True, "attempts": 0}
+    world.said["nodes"] = {name: {"node": name, "state": "joining"} for name in (node(1), node(2))}
+    world.said["workers"] |= {"ready": 2, "size": 0}
+    del world.pods[node(3)]
+    if coming:
+        world.pods[node(4)] = pod(node(4), "Pending")
+    world.edit(suspend=True)
+    world.step()
+    world.now += 74
+    assert let_go(world.step()) == []
+    world.now += 2
+    assert bool(let_go(world.step())) is not coming
+    if coming:
+        world.now += 800
+        world.said["nodes"][node(4)] = {"node": node(4), "state": "joining"}
+        world.said["workers"]["ready"] = 3
+        assert let_go(world.step()) == [], "it is about to begin"
 
 
 @pytest.mark.parametrize("store", [True, False])

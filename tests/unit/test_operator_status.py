@@ -234,14 +234,18 @@ def test_an_operator_that_returns_says_what_was_said_until_it_has_heard_more(pha
         assert (now.status, now.reason) == (was.status, was.reason)
 
 
-def test_sums_over_controllers_stay_numbers_of_json() -> None:
+@pytest.mark.parametrize("seconds", [1.7e308, -1.7e308])
+def test_sums_over_controllers_stay_numbers_of_json(seconds: float) -> None:
     world = World.training()
     assert world.said is not None
+    restarts = {f"c{number}": 2**60 for number in range(9)}
     for identity in ("c1", "c2", "c3"):
-        world.said |= {"controller": identity, "goodput": {"train_s": 1.7e308, "lost_s": {"start": 1.7e308}}}
+        booked = {"train_s": seconds, "lost_s": {"start": seconds}}
+        world.said |= {"controller": identity, "goodput": booked, "restarts": restarts}
         world.step()
     json.dumps(world.job["status"], allow_nan=False)
-    assert world.status.goodput == 0.5
+    assert world.status.goodput == (0.5 if seconds > 0 else None)
+    assert world.status.restart_count < 2**63
 
 
 def test_a_snapshot_is_not_forgotten_while_a_new_controller_gathers() -> None:

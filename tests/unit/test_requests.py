@@ -553,16 +553,6 @@ def test_suspended_when_the_head_was_lost_it_waits_for_the_nodes_to_find_the_nex
     assert found["suspended"]["checkpoint_step"] == found["suspended"]["step"] >= 20
 
 
-def test_suspended_when_head_and_node_were_lost_it_does_not_wait_for_a_node_that_nobody_makes() -> None:
-    world = cluster(4, config=replace(STORED, patient=True, spares=0))
-    world.run_to_step(22)
-    world.lose_node(world.seated(1), replace_after=None)
-    world.restart_controller(after=20.0, head=True)
-    world.run(25.0)
-    world.tell(m.SuspendRequested(60.0))
-    suspended(world, 61.0)
-
-
 def test_suspended_while_ranks_start_it_waits_for_them() -> None:
     world = cluster(5, config=STORED)
     world.run_to_step(22)

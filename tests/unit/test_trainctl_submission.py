@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,8 @@ def test_a_script_that_is_not_in_the_folder_of_a_files_code_is_a_note(tmp_path: 
     assert any("train.py is not in --code" in note for note in prepare(asked, "default").notes)
     (tmp_path / "train.py").write_text("pass\n")
     assert prepare(asked, "default").notes == ()
+    dotted = replace(asked, text=JOB.replace("train.py", "./train.py"))
+    assert prepare(dotted, "default").notes == ()
 
 
 def test_a_script_is_mounted_where_ranks_start(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from outlast.quantities import format_bytes
 
 _COUNTS = ("memory.events", "memory/memory.oom_control")
 _LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
-SAME_S = 2.0
+SAME_S = 5.0
 """Seconds after a kill was noticed in which other deaths by SIGKILL are taken for the kernel's too."""
 _NO_LIMIT = 1 << 60
 """cgroup v1 writes a number of this size where there is no limit."""
@@ -24,8 +24,12 @@ class MemoryKills:
         self._seen = self._count()
         self._fresh_until = -math.inf
 
+    def begin(self) -> None:
+        """A rank begins: what was killed before it is not what will end it."""
+        self._seen = self._count()
+
     def notice(self, now: float) -> None:
-        """Take note of kills until now: later deaths are not theirs. Call it when a rank begins, and when one ends."""
+        """A process has ended: kills that are new explain the deaths of this moment, and none that come later."""
         count = self._count()
         if count > self._seen:
             self._seen, self._fresh_until = count, now + SAME_S

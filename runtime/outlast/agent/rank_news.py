@@ -99,7 +99,7 @@ class RankNews:
         match said["op"]:
             case "hello":
                 rank.connected, rank.speaker_pid = True, int(said["pid"])
-                self._kills.notice(self._clock.monotonic())
+                self._kills.begin()
                 if ranks.restore is not None:
                     ranks.link.send(rank.rank, ranks.restore)
             case "step":

@@ -8,7 +8,7 @@
 
 The store has ``patience_s`` to answer, again from each of its answers and from its first complaint; an upload that goes
 on without complaint may take as long as that of a job's last step. While ranks are started again the time does not run,
-for ``startTimeout`` at most; while nodes are awaited it does, from the last that has joined.
+for ``startTimeout`` at most.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def drive(job: Job, now: float) -> None:
         steps = STEPS + 2 * (job.cycle.pace.period - 1)
         suspension.until = max(suspension.until, suspension.asked_at + steps * (job.progress.step_s or 0.0))
     if not suspension.holding and job.phase is not Phase.RUNNING:
-        suspension.until = max(suspension.until, _recovering_until(job, suspension, now) + suspension.patience_s)
+        recovering = min(now, suspension.asked_at + job.config.start_timeout_s)
+        suspension.until = max(suspension.until, recovering + suspension.patience_s)
     newest = job.claims.newest
     if held is not None and newest is not None and newest.generation == held:
         _end(job, "", now)
@@ -75,15 +76,6 @@ def drive(job: Job, now: float) -> None:
     elif now >= _limit(job, suspension):
         trouble = f" ({job.store_news.trouble})" if job.store_news.trouble else ""
         _end(job, f"no checkpoint within {now - suspension.asked_at:.0f} s{trouble}", now)
-
-
-def _recovering_until(job: Job, suspension: Suspension, now: float) -> float:
-    """Until when ranks being started again held up the time. While nodes join that goes by the last of them: a job that
-    is suspended gets no other for one that is lost."""
-    until = min(now, suspension.asked_at + job.config.start_timeout_s)
-    if job.phase is not Phase.GATHERING:
-        return until
-    return min(until, max((node.joined_at for node in job.members.alive.values()), default=0.0))
 
 
 def _limit(job: Job, suspension: Suspension) -> float:
