@@ -598,6 +598,7 @@ def test_refused_reading_ends_the_job() -> None:
     finish = world.run_to_end()
     assert finish.outcome == "failed"
     assert "could not restore step 20" in finish.reason
+    assert "a person must act" in finish.reason
 
 
 def test_restore_failures_do_not_count_as_the_scripts_own_error() -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from outlast import messages as m
@@ -929,7 +929,19 @@ def ask(world: Cluster, kind: str, seat: int, seed: int) -> None:
         world.tell(request)
 
 
+DENIED_AT_THE_END = [
+    (4.0, "resize", 0, 0),
+    (0.0, "node", 2, 0),
+    (0.0, "corrupt", 1, 1),
+    (0.0, "leave", 0, 0),
+    (2.0, "rank", 0, 0),
+    (0.0, "refusal", 0, 0),
+]
+"""Memory has nothing left, and the store takes back what it had promised."""
+
+
 @settings(max_examples=250, deadline=None)
+@example(DENIED_AT_THE_END, 3, None, None)
 @given(
     st.lists(
         st.tuples(st.floats(0.0, 6.0), st.sampled_from(REQUESTS), st.integers(0, 3), st.integers(0, 9)), max_size=12

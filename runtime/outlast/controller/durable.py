@@ -134,7 +134,7 @@ def restore_failed(job: Job, event: e.RestoreFailed, now: float) -> None:
         _taken_over(job, event.reason, now)
         return
     if event.trouble == "denied":
-        job.finish("failed", text, now)
+        job.finish("failed", f"{text} (this does not pass by itself: a person must act)", now)
         return
     if event.trouble == "bad" and event.memory:
         used = "not used again" if job.members.doubt(generation, event.attempt) else "read anew"
