@@ -77,6 +77,13 @@ def submit(
     env: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A variable of every rank; repeatable.")
     ] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A Secret whose entries become variables, such as the store's credentials; repeatable.",
+        ),
+    ] = None,
     store: Annotated[str | None, typer.Option(metavar="URL", help="Checkpoints go there: s3://bucket/prefix.")] = None,
     snapshot_every: Annotated[
         str | None, typer.Option(metavar="STEPS|auto", help="From one snapshot to the next.")
@@ -120,6 +127,7 @@ def submit(
         memory,
         image,
         tuple(env or ()),
+        tuple(secret or ()),
         store,
         snapshot_every,
         checkpoint_every,

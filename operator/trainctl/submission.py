@@ -39,6 +39,7 @@ _OF_THE_SERVER = frozenset(
 """What ``kubectl get -o yaml`` writes into a job's metadata, and no new job has yet."""
 _NO_LABEL = " is no DNS label: "
 _NO_TEXT = re.compile(r'[^"]*[\ud800-\udfff][^"]*')
+_OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _NAME_PART = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
 _IMAGE = re.compile(
     r"(?:(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(?::\d+)?/)?"
@@ -61,6 +62,7 @@ class Flags:
     memory: str | None = None
     image: str | None = None
     env: tuple[str, ...] = ()
+    secret: tuple[str, ...] = ()
     store: str | None = None
     snapshot_every: str | None = None
     checkpoint_every: str | None = None
@@ -194,7 +196,15 @@ def _container(flags: Flags) -> dict[str, Any]:
         for name, amounts in (("requests", requests), ("limits", limits))
         if (kept := {key: value for key, value in amounts.items() if value is not None})
     }
-    return {**({"image": flags.image} if flags.image else {}), **({"resources": resources} if resources else {})}
+    wrong = next((name for name in flags.secret if not _OBJECT.fullmatch(name)), None)
+    if wrong is not None:
+        raise RequestError(f'--secret "{wrong}": it is no name of a Secret: see kubectl get secrets')
+    parts = {
+        "image": flags.image,
+        "envFrom": [{"secretRef": {"name": name}} for name in flags.secret],
+        "resources": resources,
+    }
+    return {name: value for name, value in parts.items() if value}
 
 
 def _is_cpu(text: str) -> bool:

@@ -39,7 +39,7 @@ def test_flags_make_a_job_of_what_was_given_and_nothing_else() -> None:
         "metadata": {"name": "x"},
         "spec": {"entrypoint": ["python", "train.py"]},
     }
-    flags = Flags(4, 1, 2, None, 8, "4", "16Gi", "img:1", ("A=1", "B=x=y"), "s3://bucket/p", "10", "5m")
+    flags = Flags(4, 1, 2, None, 8, "4", "16Gi", "img:1", ("A=1", "B=x=y"), ("bucket",), "s3://bucket/p", "10", "5m")
     assert job_tree("x", "train.py", ("--steps", "100"), flags)["spec"] == {
         "entrypoint": ["python", "train.py", "--steps", "100"],
         "env": [{"name": "A", "value": "1"}, {"name": "B", "value": "x=y"}],
@@ -54,6 +54,7 @@ def test_flags_make_a_job_of_what_was_given_and_nothing_else() -> None:
                         {
                             "name": "outlast",
                             "image": "img:1",
+                            "envFrom": [{"secretRef": {"name": "bucket"}}],
                             "resources": {
                                 "requests": {"cpu": "4", "memory": "16Gi"},
                                 "limits": {"memory": "16Gi", "nvidia.com/gpu": "8"},
@@ -107,6 +108,7 @@ def test_there_is_a_rank_for_each_gpu_unless_told_otherwise(flags: Flags, ranks:
         ({"overrides": ("workers.replicas=\udce9",)}, "'workers.replicas=\\udce9': it is no UTF-8 text"),
         ({"flags": Flags(env=("A=\udce9",))}, "'A=\\udce9': it is no UTF-8 text"),
         ({"name": "1abc"}, 'metadata.name: "1abc" must begin with a letter, as the name of its Service does'),
+        ({"flags": Flags(secret=("my bucket",))}, '--secret "my bucket": it is no name of a Secret'),
         ({"flags": Flags(cpu="abc")}, "--cpu abc: it is no number of processors: write 4, 0.5 or 500m"),
         ({"flags": Flags(cpu="0")}, "--cpu 0: it is no number of processors"),
         ({"flags": Flags(image="bad image")}, '--image "bad image": it is no image: write registry/name:tag'),
