@@ -113,8 +113,10 @@ def _has_state(sight: Sight, status: TrainingJobStatus) -> bool:
 
 
 def _may_have_state(sight: Sight) -> bool:
-    """Whether ranks may have been started unseen: nodes run, and nobody can be asked."""
-    return not sight.answering and any(pod.is_node and pod.phase == "Running" for pod in sight.live)
+    """Whether ranks may have been started unseen: nodes run, and nobody could be asked when the suspension began. A new
+    head knows nothing of them before they find it."""
+    unasked = not sight.answering or sight.old.suspending_since is not None
+    return unasked and any(pod.is_node and pod.phase == "Running" for pod in sight.live)
 
 
 def _wait(sight: Sight, status: TrainingJobStatus, ends: float) -> Decision:
@@ -125,6 +127,8 @@ def _wait(sight: Sight, status: TrainingJobStatus, ends: float) -> Decision:
     if sight.answering:
         actions = (Call("POST", "/suspend", {"patience_s": patience, "reason": REASON}),)
         text = "the controller takes a snapshot, and brings its checkpoint to the store"
+        if _waits_in_vain(sight):
+            text = f"the controller finds too few nodes to restore what they hold; the Pods go at {written(ends)}"
     elif sight.head is None and _is_worth_a_head(sight):
         roster = head_alone(sight)
         actions, told = (*lacking(sight, roster.head), *roster.deletes, *roster.creates), roster.happenings
@@ -165,30 +169,31 @@ def _what_is_kept(sight: Sight, status: TrainingJobStatus) -> Word:
     done = max(status.step, sight.heard.count(sight.heard.status, "best_step") if sight.heard is not None else 0)
     checkpoint = status.checkpoint
     began = _has_state(sight, status) or _may_have_state(sight)
-    unheard = began and not sight.answering and not _told_its_end(sight)
+    unheard = began and not _told_its_end(sight) and (not sight.answering or _waits_in_vain(sight))
+    who = "its controller found too few nodes" if sight.answering else "its controller did not answer"
     if not began and checkpoint is None and not done:
         return Word("Suspended", "the job has not begun; it starts when spec.suspend is false")
     if checkpoint is None:
-        return _without_checkpoint(sight.job.spec.checkpoint is not None, done, unheard)
+        return _without_checkpoint(sight.job.spec.checkpoint is not None, done, who if unheard else "")
     kept = f"step {checkpoint.step} is kept at {checkpoint.url}"
     if unheard:
         lost = "the job goes on from the newest that is there, and what was done after that is lost"
-        return Word("SuspendedWithLoss", f"its controller did not answer; {kept}, as it said last: {lost}")
+        return Word("SuspendedWithLoss", f"{who}; {kept}, as was said last: {lost}")
     if done > checkpoint.step:
         lost = f"the {done - checkpoint.step} steps done after it are lost"
         return Word("SuspendedWithLoss", f"{kept}; {lost}")
     return Word("Suspended", f"{kept}; nothing is lost")
 
 
-def _without_checkpoint(store: bool, done: int, unheard: bool) -> Word:
-    """What is said where no checkpoint is known of. ``unheard``: its controller, which may have made one, was not
-    heard."""
+def _without_checkpoint(store: bool, done: int, unheard: str) -> Word:
+    """What is said where no checkpoint is known of. ``unheard``: why its controller, which may have made one, could not
+    say so; "" when it was heard."""
     if unheard and store:
-        text = "its controller did not answer: what was done is lost, beyond what its store has"
-        return Word("SuspendedWithLoss", text)
+        what = "was done" if done else "was done, if anything,"
+        return Word("SuspendedWithLoss", f"{unheard}: what {what} is lost, beyond what its store has")
     lost = f"all {done} steps that were done are lost" if done else "nothing was done yet"
     if unheard and not done:
-        lost = "its controller did not answer, and what was done, if anything, is lost"
+        lost = f"{unheard}, and what was done, if anything, is lost"
     why = "has no checkpoint yet" if store else "has no object tier (spec.checkpoint)"
     reason = "SuspendedWithoutCheckpoint" if done or unheard else "Suspended"
     return Word(reason, f"the job {why}: {lost}; it begins at step 0")

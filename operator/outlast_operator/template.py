@@ -116,14 +116,14 @@ def _list_problems(path: str, value: Any) -> Iterator[Problem]:
         yield path, "must be a list of mappings"
         return
     for at, entry in enumerate(value):
-        if not isinstance(entry.get("name") or "", str):
+        if not isinstance(entry.get("name"), str | None):
             yield f"{path}[{at}].name", "must be a text"
             return
-    names = [entry["name"] for entry in value if "name" in entry]
+    names = [entry.get("name") for entry in value]
     if path.rpartition(".")[2] not in ("containers", "initContainers", "volumes", "env"):
         return
     for at, name in enumerate(names):
-        if name in names[:at]:
+        if name is not None and name in names[:at]:
             yield f"{path}[{at}].name", f'"{name}" is given twice; keep one'
 
 

@@ -140,10 +140,10 @@ def _run_to_the_last_word() -> None:
 
 def _typed_name() -> str | None:
     """What a person types for this program, None for its own name. Shells complete it by its own."""
-    completion = any("completion" in word for word in sys.argv) or any(
-        name.endswith("_COMPLETE") for name in os.environ
-    )
-    return "kubectl outlast" if Path(sys.argv[0]).name == "kubectl-outlast" and not completion else None
+    asked = {"--install-completion", "--show-completion"} & set(sys.argv)
+    if Path(sys.argv[0]).name != "kubectl-outlast" or asked or "_KUBECTL_OUTLAST_COMPLETE" in os.environ:
+        return None
+    return "kubectl outlast"
 
 
 def complete() -> None:

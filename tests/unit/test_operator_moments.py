@@ -14,6 +14,8 @@ from outlast_operator.plan import plan
 from support.operator_world import NOW, SETTINGS, World, container, deleted, head, machine, node, pod, resource, word
 
 STORE = {"url": "s3://bucket/training"}
+NOTHING_YET = {"step": 0, "best_step": 0, "attempts": 0, "attempt": 0, "phase": "Pending", "snapshot": None}
+"""Of a controller that has started no ranks."""
 
 
 def made(decided: Plan) -> list[str]:
@@ -375,8 +377,7 @@ def test_a_job_that_began_unseen_is_asked_for_its_state(before: str, trouble: st
     (first,) = world.names("head")
     nodes = world.live_nodes()
     if trouble == "heard before":
-        nobody = {"step": 0, "best_step": 0, "attempts": 0, "attempt": 0, "phase": "Pending", "snapshot": None}
-        world.said = word({nodes[0]: "joining"}, **nobody)
+        world.said = word({nodes[0]: "joining"}, **NOTHING_YET)
         world.run()
     world.now += 6 * 3600
     world.edit(suspend=True)
@@ -389,6 +390,9 @@ def test_a_job_that_began_unseen_is_asked_for_its_state(before: str, trouble: st
     assert len(made(decided)) == (trouble == "head lost")
     if trouble == "head lost":
         world.start(world.names("head")[-1])
+        world.said = word({}, stage="gathering", **NOTHING_YET)
+        decided = world.step()
+        assert (asked(decided), let_go(decided)) == (["/suspend"], []), "its nodes have yet to find it"
     world.failing_since, world.said = None, word(dict.fromkeys(nodes[:3], "active"), step=9000)
     decided = world.step()
     assert (asked(decided), let_go(decided)) == (["/suspend"], [])
@@ -427,6 +431,8 @@ def test_a_controller_that_gathers_is_left_alone_while_a_node_is_on_its_way(comi
     assert let_go(world.step()) == []
     world.now += 2
     assert bool(let_go(world.step())) is not coming
+    if not coming:
+        assert suspended_word(world)[1] != "Suspended", "nobody knows what those nodes had"
     if coming:
         world.now += 800
         world.said["nodes"][node(4)] = {"node": node(4), "state": "joining"}

@@ -307,6 +307,7 @@ class NodeAgent:
                 lambda ranks, rank, said: post(partial(self._news.said, ranks, rank, said)),
                 lambda ranks, rank: post(partial(self._news.disconnected, ranks, rank)),
             )
+            self._news.begin()
             self._ranks.spawn(self.config, self._job)
             self._load_if_ready()
         except (OSError, RequestError) as error:

@@ -31,6 +31,10 @@ class RankNews:
         self._node, self._reactor, self._send, self._clock = node, reactor, send, clock
         self._kills = MemoryKills()
 
+    def begin(self) -> None:
+        """Ranks are about to be made: none is there that could have been killed."""
+        self._kills.begin()
+
     def exited(self, ranks: Ranks, rank: Rank) -> None:
         """The forkserver told of a rank's end; it is reported after the rank's last words."""
         self._kills.notice(self._clock.monotonic())
@@ -99,7 +103,6 @@ class RankNews:
         match said["op"]:
             case "hello":
                 rank.connected, rank.speaker_pid = True, int(said["pid"])
-                self._kills.begin()
                 if ranks.restore is not None:
                     ranks.link.send(rank.rank, ranks.restore)
             case "step":
