@@ -32,8 +32,8 @@ def submit(where: Where, asked: Submission, *, dry_run: str, replacing: bool, fo
     with Cluster(where) as cluster:
         prepared = prepare(asked, cluster.namespace)
         if dry_run == "server":
-            _note(prepared)
             made = _checked(cluster, prepared, replacing)
+            _note(prepared)
             _say(made, form, f"{name_of(made)} would be created (the server has checked it)")
             return 0
         job = JobRef(cluster, prepared.namespace, prepared.name)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import pathlib
+import signal
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from outlast.agent.oom import MemoryKills
+from outlast.agent.rank_news import RankNews
+from outlast.agent.ranks import Rank, Ranks
+from outlast.agent.reactor import Reactor
+from outlast.clock import ManualClock
 from outlast.controller.faults import rank_symptom
 from outlast.messages.events import RankExited
 from outlast.snapshot.identity import Attempt
@@ -54,3 +61,22 @@ def test_it_is_the_cause_also_of_a_rank_that_was_to_be_stopped() -> None:
     symptom = rank_symptom(exited, 40, 0.0, being_stopped=True)
     assert symptom.text == "rank 0 on n was ended by SIGKILL, out of memory: raise its limit"
     assert not symptom.collateral
+
+
+def test_a_kill_is_told_of_its_rank_though_another_says_hello_meanwhile(tmp_path: pathlib.Path) -> None:
+    """The kernel counts the kill before the process is gone."""
+    counts = tmp_path / V2[0]
+    counts.write_text("oom_kill 1\n")
+    news = RankNews("n", cast(Reactor, SimpleNamespace(after=lambda *_: None)), lambda _: None, ManualClock())
+    news.kills = MemoryKills(tmp_path)
+    news.begin()
+    killed = SimpleNamespace(exit=None, killed=False, connected=True, why="")
+    begun = SimpleNamespace(rank=1, connected=False, speaker_pid=0)
+    ranks = cast(
+        Ranks, SimpleNamespace(members={0: killed, 1: begun}, restore=None, ending=False, attempt=Attempt(1, "a"))
+    )
+    counts.write_text("oom_kill 2\n")
+    news.said(ranks, 1, {"op": "hello", "pid": 7})
+    killed.exit = SimpleNamespace(signal=signal.SIGKILL)
+    news.exited(ranks, cast(Rank, killed))
+    assert "out of memory" in killed.why

@@ -29,17 +29,17 @@ class RankNews:
 
     def __init__(self, node: str, reactor: Reactor, send: Send, clock: Clock) -> None:
         self._node, self._reactor, self._send, self._clock = node, reactor, send, clock
-        self._kills = MemoryKills()
+        self.kills = MemoryKills()
 
     def begin(self) -> None:
         """Ranks are about to be made: none is there that could have been killed."""
-        self._kills.begin()
+        self.kills.begin()
 
     def exited(self, ranks: Ranks, rank: Rank) -> None:
         """The forkserver told of a rank's end; it is reported after the rank's last words."""
-        self._kills.notice(self._clock.monotonic())
+        self.kills.notice(self._clock.monotonic())
         if rank.exit is not None and rank.exit.signal == signal.SIGKILL and not rank.killed:
-            rank.why = self._kills.why(self._clock.monotonic())
+            rank.why = self.kills.why(self._clock.monotonic())
         if rank.connected:
             self._reactor.after(_LAST_WORDS_S, lambda: self._report_once(ranks, rank))
         else:
