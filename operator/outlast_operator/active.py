@@ -9,7 +9,7 @@ from outlast_operator import recoveries
 from outlast_operator.calls import calls
 from outlast_operator.ending import deadline, finish
 from outlast_operator.model import Happening
-from outlast_operator.progress import emptied
+from outlast_operator.progress import emptied, kept_step
 from outlast_operator.replacing import empty_roster, full_roster, next_index
 from outlast_operator.sight import Sight
 from outlast_operator.starting import Course, Gathering, gather, obstacle
@@ -66,7 +66,7 @@ def _without_pods(sight: Sight, status: TrainingJobStatus, gathering: Gathering)
     bare = emptied(status).model_copy(update={"start": gathering.start, "next_pod": next_index(sight)})
     told: tuple[Happening, ...] = ()
     if gathering.course is Course.GIVE_BACK:
-        bare = bare.model_copy(update={"step": status.checkpoint.step if status.checkpoint is not None else 0})
+        bare = bare.model_copy(update={"step": kept_step(status)})
         told = (Happening("Warning", "GivenBack", gathering.why.message),)
     waits = tuple(at for at in (gathering.until, deadline(sight, status)) if at is not None)
     return Decision("Pending", gathering.why, bare, empty_roster(sight), told, waits=waits)

@@ -171,7 +171,7 @@ class Applier:
         Raises ApiError that says so."""
         found = made["metadata"].get("labels") or {}
         labels = wanted["metadata"]["labels"]
-        changed = [label for label in sorted(OWN_LABELS & labels.keys()) if found.get(label) != labels[label]]
+        changed = [label for label in sorted(OWN_LABELS) if found.get(label) != labels.get(label)]
         if not changed:
             return
         name = made["metadata"]["name"]

@@ -14,7 +14,6 @@ from outlast.jobstatus import StartStatus, TrainingJobStatus
 from outlast_operator import active, ending, suspending
 from outlast_operator.conditions import judged
 from outlast_operator.happenings import happened
-from outlast_operator.heard import SUSPENDED
 from outlast_operator.invalid import refused
 from outlast_operator.model import Observed, Plan, Settings
 from outlast_operator.progress import progressed
@@ -62,7 +61,7 @@ def decide(sight: Sight) -> Decision:
         return ended
     if sight.job.spec.suspend:
         return suspending.suspend(sight, status)
-    if sight.heard is not None and sight.heard.outcome == SUSPENDED:
+    if sight.suspended:
         return suspending.start_anew(sight, status)
     return active.run(sight, status)
 

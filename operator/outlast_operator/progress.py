@@ -90,6 +90,11 @@ def emptied(status: TrainingJobStatus) -> TrainingJobStatus:
     )
 
 
+def kept_step(status: TrainingJobStatus) -> int:
+    """The step of the newest checkpoint that is known of."""
+    return status.checkpoint.step if status.checkpoint is not None else 0
+
+
 def selector(job: TrainingJob) -> str:
     """Selects the job's node Pods, as the scale subresource has it."""
     return ",".join(f"{name}={value}" for name, value in sorted(node_selector(job).items()))

@@ -20,7 +20,7 @@ from outlast.api import TrainingJob
 from outlast.errors import SpecError
 from outlast.jobstatus import Condition, TrainingJobStatus
 from outlast_operator import podspec
-from outlast_operator.heard import LEFT, LOST, Heard
+from outlast_operator.heard import LEFT, LOST, SUSPENDED, Heard
 from outlast_operator.machines import doubted_until, why_lost
 from outlast_operator.model import Controller, Key, Object, Observed, Settings, Trouble
 from outlast_operator.objects import kept_job
@@ -119,6 +119,11 @@ class Sight:
     def answering(self) -> bool:
         """Whether the controller in force can be asked for something."""
         return self.heard is not None and self.controller.failing_since is None and self.head is not None
+
+    @property
+    def suspended(self) -> bool:
+        """Whether the controller has suspended the job, and ended with that."""
+        return self.heard is not None and self.heard.outcome == SUSPENDED
 
     @cached_property
     def doubt_ends(self) -> float | None:

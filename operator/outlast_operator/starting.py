@@ -20,6 +20,7 @@ from enum import Enum
 from outlast.jobstatus import StartStatus
 from outlast.quantities import format_duration
 from outlast_operator.pods import IMAGE_PULL, Obstacle, summed_up
+from outlast_operator.progress import kept_step
 from outlast_operator.sight import Sight
 from outlast_operator.timestamps import read_or_none, written
 from outlast_operator.verdict import Word
@@ -153,7 +154,7 @@ def _lost_text(sight: Sight) -> str:
     heard, old = sight.heard, sight.old
     done = max(old.step, heard.count(heard.status, "best_step") if heard is not None else 0)
     told = heard.part("checkpoint").get("step") if heard is not None else None
-    kept = told if isinstance(told, int) else old.checkpoint.step if old.checkpoint is not None else 0
+    kept = told if isinstance(told, int) else kept_step(old)
     if done <= kept or old.start_time is None:
         return ""
     return f"the {done - kept} steps that were done after the newest checkpoint (step {kept}) are lost; "

@@ -1,18 +1,19 @@
 """A job that shall have no nodes for now: told to take its last checkpoint, then without Pods, then started anew. Pure.
 
 ``status.suspendingSince`` holds since when it is told. A controller that answers, and says that it suspends the job,
-ends by itself: within its patience with a store that complains, after an upload that goes on. Any other has that
-patience (where steps are long, six of them: the next snapshot is some steps away) and 15 s more, and then the Pods go;
-it begins anew when a controller falls silent. A head that is lost meanwhile gets a successor, as long as nodes hold
-what could still be brought to a store. The condition says what is kept and what is lost.
+ends by itself: within its patience with a store that complains, after an upload that goes on. Any other, and one that
+waits for nodes of which none is on its way, has that patience (where steps are long, six of them: the next snapshot is
+some steps away) and 15 s more, and then the Pods go; it begins anew when a controller falls silent. A head that is lost
+meanwhile gets a successor, as long as nodes hold what could still be brought to a store. The condition says what is
+kept and what is lost.
 """
 
 from __future__ import annotations
 
 from outlast.jobstatus import StartStatus, TrainingJobStatus
-from outlast_operator.heard import GATHERING, JOINED, SUSPENDED
+from outlast_operator.heard import GATHERING, JOINED
 from outlast_operator.model import Action, Call, Happening
-from outlast_operator.progress import emptied
+from outlast_operator.progress import emptied, kept_step
 from outlast_operator.replacing import empty_roster, head_alone, next_index
 from outlast_operator.sight import Sight
 from outlast_operator.starting import joined
@@ -41,7 +42,7 @@ def suspend(sight: Sight, status: TrainingJobStatus) -> Decision:
         return _take_away(sight, status)
     since = _since(sight, status)
     ends = min(_ends(sight, since), since + LONGEST_UPLOAD_S + EXTRA_S)
-    if _told_its_end(sight) or sight.now >= ends:
+    if sight.suspended or sight.now >= ends:
         return _take_away(sight, status)
     # Nodes that are lacking are not counted meanwhile: they are not made either. And who waits may have state to keep.
     waiting = {"suspending_since": written(since), "start": StartStatus()}
@@ -148,8 +149,7 @@ def _take_away(sight: Sight, status: TrainingJobStatus) -> Decision:
 
 def _bare(sight: Sight, status: TrainingJobStatus) -> TrainingJobStatus:
     """The status of a job whose Pods all go, and that will start anew from what is kept."""
-    kept = status.checkpoint.step if status.checkpoint is not None else 0
-    return emptied(status).model_copy(update={**NONE_YET, "step": kept, "next_pod": next_index(sight)})
+    return emptied(status).model_copy(update={**NONE_YET, "step": kept_step(status), "next_pod": next_index(sight)})
 
 
 def _stay(sight: Sight, status: TrainingJobStatus) -> Decision:
@@ -160,16 +160,12 @@ def _stay(sight: Sight, status: TrainingJobStatus) -> Decision:
     return Decision("Suspended", why, bare, empty_roster(sight))
 
 
-def _told_its_end(sight: Sight) -> bool:
-    return sight.heard is not None and sight.heard.outcome == SUSPENDED
-
-
 def _what_is_kept(sight: Sight, status: TrainingJobStatus) -> Word:
     """What the job goes on from when it is resumed, and what is lost until then."""
     done = max(status.step, sight.heard.count(sight.heard.status, "best_step") if sight.heard is not None else 0)
     checkpoint = status.checkpoint
     began = _has_state(sight, status) or _may_have_state(sight)
-    unheard = began and not _told_its_end(sight) and (not sight.answering or _waits_in_vain(sight))
+    unheard = began and not sight.suspended and (not sight.answering or _waits_in_vain(sight))
     who = "its controller found too few nodes" if sight.answering else "its controller did not answer"
     if not began and checkpoint is None and not done:
         return Word("Suspended", "the job has not begun; it starts when spec.suspend is false")

@@ -327,9 +327,14 @@ def _not_sent(paths: Sequence[str]) -> tuple[str, ...]:
     return (f"not sent (hidden, or links to folders): {', '.join(paths[:_NAMED])}{more}",)
 
 
+def _script(job: TrainingJob) -> str | None:
+    """The Python script that the entrypoint runs, if it runs one."""
+    return next((word for word in job.spec.entrypoint[1:2] if word.endswith(".py")), None)
+
+
 def _forgotten(job: TrainingJob, source: Path) -> tuple[str, ...]:
     """A note where the entrypoint's script lies beside the file, which a Pod does not see."""
-    script = next((word for word in job.spec.entrypoint[1:2] if word.endswith(".py")), None)
+    script = _script(job)
     if str(source) == "-" or script is None or not (source.parent / script).is_file():
         return ()
     return (f"{script} beside {source} is not sent: the image's own is run; to send it, add --code {source.parent}",)
@@ -337,7 +342,7 @@ def _forgotten(job: TrainingJob, source: Path) -> tuple[str, ...]:
 
 def _absent(job: TrainingJob, folder: Path | None, packed: Packed) -> tuple[str, ...]:
     """A note where the entrypoint's script is not in the folder that is sent."""
-    script = next((word for word in job.spec.entrypoint[1:2] if word.endswith(".py")), None)
+    script = _script(job)
     sent = {file.path for file in packed.files}
     if script is None or script.startswith("/") or posixpath.normpath(script) in sent:
         return ()

@@ -617,20 +617,27 @@ def test_job_names_are_completed(cluster: Lab, trainctl: Trainctl) -> None:
     assert time.monotonic() - began < 5
 
 
+SCRIPTS = pathlib.Path(sys.executable).parent
+"""Where trainctl's are, and those by which kubectl finds it."""
+
+
+def kubectl(cluster: Lab, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run kubectl with its plugin on PATH."""
+    return cluster.run("env", f"PATH={SCRIPTS}:{cluster.variables['PATH']}", "kubectl", *words)
+
+
 def test_kubectl_completes_its_plugin(cluster: Lab, trainctl: Trainctl) -> None:
     """By the script of that name beside trainctl's."""
     trainctl.ok("submit", "job.yaml", "--name", "gamma")
-    scripts = f"PATH={pathlib.Path(sys.executable).parent}:{cluster.variables['PATH']}"
 
     def offered(*words: str) -> list[str]:
-        done = cluster.run("env", scripts, "kubectl", "__complete", "outlast", *words)
+        done = kubectl(cluster, "__complete", "outlast", *words)
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
     assert offered("status", "ga") == ["gamma", ":4"]
     assert offered("sus") == ["suspend", ":4"]
-    script = str(pathlib.Path(sys.executable).parent / "kubectl_complete-outlast")
-    done = cluster.run(script, "submit", "no-su")
+    done = cluster.run(str(SCRIPTS / "kubectl_complete-outlast"), "submit", "no-su")
     assert (done.returncode, done.stderr) == (0, ""), "kubectl says :0 too when its plugin breaks"
     assert offered("submit", "no-su") == [":0"], "names of files are the shell's to offer"
     assert "--dry-run" in offered("submit", "--dry")
@@ -638,9 +645,8 @@ def test_kubectl_completes_its_plugin(cluster: Lab, trainctl: Trainctl) -> None:
 
 def test_kubectl_runs_its_plugin(cluster: Lab, trainctl: Trainctl) -> None:
     trainctl.ok("submit", "job.yaml", "--name", "delta")
-    scripts = f"PATH={pathlib.Path(sys.executable).parent}:{cluster.variables['PATH']}"
-    done = cluster.run("env", scripts, "kubectl", "outlast", "status", "-o", "name")
+    done = kubectl(cluster, "outlast", "status", "-o", "name")
     assert (done.returncode, done.stdout) == (0, "trainingjob.outlast.dev/delta\n"), done.stderr
-    done = cluster.run("env", scripts, "kubectl", "outlast", "submit")
+    done = kubectl(cluster, "outlast", "submit")
     assert done.returncode != 0
     assert "Usage: kubectl outlast submit" in done.stderr

@@ -45,7 +45,7 @@ def test_a_kill_that_was_noticed_before_explains_no_later_death(tmp_path: pathli
     counts.write_text("oom_kill 0\n")
     kills = MemoryKills(tmp_path)
     counts.write_text("oom_kill 1\n")
-    kills.notice(10.0)
+    assert kills.why(10.0), "a rank ended by itself: it is asked all the same"
     assert kills.why(3600.0) == ""
     counts.write_text("oom_kill 2\n")
     kills.begin()
@@ -67,9 +67,9 @@ def test_a_kill_is_told_of_its_rank_though_another_says_hello_meanwhile(tmp_path
     """The kernel counts the kill before the process is gone."""
     counts = tmp_path / V2[0]
     counts.write_text("oom_kill 1\n")
-    news = RankNews("n", cast(Reactor, SimpleNamespace(after=lambda *_: None)), lambda _: None, ManualClock())
-    news.kills = MemoryKills(tmp_path)
-    news.begin()
+    kills = MemoryKills(tmp_path)
+    news = RankNews("n", cast(Reactor, SimpleNamespace(after=lambda *_: None)), lambda _: None, ManualClock(), kills)
+    kills.begin()
     killed = SimpleNamespace(exit=None, killed=False, connected=True, why="")
     begun = SimpleNamespace(rank=1, connected=False, speaker_pid=0)
     ranks = cast(

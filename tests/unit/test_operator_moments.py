@@ -275,9 +275,9 @@ def test_nothing_is_promised_of_a_controller_that_could_not_be_heard(answers: bo
     assert told.type == ("Normal" if answers else "Warning")
 
 
-def given_back() -> World:
-    """Done to step 50, 40 of these after the last checkpoint; without Pods for want of nodes."""
-    world = World.training(resource({"checkpoint": STORE}), checkpoint={"step": 10, "age_s": 5.0}, best_step=50)
+def short_of_nodes() -> World:
+    """For longer than startTimeout; done to step 50, 40 of these after the last checkpoint."""
+    world = World.training(resource({"checkpoint": STORE}), checkpoint={"step": 10, "age_s": 60.0}, best_step=50)
     assert world.said is not None
     for index in (3, 4):
         del world.pods[node(index)]
@@ -285,6 +285,12 @@ def given_back() -> World:
     world.said["workers"] |= {"ready": 2, "spares": 0}
     world.run()
     world.now += 1000
+    return world
+
+
+def given_back() -> World:
+    """It has no Pods left."""
+    world = short_of_nodes()
     world.run()
     world.said = None
     world.let_go()
@@ -564,14 +570,7 @@ def test_a_pod_that_was_lost_with_its_machine_after_hours_is_replaced_at_once() 
 
 
 def test_giving_back_says_what_the_nodes_memory_had() -> None:
-    world = World.training(resource({"checkpoint": STORE}), best_step=50, checkpoint={"step": 10, "age_s": 60.0})
-    assert world.said is not None
-    for index in (3, 4):
-        del world.pods[node(index)]
-        world.said["nodes"][node(index)]["state"] = "lost"
-    world.said["workers"] |= {"ready": 2, "spares": 0}
-    world.run()
-    world.now += 1000
+    world = short_of_nodes()
     world.step()
     assert (
         "the 40 steps that were done after the newest checkpoint (step 10) are lost" in world.condition("Ready").message

@@ -34,6 +34,7 @@ from outlast.agent.forkclient import Exit, ForkClient
 from outlast.agent.injuries import injure
 from outlast.agent.keeper_calls import KeeperTasks
 from outlast.agent.keeper_host import KEEPER, KeeperHost, KeeperWatch, Serving
+from outlast.agent.oom import MemoryKills
 from outlast.agent.pidfiles import remove_pid, write_pid
 from outlast.agent.portholder import PortHolder
 from outlast.agent.rank_messages import abort, permit, proceed, protection, restore_message, slots
@@ -93,7 +94,8 @@ class NodeAgent:
         self._uploading = Uploading(config.node, self._keeper, lambda: self._record, self._emit)
         self._departure = Departure(config.node, self._memory, self._forks, self._emit, self._clock)
         self._shipping = Shipping(config, self._job, self._forks, self._reactor, self._emit, self._clock)
-        self._news = RankNews(config.node, self._reactor, send, self._clock)
+        self._kills = MemoryKills()
+        self._news = RankNews(config.node, self._reactor, send, self._clock, self._kills)
         self._ranks: Ranks | None = None
         self._clearing: Clearing | None = None
         self._begun: Attempt | None = None
@@ -307,7 +309,7 @@ class NodeAgent:
                 lambda ranks, rank, said: post(partial(self._news.said, ranks, rank, said)),
                 lambda ranks, rank: post(partial(self._news.disconnected, ranks, rank)),
             )
-            self._news.begin()
+            self._kills.begin()
             self._ranks.spawn(self.config, self._job)
             self._load_if_ready()
         except (OSError, RequestError) as error:

@@ -25,18 +25,15 @@ class MemoryKills:
         self._fresh_until = -math.inf
 
     def begin(self) -> None:
-        """A rank begins: what was killed before it is not what will end it."""
+        """Ranks are about to be made, and none is there: what was killed before is not what will end them."""
         self._seen = self._count()
 
-    def notice(self, now: float) -> None:
-        """A process has ended: kills that are new explain the deaths of this moment, and none that come later."""
+    def why(self, now: float) -> str:
+        """What to say of a process that was killed, if one was; "" when the kernel has killed none at this time. To be
+        asked at every end: kills that are new explain the deaths of this moment, and none that come later."""
         count = self._count()
         if count > self._seen:
             self._seen, self._fresh_until = count, now + SAME_S
-
-    def why(self, now: float) -> str:
-        """What to say of a process that has just been killed; "" when the kernel has killed none at this time."""
-        self.notice(now)
         if now >= self._fresh_until:
             return ""
         limit = self._limit()

@@ -27,19 +27,15 @@ Send = Callable[[dict[str, Any]], None]
 class RankNews:
     """One node's reporter. All methods are called on the reactor's thread. That a rank was killed is no news."""
 
-    def __init__(self, node: str, reactor: Reactor, send: Send, clock: Clock) -> None:
+    def __init__(self, node: str, reactor: Reactor, send: Send, clock: Clock, kills: MemoryKills) -> None:
         self._node, self._reactor, self._send, self._clock = node, reactor, send, clock
-        self.kills = MemoryKills()
-
-    def begin(self) -> None:
-        """Ranks are about to be made: none is there that could have been killed."""
-        self.kills.begin()
+        self._kills = kills
 
     def exited(self, ranks: Ranks, rank: Rank) -> None:
         """The forkserver told of a rank's end; it is reported after the rank's last words."""
-        self.kills.notice(self._clock.monotonic())
+        why = self._kills.why(self._clock.monotonic())
         if rank.exit is not None and rank.exit.signal == signal.SIGKILL and not rank.killed:
-            rank.why = self.kills.why(self._clock.monotonic())
+            rank.why = why
         if rank.connected:
             self._reactor.after(_LAST_WORDS_S, lambda: self._report_once(ranks, rank))
         else:

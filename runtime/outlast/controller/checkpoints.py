@@ -30,6 +30,8 @@ FIRST_PAUSE_S = 5.0
 LONGEST_PAUSE_S = 120.0
 DENIED_PAUSE_S = 60.0
 """Somebody has to do something first."""
+MUST_ACT = "(this does not pass by itself: a person must act)"
+"""Said of what the store denies."""
 AGAIN_S = 60.0
 """Nodes that have not answered for so long are told again: a call to an agent may fail while the agent lives on."""
 SAME_REASON_S = 60.0
@@ -286,7 +288,7 @@ class CheckpointCycle:
             return []
         self._told = (reason, now)
         what = f"tried again in {pause_s:.0f} s" if pause_s else "the next snapshot is tried"
-        act = " (this does not pass by itself: a person must act)" if trouble == "denied" else ""
+        act = f" {MUST_ACT}" if trouble == "denied" else ""
         text = f"step {work.generation.step} is not in the store: {reason}{act}; {what}"
         fields = {"generation": str(work.generation), "step": work.generation.step}
         return [Emit("checkpoint-failed", text, {**fields, "reason": reason, "trouble": trouble})]

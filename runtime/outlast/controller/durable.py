@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from outlast.controller import ending, preparing
+from outlast.controller.checkpoints import MUST_ACT
 from outlast.controller.faults import Symptom
 from outlast.controller.phases import PREPARING
 from outlast.messages import events as e
@@ -134,7 +135,7 @@ def restore_failed(job: Job, event: e.RestoreFailed, now: float) -> None:
         _taken_over(job, event.reason, now)
         return
     if event.trouble == "denied":
-        job.finish("failed", f"{text} (this does not pass by itself: a person must act)", now)
+        job.finish("failed", f"{text} {MUST_ACT}", now)
         return
     if event.trouble == "bad" and event.memory:
         used = "not used again" if job.members.doubt(generation, event.attempt) else "read anew"
