@@ -138,10 +138,11 @@ class Ranks:
         return rank
 
     def load(self, restore: Message) -> None:
-        """Let them load: those that are connected now, the others when they are."""
+        """Let them load: those that have said hello, the others when they do, each once."""
         self.restore = restore
-        for rank in self.members:
-            self.link.send(rank, restore)
+        for rank in self.members.values():
+            if rank.connected:
+                self.link.send(rank.rank, restore)
 
     def kill(self) -> None:
         """SIGKILL all that live, with everything in their process groups."""
